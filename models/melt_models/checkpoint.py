@@ -1,0 +1,96 @@
+"""Loads a checkpoint folder strictly: every fault of configuration and tensors is listed before weights are read."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from melt_models.configuration import MeltConfig
+from melt_models.modeling import MeltCausalLM
+
+
+class CheckpointError(Exception):
+    """A checkpoint folder that cannot be loaded; the message lists every fault found."""
+
+
+def load_checkpoint(folder: str | Path) -> MeltCausalLM:
+    """Loads ``config.json`` and the safetensors weights of a MELT or LoopLM checkpoint in their stored type.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors``, or its shards and ``model.safetensors.index.json``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: missing files, a bad configuration, or missing, unexpected or wrongly shaped tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    faults = _compare_tensors(_expected_shapes(config), _stored_shapes(folder))
+    if faults:
+        raise CheckpointError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(faults))
+    return MeltCausalLM.from_pretrained(folder, config=config, dtype="auto").eval()
+
+
+def read_config(folder: Path) -> MeltConfig:
+    """Reads and checks ``config.json``.
+
+    Raises:
+        CheckpointError: no such file, not JSON, another model type, unknown keys or bad values.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: a checkpoint folder holds config.json and model.safetensors")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != MeltConfig.model_type:
+        raise CheckpointError(f"{path}: model_type must be {MeltConfig.model_type!r}, got {model_type!r}")
+    try:
+        return MeltConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _expected_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = MeltCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing)}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+        except Exception as error:  # safetensors raises its own type for a damaged header
+            raise CheckpointError(f"{folder / name} cannot be read: {error}; fetch the file again") from error
+    return shapes
+
+
+def _compare_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> list[str]:
+    faults = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in stored]
+    faults += [f"unexpected {name} {list(shape)}" for name, shape in stored.items() if name not in expected]
+    faults += [
+        f"{name} has shape {list(stored[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    return faults

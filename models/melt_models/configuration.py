@@ -1,0 +1,148 @@
+"""Configuration of looped language models: MELT, and the LoopLM (Ouro) that it starts from.
+
+Key names are those of Ouro's published ``config.json`` where it has them. Knows nothing of weights or training.
+"""
+
+from typing import Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+GateKind = Literal["none", "elementwise", "scalar", "ema", "mean", "last"]
+GATE_KINDS: tuple[str, ...] = get_args(GateKind)
+"""``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3)."""
+
+_LATENT_KINDS = ("elementwise", "scalar", "ema", "mean")
+
+
+@strict
+class MeltConfig(PreTrainedConfig):
+    """Shape and options of a MELT or LoopLM checkpoint.
+
+    Letters: N = ``num_hidden_layers``, T = ``total_ut_steps``, D = ``hidden_size``, H = ``num_attention_heads``,
+    Hk = ``num_key_value_heads``, dh = ``head_dim``, C = ``chunk_size``, V = ``vocab_size``.
+
+    Args:
+        total_ut_steps: loops T that the model was trained for.
+        chunk_size: tokens C that training and prefill process in parallel; the caller may choose another.
+        gate_kind: how the latent state is updated; ``none`` makes the model a LoopLM.
+        gate_bias_init: initial value of ``b_z``. The paper does not fix it: a negative value starts a converted
+            LoopLM near ``z = 0``.
+        gate_ema: the fixed ``z`` of gate kind ``ema``.
+        early_exit_threshold: cumulative exit probability at which a LoopLM may stop.
+
+    Raises:
+        ValueError: a value outside its rule, or a key that is not part of the configuration.
+    """
+
+    model_type = "melt"
+
+    vocab_size: int = 49152
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 65536
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: RopeParameters | dict | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    total_ut_steps: int = 4
+    early_exit_threshold: float = 1.0
+    chunk_size: int = 500
+    gate_kind: str = "elementwise"
+    gate_bias_init: float = -4.0
+    gate_ema: float = 0.2
+
+    default_theta = 1e6
+
+    def __post_init__(self, **kwargs):
+        """Fills the derived fields and refuses unknown keys."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        unknown = sorted(key for key in kwargs if key not in _TRANSFORMERS_KEYS and not key.startswith("_"))
+        if unknown:
+            raise ValueError(f"unknown configuration keys {unknown}: remove them or correct their spelling")
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks every rule and reports all broken ones at once."""
+        at_least_one = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "total_ut_steps",
+            "chunk_size",
+        )
+        faults = [
+            f"{name} must be at least 1, got {getattr(self, name)}"
+            for name in at_least_one
+            if getattr(self, name) < 1
+        ]
+        if self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads:
+            faults.append(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} "
+                f"and {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            faults.append(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.gate_kind not in GATE_KINDS:
+            faults.append(f"gate_kind must be one of {', '.join(GATE_KINDS)}, got {self.gate_kind!r}")
+        if not 0.0 <= self.gate_ema <= 1.0:
+            faults.append(f"gate_ema must be in [0, 1], got {self.gate_ema}")
+        if self.hidden_act != "silu":
+            faults.append(f"hidden_act must be 'silu', got {self.hidden_act!r}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            faults.append(f"rope_parameters.rope_type must be 'default', got {rope_type!r}")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
+
+    @property
+    def has_latent(self) -> bool:
+        """Whether the gate carries a latent state from loop to loop."""
+        return self.gate_kind in _LATENT_KINDS
+
+    @property
+    def cache_kind(self) -> str:
+        """``shared``: one KV cache for all loops (MELT); ``per_loop``: one for each (LoopLM)."""
+        return "per_loop" if self.gate_kind == "none" else "shared"
+
+
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)

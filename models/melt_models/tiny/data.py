@@ -1,0 +1,72 @@
+"""Problems as tensors: token ids, and for every loop the token that should follow at the answers."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from melt_models.tiny.task import Problem, make_problem
+from melt_models.tiny.tokenizer import PAD
+
+IGNORED = -100
+ANSWER_TOKENS = 3
+"""An answer is its name, a full stop and the end-of-text token."""
+
+
+@dataclass
+class Batch:
+    """Problems of one batch, padded on the right.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        targets: the token that should follow position i at loop t, ``IGNORED`` outside answers, [T, B, L] int64.
+            At loop t the right answer is what min(t, hops) steps find, so that every depth learns to answer.
+        hops: hop count where the answer's name should follow, 0 elsewhere, [B, L] int64.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    hops: Tensor
+
+
+class Encoder:
+    """Turns problems into batches with one tokenizer; remembers the ids of every sentence it has seen."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.pad_id = int(tokenizer.convert_tokens_to_ids(PAD))
+        self._answer_ids: dict[str, list[int]] = {}
+
+    def answer_id(self, name: str) -> int:
+        """The one token of a name."""
+        if name not in self._answer_ids:
+            self._answer_ids[name] = self.tokenizer.encode(name)
+        (token,) = self._answer_ids[name]
+        return token
+
+    def batch(self, problems: list[Problem], loops: int) -> Batch:
+        """Encodes ``problems`` with targets for ``loops`` loops."""
+        texts = [self.tokenizer.apply_chat_template(p.messages(), tokenize=False) for p in problems]
+        rows = self.tokenizer(texts)["input_ids"]
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self.pad_id)
+        targets = torch.full((loops, len(rows), length), IGNORED)
+        hops = torch.zeros((len(rows), length), dtype=torch.long)
+        for row, (ids, problem) in enumerate(zip(rows, problems, strict=True)):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            ends = [place for place, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+            for end, question in zip(ends, problem.questions, strict=True):
+                before = end - ANSWER_TOKENS  # the position whose next token is the answer's name
+                hops[row, before] = question.hops
+                targets[:, row, before + 1 : end] = torch.tensor(ids[before + 2 : end + 1])
+                for loop_idx in range(loops):
+                    found = question.steps[min(loop_idx + 1, question.hops) - 1]
+                    targets[loop_idx, row, before] = self.answer_id(found)
+        return Batch(input_ids, targets, hops)
+
+
+def training_problems(rng: random.Random, count: int, questions: int, max_hops: int) -> list[Problem]:
+    """Draws ``count`` problems from the chains that are not held out."""
+    return [make_problem(rng, held_out=False, questions=questions, max_hops=max_hops) for _ in range(count)]

@@ -1,0 +1,93 @@
+"""Exact match of melt-tiny on held-out problems, by loops and hops.
+
+    python -m melt_models.tiny.evaluate models/melt-tiny
+
+An answer counts when each of its tokens, the end-of-text token included, is the model's greedy choice.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from melt_models.checkpoint import load_checkpoint
+from melt_models.modeling import KVCache, MeltCausalLM
+from melt_models.tiny.data import ANSWER_TOKENS, Encoder
+from melt_models.tiny.task import MAX_HOPS, make_problem
+
+
+@torch.no_grad()
+def exact_match(
+    model: MeltCausalLM,
+    encoder: Encoder,
+    problems: int = 256,
+    questions: int = 4,
+    loops: tuple[int, ...] = (1, 2, 3, 4),
+    chunk_size: int | None = None,
+    seed: int = 1,
+) -> dict[int, dict[int, float]]:
+    """Measures the fraction of questions answered exactly.
+
+    Args:
+        problems: held-out contexts, of ``questions`` questions each, 1 to 4 hops evenly drawn.
+        loops: depths to try; each runs on its own, so that the cache holds states of that depth.
+        chunk_size: tokens in parallel; default the model's own.
+
+    Returns:
+        ``table[loops][hops]``, a fraction in [0, 1].
+    """
+    rng = random.Random(seed)
+    drawn = [make_problem(rng, held_out=True, questions=questions) for _ in range(problems)]
+    batches = [encoder.batch(drawn[start : start + 64], loops=MAX_HOPS) for start in range(0, problems, 64)]
+    table: dict[int, dict[int, float]] = {}
+    for depth in loops:
+        right = torch.zeros(MAX_HOPS + 1)
+        asked = torch.zeros(MAX_HOPS + 1)
+        for batch in batches:
+            states, _ = model.model(
+                batch.input_ids, depth, chunk_size or model.config.chunk_size, KVCache(model.config)
+            )
+            rows, places = batch.hops.nonzero(as_tuple=True)
+            exact = torch.ones(len(rows), dtype=torch.bool)
+            for offset in range(ANSWER_TOKENS):
+                chosen = model.lm_head(states[-1][rows, places + offset]).argmax(-1)
+                exact &= chosen == batch.targets[-1][rows, places + offset]
+            hops = batch.hops[rows, places]
+            right += torch.bincount(hops, weights=exact.float(), minlength=MAX_HOPS + 1)
+            asked += torch.bincount(hops, minlength=MAX_HOPS + 1)
+        table[depth] = {hop: (right[hop] / asked[hop]).item() for hop in range(1, MAX_HOPS + 1)}
+    return table
+
+
+def format_table(table: dict[int, dict[int, float]]) -> str:
+    """The table in Markdown, loops down and hops across, in percent."""
+    hops = list(next(iter(table.values())))
+    lines = ["| loops | " + " | ".join(f"{hop} hop{'s' * (hop > 1)}" for hop in hops) + " | all |"]
+    lines.append("|---" * (len(hops) + 2) + "|")
+    for depth, row in table.items():
+        cells = [f"{100 * value:.1f}" for value in (*row.values(), sum(row.values()) / len(row))]
+        lines.append(f"| {depth} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of melt-tiny")
+    parser.add_argument("--problems", type=int, default=1024, help="held-out contexts (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=4, help="questions a context (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, help="tokens in parallel (default: the trained chunk)")
+    parser.add_argument("--max-loops", type=int, default=6, help="depths 1 to this (default: %(default)s)")
+    args = parser.parse_args(argv)
+    model = load_checkpoint(args.checkpoint)
+    encoder = Encoder(AutoTokenizer.from_pretrained(args.checkpoint))
+    depths = tuple(range(1, args.max_loops + 1))
+    print(format_table(exact_match(model, encoder, args.problems, args.questions, depths, args.chunk)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Multi-hop questions in plain English, from a seeded generator.
+
+A context states who follows whom (bosses, parents, trains, rooms, a ball) in shuffled order; a question asks who or
+what stands 1 to 4 steps further. Each step depends on the one before. Knows nothing of tokens or models.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+MAX_HOPS = 4
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+HELD_OUT_FRACTION = 1 / 16
+
+PEOPLE = tuple(
+    "Ana Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kara Liam Mona Nils Olga Paul Quinn Rosa Sven Tara "
+    "Uma Vera Wim Xena Yara Zack Amir Bela Carl Dora Emil Faye Greg Hana Ivan Jana Kurt Lena Marc Nora".split()
+)
+CITIES = tuple(
+    "Oslo Rome Paris Lima Cairo Delhi Tokyo Quito Dakar Milan Turin Lyon Bern Riga Porto Kyoto Perth Boston "
+    "Dublin Vienna Prague Madrid Zagreb Athens Lisbon Berlin Munich Geneva Naples Havana".split()
+)
+ROOMS = tuple(str(number) for number in range(10, 70))
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of chain: who or what takes part, and how facts and questions are worded.
+
+    ``{x}`` is followed by ``{y}``; ``{n}`` is a number word and ``{s}`` a plural ending.
+    """
+
+    name: str
+    entities: tuple[str, ...]
+    facts: tuple[str, ...]
+    questions: tuple[str, ...]
+    plural: str = "s"
+
+
+DOMAINS = (
+    Domain(
+        "work",
+        PEOPLE,
+        ("{x} reports to {y}.", "{y} is the boss of {x}."),
+        ("Who is {n} level{s} above {x}?", "Start with {x} and go up {n} level{s}. Who is it?"),
+    ),
+    Domain(
+        "family",
+        PEOPLE,
+        ("{x} is a child of {y}.", "{y} is a parent of {x}."),
+        ("Who is {n} generation{s} before {x}?", "Start with {x} and go back {n} generation{s}. Who is it?"),
+    ),
+    Domain(
+        "route",
+        CITIES,
+        ("The train from {x} goes to {y}.", "After {x} the next stop is {y}."),
+        ("Where are you {n} stop{s} after {x}?", "You leave {x} and ride {n} stop{s}. Where are you?"),
+    ),
+    Domain(
+        "rooms",
+        ROOMS,
+        ("Room {x} leads to room {y}.", "The door of room {x} opens into room {y}."),
+        ("Which room is {n} door{s} after room {x}?", "Start in room {x} and take {n} door{s}. Which room is it?"),
+    ),
+    Domain(
+        "ball",
+        PEOPLE,
+        ("{x} passes the ball to {y}.", "{y} gets the ball from {x}."),
+        ("Who has the ball {n} pass{s} after {x}?", "{x} has the ball. Who has it after {n} pass{s}?"),
+        plural="es",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what each step of it finds: ``steps[k]`` is the answer after ``k + 1`` hops."""
+
+    text: str
+    steps: tuple[str, ...]
+
+    @property
+    def hops(self) -> int:
+        """Number of dependent steps."""
+        return len(self.steps)
+
+    @property
+    def answer(self) -> str:
+        """What the last step finds."""
+        return self.steps[-1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Facts in shuffled order and questions about them, asked one after another."""
+
+    domain: str
+    facts: str
+    questions: tuple[Question, ...]
+
+    def messages(self) -> list[dict[str, str]]:
+        """The problem as a chat: the first user message states the facts, later ones only ask."""
+        chat = []
+        for number, question in enumerate(self.questions):
+            text = question.text if number else f"{self.facts} {question.text}"
+            chat.append({"role": "user", "content": text})
+            chat.append({"role": "assistant", "content": f"{question.answer}."})
+        return chat
+
+
+def is_held_out(domain: str, links: dict[str, str]) -> bool:
+    """Whether a chain is kept from training: decided by a hash of its links, whatever their order or wording."""
+    text = domain + "|" + ";".join(f"{x}>{y}" for x, y in sorted(links.items()))
+    return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT_FRACTION
+
+
+def make_problem(
+    rng: random.Random, held_out: bool, questions: int = 8, max_hops: int = MAX_HOPS, hops: int | None = None
+) -> Problem:
+    """Draws one problem.
+
+    Args:
+        rng: source of randomness; the same state gives the same problem.
+        held_out: draw from the chains kept from training, or from the others.
+        questions: how many questions are asked.
+        max_hops: questions have 1 to ``max_hops`` hops, evenly drawn.
+        hops: give every question exactly this many hops.
+    """
+    domain = rng.choice(DOMAINS)
+    while True:
+        links = _draw_links(rng, domain)
+        if is_held_out(domain.name, links) == held_out:
+            break
+    sentences = [rng.choice(domain.facts).format(x=x, y=y) for x, y in links.items()]
+    rng.shuffle(sentences)
+    asked = tuple(
+        _ask(rng, domain, links, rng.randint(1, max_hops) if hops is None else hops) for _ in range(questions)
+    )
+    return Problem(domain.name, " ".join(sentences), asked)
+
+
+def _draw_links(rng: random.Random, domain: Domain) -> dict[str, str]:
+    """Draws 8 to 12 links without a cycle: a trunk long enough for every hop count, then branches and new chains."""
+    names = rng.sample(domain.entities, 24)
+    trunk = names[: rng.randint(MAX_HOPS + 1, 8) + 1]
+    links = dict(zip(trunk, trunk[1:], strict=False))
+    unused, placed = names[len(trunk) :], list(trunk)
+    for _ in range(rng.randint(8, 12) - len(links)):
+        source = unused.pop()
+        target = unused.pop() if rng.random() < 0.3 else rng.choice(placed)
+        links[source] = target
+        placed += [source, target]
+    return links
+
+
+def _ask(rng: random.Random, domain: Domain, links: dict[str, str], hops: int) -> Question:
+    paths = [path for start in links if len(path := _walk(links, start, hops)) == hops + 1]
+    start, *steps = rng.choice(paths)
+    text = rng.choice(domain.questions).format(
+        x=start, n=NUMBER_WORDS[hops], s="" if hops == 1 else domain.plural
+    )
+    return Question(text, tuple(steps))
+
+
+def _walk(links: dict[str, str], start: str, hops: int) -> list[str]:
+    path = [start]
+    while len(path) <= hops and path[-1] in links:
+        path.append(links[path[-1]])
+    return path
