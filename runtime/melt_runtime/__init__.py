@@ -1,0 +1,33 @@
+"""Runs MELT bundles through ONNX Runtime: depth is a knob at run time, memory stays constant. No torch.
+
+    from melt_runtime import MeltModel
+
+    model = MeltModel.load("build/melt-tiny")
+    print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
+"""
+
+from melt_runtime.errors import BundleError, CapacityError, MeltError, ProviderError, TokenError
+from melt_runtime.generate import GenerationResult, GenerationStream, Timings
+from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.manifest import Manifest, read_manifest
+from melt_runtime.model import MeltModel, plan_state
+from melt_runtime.session import Session
+from melt_runtime.text import Message
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "GenerationConfig",
+    "GenerationResult",
+    "GenerationStream",
+    "Manifest",
+    "MeltError",
+    "MeltModel",
+    "Message",
+    "ProviderError",
+    "Session",
+    "Timings",
+    "TokenError",
+    "plan_state",
+    "read_manifest",
+]

@@ -1,13 +1,12 @@
 """Problems as tensors: token ids, and for every loop the token that should follow at the answers."""
 
-import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from melt_models.tiny.task import Problem, make_problem
+from melt_models.tiny.task import Problem
 from melt_models.tiny.tokenizer import PAD
 
 IGNORED = -100
@@ -65,8 +64,3 @@ class Encoder:
                     found = question.steps[min(loop_idx + 1, question.hops) - 1]
                     targets[loop_idx, row, before] = self.answer_id(found)
         return Batch(input_ids, targets, hops)
-
-
-def training_problems(rng: random.Random, count: int, questions: int, max_hops: int) -> list[Problem]:
-    """Draws ``count`` problems from the chains that are not held out."""
-    return [make_problem(rng, held_out=False, questions=questions, max_hops=max_hops) for _ in range(count)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 MAX_HOPS = 4
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+FACTS = (8, 12)
 HELD_OUT_FRACTION = 1 / 16
 
 PEOPLE = tuple(
@@ -115,7 +116,11 @@ def is_held_out(domain: str, links: dict[str, str]) -> bool:
 
 
 def make_problem(
-    rng: random.Random, held_out: bool, questions: int = 8, max_hops: int = MAX_HOPS, hops: int | None = None
+    rng: random.Random,
+    held_out: bool,
+    questions: int = 8,
+    max_hops: int = MAX_HOPS,
+    facts: tuple[int, int] = FACTS,
 ) -> Problem:
     """Draws one problem.
 
@@ -124,28 +129,26 @@ def make_problem(
         held_out: draw from the chains kept from training, or from the others.
         questions: how many questions are asked.
         max_hops: questions have 1 to ``max_hops`` hops, evenly drawn.
-        hops: give every question exactly this many hops.
+        facts: fewest and most facts; at least ``max_hops``.
     """
     domain = rng.choice(DOMAINS)
     while True:
-        links = _draw_links(rng, domain)
+        links = _draw_links(rng, domain, rng.randint(*facts))
         if is_held_out(domain.name, links) == held_out:
             break
     sentences = [rng.choice(domain.facts).format(x=x, y=y) for x, y in links.items()]
     rng.shuffle(sentences)
-    asked = tuple(
-        _ask(rng, domain, links, rng.randint(1, max_hops) if hops is None else hops) for _ in range(questions)
-    )
+    asked = tuple(_ask(rng, domain, links, rng.randint(1, max_hops)) for _ in range(questions))
     return Problem(domain.name, " ".join(sentences), asked)
 
 
-def _draw_links(rng: random.Random, domain: Domain) -> dict[str, str]:
-    """Draws 8 to 12 links without a cycle: a trunk long enough for every hop count, then branches and new chains."""
-    names = rng.sample(domain.entities, 24)
-    trunk = names[: rng.randint(MAX_HOPS + 1, 8) + 1]
+def _draw_links(rng: random.Random, domain: Domain, facts: int) -> dict[str, str]:
+    """Draws links without a cycle: a trunk long enough for every hop count, then branches and new chains."""
+    names = rng.sample(domain.entities, 2 * facts)
+    trunk = names[: rng.randint(min(MAX_HOPS, facts), min(2 * MAX_HOPS, facts)) + 1]
     links = dict(zip(trunk, trunk[1:], strict=False))
     unused, placed = names[len(trunk) :], list(trunk)
-    for _ in range(rng.randint(8, 12) - len(links)):
+    while len(links) < facts:
         source = unused.pop()
         target = unused.pop() if rng.random() < 0.3 else rng.choice(placed)
         links[source] = target

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from melt_models.configuration import MeltConfig
 from melt_models.modeling import KVCache, MeltCausalLM
-from melt_models.tiny.data import IGNORED, Batch, Encoder, training_problems
+from melt_models.tiny.data import IGNORED, Batch, Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
 from melt_models.tiny.tokenizer import build_tokenizer
 

@@ -1,0 +1,177 @@
+"""Torch against ONNX Runtime: after every loop of prefill and decode, tensor by tensor, then the greedy tokens.
+
+The bundle runs through the runtime's own driver, in-place cache and all; torch is the reference of
+``melt_models.modeling`` in float32, with the weights as the bundle rounded them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from melt_models.modeling import KVCache, Layer, MeltCausalLM
+from melt_runtime import MeltModel
+from melt_runtime.errors import MeltError
+from melt_runtime.loop import LoopRunner
+from melt_runtime.state import Array
+
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
+"""Largest difference allowed, as a fraction of the tensor's largest magnitude where that exceeds 1."""
+
+DECODE_STEPS = 32
+
+
+class ParityError(MeltError):
+    """ONNX Runtime and torch disagree; the message names the first tensor, loop and layer."""
+
+
+@dataclass
+class _LayerTrace:
+    """What one layer gave at every loop of a forward pass: latent [C, D], keys and values [Hk, P + C, dh]."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+def verify_bundle(folder: Path, reference: MeltCausalLM, prompt: list[int]) -> dict[str, Any]:
+    """Compares a bundle with its model and returns the report for the manifest.
+
+    Args:
+        folder: the bundle.
+        reference: the model in float32.
+        prompt: token ids, at least one chunk and a part of the next.
+
+    Raises:
+        ParityError: a difference above the tolerance, or a greedy token that torch would clearly not choose.
+    """
+    shape_config = reference.config
+    model = MeltModel.load(folder, device="cpu", capacity=len(prompt) + DECODE_STEPS, chunk=shape_config.chunk_size)
+    check = _Comparison(model.manifest.precision)
+    runner = LoopRunner(model._sessions, model.session.state)
+    loops, chunk = shape_config.total_ut_steps, shape_config.chunk_size
+    cache = KVCache(shape_config)
+    logits, expected = np.empty(0), torch.empty(0)
+    for start in range(0, len(prompt), chunk):
+        ids = prompt[start : start + chunk]
+        expected = check.step(reference, runner, cache, ids, loops, f"prefill from token {start}")
+        logits = runner.state.logits.read()[0]
+    equal = 0
+    for step in range(DECODE_STEPS):
+        token = int(expected.argmax())
+        check.token(step, int(logits.argmax()), expected)
+        equal += int(logits.argmax()) == token
+        expected = check.step(reference, runner, cache, [token], loops, f"decode step {step}")
+        logits = runner.state.logits.read()[0]
+    return {
+        "tolerance": check.tolerance,
+        "loops": loops,
+        "chunk": chunk,
+        "prompt_tokens": len(prompt),
+        "decode_tokens": DECODE_STEPS,
+        "greedy_tokens_equal": equal,
+        "max_abs_error": check.worst,
+        "max_abs_error_of_hidden_by_loop": check.hidden_by_loop,
+    }
+
+
+class _Comparison:
+    """Compares step by step and keeps the largest differences."""
+
+    def __init__(self, precision: str):
+        self.tolerance = TOLERANCES[precision]
+        self.worst: dict[str, float] = {}
+        self.hidden_by_loop: dict[str, float] = {}
+
+    @torch.no_grad()
+    def step(
+        self, reference: MeltCausalLM, runner: LoopRunner, cache: KVCache, ids: list[int], loops: int, phase: str
+    ) -> Tensor:
+        """Runs one chunk through both and compares after every loop; returns torch's logits of the last token, [V]."""
+        start, state = cache.length, runner.state
+        with _recording(reference) as traces:
+            states = reference.model.forward_chunk(torch.tensor([ids]), loops, cache)
+        width, rows = reference.config.hidden_size, slice(start, start + len(ids))
+
+        def compare(loop_idx: int) -> None:
+            place = f"loop {loop_idx + 1} of {phase}"
+            sets = state.caches[loop_idx if len(state.caches) > 1 else 0]
+            # A chunk's latents stand packed from the start of the buffer.
+            latents = state.latent.read().reshape(-1) if state.latent is not None else None
+            size = len(ids) * width
+            for layer_idx, trace in enumerate(traces):
+                at = f"layer {layer_idx}, {place}"
+                if latents is not None:
+                    actual = latents[layer_idx * size : (layer_idx + 1) * size].reshape(len(ids), width)
+                    self.compare("latent", actual, trace.latents[loop_idx], at)
+                keys, values = sets[layer_idx]
+                self.compare("key", keys.read()[0, :, rows], trace.keys[loop_idx][:, rows], at)
+                self.compare("value", values.read()[0, :, rows], trace.values[loop_idx][:, rows], at)
+            hidden = states[loop_idx][0]
+            actual_hidden = state.hidden.read().reshape(-1)[:size].reshape(len(ids), width)
+            error = self.compare("hidden", actual_hidden, hidden, place)
+            name = str(loop_idx + 1)
+            self.hidden_by_loop[name] = max(error, self.hidden_by_loop.get(name, 0.0))
+            exit_logit = reference.model.early_exit_gate(hidden)[:, 0]
+            self.compare("exit_logit", state.exit_logit.read()[: len(ids)], exit_logit, place)
+
+        if len(ids) == 1:
+            actual_logits = runner.decode(ids, loops, observe=compare)[0]
+        else:
+            actual_logits = runner.prefill(ids, loops, observe=compare)
+        expected = reference.lm_head(states[-1][0, -1])
+        self.compare("logits", actual_logits, expected, phase)
+        return expected
+
+    def compare(self, name: str, actual: Array, expected: Tensor, place: str) -> float:
+        """Records the difference of one tensor and raises where it is too large."""
+        wanted = expected.detach().double().numpy()
+        difference = np.abs(actual.astype(np.float64) - wanted)
+        error, scale = float(difference.max()), max(1.0, float(np.abs(wanted).max()))
+        # Written so that NaN fails too.
+        if not error <= self.tolerance * scale:
+            raise ParityError(
+                f"ONNX Runtime and torch first differ in {name} at {place}: largest difference {error:.3g}, mean "
+                f"{float(difference.mean()):.3g}, tolerance {self.tolerance * scale:.3g}"
+            )
+        self.worst[name] = max(error, self.worst.get(name, 0.0))
+        return error
+
+    def token(self, step: int, actual: int, expected: Tensor) -> None:
+        """Checks a greedy token: it is torch's, or torch had the two within twice the tolerance."""
+        gap = float(expected.max() - expected[actual])
+        limit = 2 * self.tolerance * max(1.0, float(expected.abs().max()))
+        if gap > limit:
+            raise ParityError(
+                f"greedy token {step} is {actual}, torch has {int(expected.argmax())}, {gap:.3g} higher in logits "
+                f"(tolerance {limit:.3g})"
+            )
+
+
+@contextmanager
+def _recording(model: MeltCausalLM) -> Iterator[list[_LayerTrace]]:
+    """Collects what every layer gives while the context lasts."""
+    traces = [_LayerTrace() for _ in model.model.layers]
+
+    def hook(trace: _LayerTrace) -> Any:
+        def record(module: Layer, args: tuple, output: tuple) -> None:
+            _, latent, (keys, values) = output
+            trace.latents.append(latent[0])
+            trace.keys.append(keys[0])
+            trace.values.append(values[0])
+
+        return record
+
+    handles = [
+        layer.register_forward_hook(hook(trace)) for layer, trace in zip(model.model.layers, traces, strict=True)
+    ]
+    try:
+        yield traces
+    finally:
+        for handle in handles:
+            handle.remove()

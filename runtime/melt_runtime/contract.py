@@ -1,0 +1,143 @@
+"""The graphs' inputs and outputs, in one place: the exporter writes them, the runtime checks and binds them.
+
+Letters: N layers, B batch, C tokens processed in parallel, D hidden size, H query heads, Hk key/value heads, dh head
+size, S cache capacity in tokens, V vocabulary. ``float`` is the bundle's precision (float32 or float16).
+
+embed.onnx: token ids to the state before the first loop.
+
+    in   ids [B, C] int64
+    out  hidden [B, C, D] float                   embeddings
+         latent [N, B, C, D] float                zeros, h_0 of every layer (only where the gate has a latent state)
+
+loop.onnx: ONE loop over all layers, and the norm that closes it. Run it T times.
+
+    in   hidden [B, C, D] float
+         latent.{layer} [B, C, D] float           the gates' h of the tokens in flight (only with a latent state)
+         past_key.{layer}, past_value.{layer} [B, Hk, S, dh] float
+         seqlens_k [B] int32                      row of the last token of the chunk: start + C - 1
+         total_sequence_length [] int32           longest start + C in the batch; read on the host
+         loop_idx [] int64                        counted from 0 (only for gate kind ``mean``)
+    out  hidden_out [B, C, D] float
+         latent_out.{layer} [B, C, D] float       (only with a latent state)
+         present_key.{layer}, present_value.{layer} [B, Hk, S, dh] float
+         exit_logit [B, C, 1] float               the exit gate before its sigmoid
+
+Every output of the loop but ``exit_logit`` may be bound to the very buffer of its input: rows [start, start + C) of the
+cache are rewritten in place and the others are left alone; ``hidden`` and ``latent`` are read, through data
+dependencies, before they are written. MELT binds the same cache at every loop, a LoopLM one cache per loop.
+With past tokens in the cache and C > 1, B must be 1 (a rule of GroupQueryAttention).
+
+head.onnx: the normed value to logits.
+
+    in   hidden [B, C, D] float
+    out  logits [B, C, V] float32
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA_VERSION = 1
+"""Of ``manifest.json`` and of this contract; a reader refuses any other."""
+
+GRAPHS = ("embed", "loop", "head")
+
+Dimension = int | str
+CacheKind = Literal["shared", "per_loop"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the runtime must know of a model.
+
+    Attributes:
+        trained_loops: loops T that the model was trained for; any other count of at least 1 may be asked for.
+        trained_chunk: tokens processed in parallel in training, the default of prefill.
+        max_positions: longest sequence that the rotary tables cover.
+        cache_kind: ``shared``, one KV cache for all loops (MELT), or ``per_loop`` (LoopLM).
+    """
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    trained_loops: int
+    trained_chunk: int
+    gate_kind: str
+    cache_kind: CacheKind
+    has_latent: bool
+
+    @property
+    def has_loop_idx(self) -> bool:
+        """Whether the loop graph is told which loop it runs."""
+        return self.gate_kind == "mean"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph: its name, its numpy type name, its shape with symbols for dynamic sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs of one graph, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_specs(shape: ModelShape, precision: str) -> dict[str, GraphSpec]:
+    """The contract of the three graphs for one model and precision."""
+    hidden: tuple[Dimension, ...] = ("B", "C", shape.hidden_size)
+    latent: tuple[Dimension, ...] = (shape.layers, *hidden)
+    embed_outputs = [TensorSpec("hidden", precision, hidden)]
+    if shape.has_latent:
+        embed_outputs.append(TensorSpec("latent", precision, latent))
+    return {
+        "embed": GraphSpec((TensorSpec("ids", "int64", ("B", "C")),), tuple(embed_outputs)),
+        "loop": _loop_spec(shape, precision, hidden),
+        "head": GraphSpec(
+            (TensorSpec("hidden", precision, hidden),),
+            (TensorSpec("logits", "float32", ("B", "C", shape.vocab_size)),),
+        ),
+    }
+
+
+def cache_names(layer_idx: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(input, output) names of one layer's keys, then of its values."""
+    return (f"past_key.{layer_idx}", f"present_key.{layer_idx}"), (
+        f"past_value.{layer_idx}",
+        f"present_value.{layer_idx}",
+    )
+
+
+def latent_names(layer_idx: int) -> tuple[str, str]:
+    """(input, output) names of one layer's latent state."""
+    return f"latent.{layer_idx}", f"latent_out.{layer_idx}"
+
+
+def _loop_spec(shape: ModelShape, precision: str, hidden: tuple[Dimension, ...]) -> GraphSpec:
+    cache: tuple[Dimension, ...] = ("B", shape.kv_heads, "S", shape.head_dim)
+    inputs = [TensorSpec("hidden", precision, hidden)]
+    outputs = [TensorSpec("hidden_out", precision, hidden)]
+    if shape.has_latent:
+        for layer_idx in range(shape.layers):
+            name_in, name_out = latent_names(layer_idx)
+            inputs.append(TensorSpec(name_in, precision, hidden))
+            outputs.append(TensorSpec(name_out, precision, hidden))
+    for layer_idx in range(shape.layers):
+        for name_in, name_out in cache_names(layer_idx):
+            inputs.append(TensorSpec(name_in, precision, cache))
+            outputs.append(TensorSpec(name_out, precision, cache))
+    inputs.append(TensorSpec("seqlens_k", "int32", ("B",)))
+    inputs.append(TensorSpec("total_sequence_length", "int32", ()))
+    if shape.has_loop_idx:
+        inputs.append(TensorSpec("loop_idx", "int64", ()))
+    outputs.append(TensorSpec("exit_logit", precision, ("B", "C", 1)))
+    return GraphSpec(tuple(inputs), tuple(outputs))

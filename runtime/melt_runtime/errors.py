@@ -1,0 +1,30 @@
+"""What can go wrong, as one small tree.
+
+    MeltError
+    ├── BundleError      a bundle that is missing, damaged, of another schema, or made for something else
+    ├── CapacityError    more tokens than the state was allocated for
+    ├── ProviderError    an execution provider that was asked for and cannot run
+    └── TokenError       text or token ids that the model cannot take
+
+Arguments outside their rule raise ``ValueError`` with field, rule and value.
+"""
+
+
+class MeltError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class BundleError(MeltError):
+    """A bundle cannot be used; the message lists every fault and how to make a good one."""
+
+
+class CapacityError(MeltError):
+    """More tokens than the state holds; nothing was computed or changed."""
+
+
+class ProviderError(MeltError):
+    """The execution provider cannot run here; the message names what is missing."""
+
+
+class TokenError(MeltError):
+    """An empty prompt, unknown token ids, or text that the tokenizer cannot encode."""

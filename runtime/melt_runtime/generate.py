@@ -1,0 +1,176 @@
+"""One answer: prefill, then decode token by token, to streamed text and a result with its costs."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.loop import LoopRunner, check_ids
+from melt_runtime.sampler import Sampler
+from melt_runtime.text import StopMatcher, TextCodec
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and tokens of the two phases; the first new token comes out of prefill."""
+
+    prefill_seconds: float
+    prefill_tokens: int
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second in decode; 0 where the answer was a single token."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer.
+
+    Attributes:
+        text: without stop string and special tokens.
+        token_ids: every token generated, the stop token included.
+        finish_reason: ``stop`` or ``length``.
+        loops: depth T it was made with.
+        prompt_tokens: tokens of the prompt, of which ``cached_tokens`` were in the session's cache already.
+        timings: seconds and tokens of prefill and decode.
+        state_bytes: bytes of the whole state, cache included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    loops: int
+    prompt_tokens: int
+    cached_tokens: int
+    timings: Timings
+    state_bytes: int
+
+
+class TokenHistory:
+    """The tokens of one sequence, of which the first ``cached`` are in the cache."""
+
+    def __init__(self, runner: LoopRunner):
+        self._runner = runner
+        self.ids: list[int] = []
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose final keys and values are in the cache."""
+        return int(self._runner.state.lengths[0])
+
+    def shared_with(self, prompt: Sequence[int]) -> int:
+        """Cached tokens that ``prompt`` begins with; its last token never counts, since its logits are needed."""
+        limit = min(self.cached, len(prompt) - 1)
+        return next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
+
+    def become(self, prompt: Sequence[int], kept: int) -> None:
+        """Sets the history to ``prompt`` and forgets cached tokens beyond the first ``kept``."""
+        self._runner.state.truncate(kept)
+        self.ids = list(prompt)
+
+
+class GenerationStream(Iterator[str]):
+    """Pieces of an answer as they come; ``result`` after the last one, when ``on_end`` is called with it too.
+
+    Checks come before any computation: the constructor raises, and then nothing has changed.
+
+    Raises:
+        TokenError: an empty prompt or ids outside the vocabulary.
+        CapacityError: prompt and ``max_new_tokens`` do not fit.
+        ValueError: a number of loops that the state cannot run.
+    """
+
+    def __init__(
+        self,
+        runner: LoopRunner,
+        codec: TextCodec,
+        history: TokenHistory,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        on_end: Callable[["GenerationResult"], None],
+    ):
+        shape = runner.state.plan.shape
+        self._runner, self._history, self._config = runner, history, config
+        self._loops = shape.trained_loops if config.loops is None else config.loops
+        self._prompt = check_ids(prompt, shape).tolist()
+        # The last new token is never run, so it takes no row.
+        runner.state.require_total(len(self._prompt) + config.max_new_tokens - 1)
+        self._kept = history.shared_with(self._prompt)
+        runner.state.require_loops(self._loops, self._kept)
+        history.become(self._prompt, self._kept)
+        self._decoder, self._stops = codec.stream(), StopMatcher(config.stop)
+        self._pieces = self._run()
+        self._result: GenerationResult | None = None
+        self._text: list[str] = []
+        self._on_end = on_end
+
+    def __next__(self) -> str:
+        """The next piece of text, never empty."""
+        piece = next(self._pieces)
+        self._text.append(piece)
+        return piece
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer.
+
+        Raises:
+            RuntimeError: the stream has not ended yet.
+        """
+        if self._result is None:
+            raise RuntimeError("the stream has not ended: iterate it to the end before asking for its result")
+        return self._result
+
+    def _run(self) -> Iterator[str]:
+        sampler, history = Sampler(self._config), self._history
+        started = time.perf_counter()
+        logits = self._runner.prefill(self._prompt[self._kept :], self._loops)
+        prefilled = time.perf_counter()
+        new_ids: list[int] = []
+        finish: FinishReason = "length"
+        while True:
+            token = sampler.choose(logits, history.ids)
+            new_ids.append(token)
+            history.ids.append(token)
+            if token in self._config.stop_ids:
+                finish = "stop"
+                break
+            if piece := self._stops.push(self._decoder.push(token)):
+                yield piece
+            if self._stops.found is not None:
+                finish = "stop"
+                break
+            if len(new_ids) == self._config.max_new_tokens:
+                break
+            logits = self._runner.decode([token], self._loops)[0]
+        if piece := self._stops.flush():
+            yield piece
+        ended = time.perf_counter()
+        self._result = GenerationResult(
+            text="".join(self._text),
+            token_ids=tuple(new_ids),
+            finish_reason=finish,
+            loops=self._loops,
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self._kept,
+            timings=Timings(
+                prefill_seconds=prefilled - started,
+                prefill_tokens=len(self._prompt) - self._kept,
+                decode_seconds=ended - prefilled,
+                decode_tokens=len(new_ids) - 1,
+            ),
+            state_bytes=self._runner.state.nbytes,
+        )
+        self._on_end(self._result)

@@ -1,0 +1,159 @@
+"""``MeltModel``: a loaded bundle. The door through which applications come in."""
+
+from pathlib import Path
+from typing import Any
+
+from melt_runtime.contract import GRAPHS, GraphSpec
+from melt_runtime.errors import BundleError
+from melt_runtime.generate import GenerationResult, GenerationStream
+from melt_runtime.generation_config import GenerationConfig, read_generation_config
+from melt_runtime.loop import Sessions
+from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
+from melt_runtime.providers import Device, ProviderChoice, choose_provider, make_session
+from melt_runtime.session import Prompt, Session
+from melt_runtime.state import State, StatePlan
+from melt_runtime.text import TextCodec
+
+DEFAULT_CAPACITY = 2048
+
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
+
+
+class MeltModel:
+    """A bundle on a device, with one session of its own; ``new_session`` makes more over the same weights.
+
+    Attributes:
+        manifest: what the bundle says of itself.
+        provider: where it runs, and why.
+        defaults: the bundle's ``GenerationConfig``.
+        session: the one that ``generate`` and ``stream`` use.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        provider: ProviderChoice,
+        sessions: Sessions,
+        codec: TextCodec,
+        defaults: GenerationConfig,
+        plan: StatePlan,
+    ):
+        self.manifest = manifest
+        self.provider = provider
+        self.defaults = defaults
+        self._sessions = sessions
+        self._codec = codec
+        self._plan = plan
+        self.session = self.new_session()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        device: Device = "auto",
+        capacity: int = DEFAULT_CAPACITY,
+        chunk: int | None = None,
+        loops: int | None = None,
+        threads: int | None = None,
+    ) -> "MeltModel":
+        """Loads a bundle and allocates its state.
+
+        Args:
+            bundle: folder written by ``export.py``.
+            device: ``cpu``, ``cuda``, or ``auto``, which takes CUDA where it can run and says why in ``provider``.
+            capacity: tokens that prompt and answers of a session may take together.
+            chunk: tokens processed in parallel in prefill; default: as in training.
+            loops: cache sets of a LoopLM, the most loops it can run; default: as in training. MELT needs no such
+                number: its cache serves every depth.
+            threads: CPU threads inside an operator; default: one per physical core.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or not for this version.
+            ProviderError: the device cannot run here.
+            ValueError: a size outside its rule.
+        """
+        folder = Path(bundle)
+        manifest = read_manifest(folder)
+        plan = plan_state(manifest, capacity, chunk=chunk, loops=loops)
+        provider = choose_provider(device)
+        check_files(folder, manifest)
+        codec = TextCodec.read(folder)
+        defaults = read_generation_config(folder / GENERATION_CONFIG_NAME)
+        opened = {name: make_session(folder / f"{name}.onnx", provider, threads) for name in GRAPHS}
+        for name, session in opened.items():
+            _check_signature(name, session, manifest.graphs[name])
+        return cls(manifest, provider, Sessions(**opened), codec, defaults, plan)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the session's whole state; for MELT the same for every number of loops."""
+        return self.session.state.nbytes
+
+    def new_session(self) -> Session:
+        """A conversation with a state of its own, over the same weights."""
+        return Session(self._sessions, State(self._plan, self.provider.device), self._codec, self.defaults)
+
+    def reset(self) -> None:
+        """Forgets what the model's own session holds."""
+        self.session.reset()
+
+    def generate(
+        self, prompt: Prompt, config: GenerationConfig | None = None, raw: bool = False, **changes: Any
+    ) -> GenerationResult:
+        """Answers one prompt, from an empty cache.
+
+        Args:
+            prompt: a user's message, a list of messages, or token ids.
+            config: default: the bundle's.
+            raw: give a string to the model as it is, without the chat template.
+            **changes: single fields of ``GenerationConfig``, e.g. ``loops=2``.
+
+        Raises:
+            TokenError, CapacityError, ValueError: before anything is computed.
+        """
+        self.reset()
+        return self.session.generate(prompt, config, raw, **changes)
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, raw: bool = False, **changes: Any
+    ) -> GenerationStream:
+        """As ``generate``, piece by piece."""
+        self.reset()
+        return self.session.stream(prompt, config, raw, **changes)
+
+
+def plan_state(
+    manifest: Manifest, capacity: int, batch: int = 1, chunk: int | None = None, loops: int | None = None
+) -> StatePlan:
+    """Sizes of a state for a bundle, without allocating it.
+
+    Raises:
+        ValueError: a size outside its rule.
+    """
+    shape = manifest.model
+    return StatePlan(
+        shape=shape,
+        precision=manifest.precision,
+        batch=batch,
+        capacity=capacity,
+        # A prompt longer than the capacity does not fit, so neither does a chunk.
+        chunk=min(shape.trained_chunk, capacity) if chunk is None else chunk,
+        loops=shape.trained_loops if loops is None else loops,
+    )
+
+
+def _check_signature(name: str, session: Any, spec: GraphSpec) -> None:
+    """Compares a session's inputs and outputs with the contract."""
+    for side, actual, expected in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        found = {(value.name, value.type, tuple(value.shape)) for value in actual}
+        wanted = {(tensor.name, _ORT_TYPES[tensor.dtype], tensor.shape) for tensor in expected}
+        if found != wanted:
+            raise BundleError(f"{name}.onnx: {side} {sorted(map(str, found ^ wanted))} differ from the manifest")

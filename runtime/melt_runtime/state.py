@@ -1,0 +1,235 @@
+"""Everything that a step touches, allocated once: KV cache, latent state, hidden state, logits, ids, lengths.
+
+Its size is a function of batch, capacity, chunk and precision alone, never of the number of loops (MELT), or times the
+loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from melt_runtime.contract import ModelShape
+from melt_runtime.errors import CapacityError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """Sizes of a state, known before it is allocated.
+
+    Attributes:
+        shape: the model.
+        precision: ``float32`` or ``float16``.
+        batch: sequences B.
+        capacity: tokens S that the cache holds for each sequence.
+        chunk: most tokens C processed in parallel in prefill.
+        loops: cache sets of a LoopLM; a MELT state is the same for every value.
+    """
+
+    shape: ModelShape
+    precision: str
+    batch: int
+    capacity: int
+    chunk: int
+    loops: int
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            ValueError: a size below 1, or a capacity beyond the model's positions.
+        """
+        for name in ("batch", "capacity", "chunk", "loops"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.capacity > self.shape.max_positions:
+            raise ValueError(f"capacity must be at most {self.shape.max_positions} (max_positions), got {self.capacity}")
+
+    @property
+    def cache_sets(self) -> int:
+        """KV caches per layer: 1, or one for each loop."""
+        return self.loops if self.shape.cache_kind == "per_loop" else 1
+
+    @property
+    def rows(self) -> int:
+        """Tokens in flight at most: a prefill chunk of one sequence, or one token of each."""
+        return max(self.batch, self.chunk)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one key or value buffer, [B, Hk, S, dh]."""
+        return self.batch, self.shape.kv_heads, self.capacity, self.shape.head_dim
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape) * self._itemsize
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of everything else that a step touches."""
+        latents = self.shape.layers if self.shape.has_latent else 0
+        floats = self.rows * ((1 + latents) * self.shape.hidden_size + 1)
+        logits = 4 * self.batch * self.shape.vocab_size
+        loop_idx = 8 if self.shape.has_loop_idx else 0
+        ids = 8 * (self.batch + self.chunk)
+        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return self.cache_bytes + self.work_bytes
+
+    @property
+    def _itemsize(self) -> int:
+        return np.dtype(self.precision).itemsize
+
+
+class Buffer:
+    """A device tensor that stays where it is; slices of it are bound by address."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: Literal["cpu", "cuda"]):
+        self.dtype = np.dtype(dtype)
+        self.device = device
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, 0)
+        self.shape = shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def address(self, offset: int = 0) -> int:
+        """Address of the element ``offset`` (counted in elements, row-major)."""
+        return int(self.value.data_ptr()) + offset * self.dtype.itemsize
+
+    def write(self, values: Array) -> None:
+        """Copies ``values``, of the buffer's own shape and type, to the device."""
+        assert values.shape == self.shape and values.dtype == self.dtype
+        self.value.update_inplace(values)
+
+    def read(self) -> Array:
+        """Copy on the host; for verification and tests, never in a step."""
+        return np.array(self.value.numpy())
+
+
+class State:
+    """The buffers of one or more sequences, and how many tokens each holds.
+
+    Attributes:
+        plan: the sizes.
+        caches: ``caches[set][layer]`` is (keys, values), each [B, Hk, S, dh].
+        hidden: [rows, D].
+        latent: [N, rows, D], None where the gate has no latent state.
+        exit_logit: [rows].
+        logits: of each sequence's last token, [B, V] float32, on the host.
+        loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
+        lengths: tokens in the cache of each sequence, [B].
+        depth: loops that the cached tokens of a LoopLM went through, None while there are none.
+    """
+
+    def __init__(self, plan: StatePlan, device: Literal["cpu", "cuda"]):
+        shape, precision = plan.shape, plan.precision
+        self.plan = plan
+        self.device = device
+        self.caches = [
+            [
+                (Buffer(plan.cache_shape, precision, device), Buffer(plan.cache_shape, precision, device))
+                for _ in range(shape.layers)
+            ]
+            for _ in range(plan.cache_sets)
+        ]
+        self.hidden = Buffer((plan.rows, shape.hidden_size), precision, device)
+        latent_shape = (shape.layers, plan.rows, shape.hidden_size)
+        self.latent = Buffer(latent_shape, precision, device) if shape.has_latent else None
+        self.exit_logit = Buffer((plan.rows,), precision, device)
+        self.logits = Buffer((plan.batch, shape.vocab_size), "float32", "cpu")
+        self.step_ids = Buffer((plan.batch, 1), "int64", device)
+        self.step_last_row = Buffer((plan.batch,), "int32", device)
+        self.chunk_ids = Buffer((1, plan.chunk), "int64", device)
+        self.chunk_last_row = Buffer((1,), "int32", device)
+        self.total_length = Buffer((1,), "int32", "cpu")
+        self.loop_idx = Buffer((1,), "int64", device) if shape.has_loop_idx else None
+        self.depth: int | None = None
+        self.lengths = np.zeros(plan.batch, dtype=np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, counted buffer by buffer."""
+        buffers = [buffer for cache in self.caches for pair in cache for buffer in pair]
+        buffers += [self.hidden, self.exit_logit, self.logits, self.step_ids, self.step_last_row]
+        buffers += [self.chunk_ids, self.chunk_last_row, self.total_length]
+        buffers += [buffer for buffer in (self.latent, self.loop_idx) if buffer is not None]
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def room(self, sequence: int = 0) -> int:
+        """Tokens that ``sequence`` can still take."""
+        return self.plan.capacity - int(self.lengths[sequence])
+
+    def require_room(self, tokens: int, sequence: int = 0) -> None:
+        """Refuses what does not fit, before anything is written.
+
+        Raises:
+            CapacityError: fewer than ``tokens`` rows are left.
+        """
+        if tokens > self.room(sequence):
+            raise CapacityError(
+                f"{tokens} more tokens do not fit: capacity {self.plan.capacity}, in use "
+                f"{int(self.lengths[sequence])}; load with capacity={int(self.lengths[sequence]) + tokens} or more"
+            )
+
+    def require_total(self, tokens: int) -> None:
+        """Refuses a sequence that would not fit even in an empty cache.
+
+        Raises:
+            CapacityError: more than ``capacity`` tokens.
+        """
+        if tokens > self.plan.capacity:
+            raise CapacityError(
+                f"prompt and new tokens need {tokens} rows, the capacity is {self.plan.capacity}: load with "
+                f"capacity={tokens} or more, shorten the prompt, or lower max_new_tokens"
+            )
+
+    def require_loops(self, loops: int, kept: int) -> None:
+        """Refuses a depth that the state cannot run after ``kept`` cached tokens. MELT takes any, at any token.
+
+        Raises:
+            ValueError: below 1; for a LoopLM, more than it has caches, or another than its cached tokens had.
+        """
+        if loops < 1:
+            raise ValueError(f"loops must be at least 1, got {loops}")
+        if self.plan.shape.cache_kind == "shared":
+            return
+        if loops > self.plan.cache_sets:
+            raise ValueError(
+                f"loops must be at most {self.plan.cache_sets}, got {loops}: a LoopLM has one KV cache per loop; "
+                f"load with loops={loops}"
+            )
+        if kept and self.depth != loops:
+            raise ValueError(
+                f"loops must stay {self.depth} until reset, got {loops}: the tokens in a LoopLM's caches went through "
+                f"{self.depth} loops"
+            )
+
+    def advance(self, tokens: int, sequence: int, loops: int) -> None:
+        """Counts ``tokens``, which went through ``loops`` loops, as final."""
+        self.require_room(tokens, sequence)
+        self.lengths[sequence] += tokens
+        self.depth = loops
+
+    def truncate(self, tokens: int, sequence: int = 0) -> None:
+        """Forgets all but the first ``tokens`` tokens; rows beyond are never read, so nothing is cleared."""
+        assert 0 <= tokens <= self.lengths[sequence]
+        self.lengths[sequence] = tokens
+        if not self.lengths.any():
+            self.depth = None
+
+    def reset(self) -> None:
+        """Forgets all tokens of all sequences."""
+        for sequence in range(self.plan.batch):
+            self.truncate(0, sequence)
