@@ -150,5 +150,3 @@ def _probe_prompt(config: MeltConfig) -> list[int]:
     length = min(config.chunk_size + config.chunk_size // 2 + 1, config.max_position_embeddings // 2)
     draw = random.Random(0)
     return [draw.randrange(config.vocab_size) for _ in range(length)]
-
-

@@ -91,7 +91,12 @@ class LoopGraph(nn.Module):
     def _norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
         attributes = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
         return torch.onnx.ops.symbolic(
-            "SimplifiedLayerNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=1
+            "SimplifiedLayerNormalization",
+            (x, norm.weight),
+            attributes,
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
         )
 
     def _attention(

@@ -114,7 +114,13 @@ def _output_names(name: str, model: MeltCausalLM) -> tuple:
     if name == "head":
         return ("logits",)
     latents = _per_layer(model, "latent_out") if model.config.has_latent else []
-    return ("hidden_out", latents, _per_layer(model, "present_key"), _per_layer(model, "present_value"), "exit_logit")
+    return (
+        "hidden_out",
+        latents,
+        _per_layer(model, "present_key"),
+        _per_layer(model, "present_value"),
+        "exit_logit",
+    )
 
 
 def _flat(names: tuple) -> list[str]:

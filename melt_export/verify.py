@@ -90,7 +90,13 @@ class _Comparison:
 
     @torch.no_grad()
     def step(
-        self, reference: MeltCausalLM, runner: LoopRunner, cache: KVCache, ids: list[int], loops: int, phase: str
+        self,
+        reference: MeltCausalLM,
+        runner: LoopRunner,
+        cache: KVCache,
+        ids: list[int],
+        loops: int,
+        phase: str,
     ) -> Tensor:
         """Runs one chunk through both and compares after every loop; returns torch's logits of the last token, [V]."""
         start, state = cache.length, runner.state

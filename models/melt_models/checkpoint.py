@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from melt_models.configuration import MeltConfig
@@ -52,7 +53,7 @@ def read_config(folder: Path) -> MeltConfig:
         raise CheckpointError(f"{path}: model_type must be {MeltConfig.model_type!r}, got {model_type!r}")
     try:
         return MeltConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

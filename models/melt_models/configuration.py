@@ -74,9 +74,10 @@ class MeltConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"unknown configuration keys {unknown}: remove them or correct their spelling")
         super().__post_init__(**kwargs)
+        self._check_rules()
 
-    def validate_architecture(self):
-        """Checks every rule and reports all broken ones at once."""
+    def _check_rules(self) -> None:
+        """Reports all broken rules at once."""
         at_least_one = (
             "vocab_size",
             "hidden_size",
@@ -90,9 +91,7 @@ class MeltConfig(PreTrainedConfig):
             "chunk_size",
         )
         faults = [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in at_least_one
-            if getattr(self, name) < 1
+            f"{name} must be at least 1, got {getattr(self, name)}" for name in at_least_one if getattr(self, name) < 1
         ]
         if self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads:
             faults.append(

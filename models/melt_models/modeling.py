@@ -9,6 +9,7 @@ is then exactly a LoopLM layer.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,7 @@ class MeltPreTrainedModel(PreTrainedModel):
     config_class = MeltConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Layer"]
+    _no_split_modules: ClassVar = ["Layer"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -283,7 +284,7 @@ class MeltBackbone(MeltPreTrainedModel):
 class MeltCausalLM(MeltPreTrainedModel):
     """MELT, or LoopLM where ``config.gate_kind`` is ``none``, with its language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MeltConfig):
         super().__init__(config)

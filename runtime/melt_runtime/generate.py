@@ -71,9 +71,13 @@ class TokenHistory:
         return int(self._runner.state.lengths[0])
 
     def shared_with(self, prompt: Sequence[int]) -> int:
-        """Cached tokens that ``prompt`` begins with; its last token never counts, since its logits are needed."""
+        """Cached tokens that ``prompt`` begins with, in whole chunks.
+
+        The prompt's last token never counts, since its logits are needed.
+        """
         limit = min(self.cached, len(prompt) - 1)
-        return next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
+        shared = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
+        return self._runner.state.whole_chunks(shared)
 
     def become(self, prompt: Sequence[int], kept: int) -> None:
         """Sets the history to ``prompt`` and forgets cached tokens beyond the first ``kept``."""

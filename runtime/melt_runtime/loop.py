@@ -83,7 +83,7 @@ class LoopRunner:
         for start in range(0, len(tokens), chunk):
             piece = tokens[start : start + chunk]
             binding = self._chunk_binding(len(piece), sequence)
-            staged = np.zeros(state.chunk_ids.shape, dtype=np.int64)
+            staged: Array = np.zeros(state.chunk_ids.shape, dtype=np.int64)
             staged[0, : len(piece)] = piece
             state.chunk_ids.write(staged)
             end = int(state.lengths[sequence]) + len(piece)
@@ -92,7 +92,8 @@ class LoopRunner:
             self._run_loops(binding, loops, observe)
             state.advance(len(piece), sequence, loops)
         self.sessions.head.run_with_iobinding(binding.head)
-        return self._logits()[sequence]
+        logits: Array = self._logits()[sequence]
+        return logits
 
     def decode(self, ids: Sequence[int], loops: int, observe: Observer | None = None) -> Array:
         """Appends one token to every sequence of the batch; they may have different lengths.

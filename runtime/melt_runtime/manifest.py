@@ -185,11 +185,19 @@ def _check_values(manifest: Manifest) -> list[str]:
         faults.append(f"precision must be one of {', '.join(PRECISIONS)}, got {manifest.precision!r}")
     if not faults:
         expected = graph_specs(shape, manifest.precision)
-        faults += [f"graphs: {name} does not follow the contract" for name in GRAPHS if manifest.graphs.get(name) != expected[name]]
+        faults += [
+            f"graphs: {name} does not follow the contract"
+            for name in GRAPHS
+            if manifest.graphs.get(name) != expected[name]
+        ]
     for name in manifest.files:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or name != str(pure):
             faults.append(f"files: the path {name!r} leaves the bundle")
-    needed = [f"{name}.onnx" for name in GRAPHS] + [TOKENIZER_NAME, CHAT_TEMPLATE_NAME, GENERATION_CONFIG_NAME]
+    needed = [f"{name}.onnx" for name in GRAPHS] + [
+        TOKENIZER_NAME,
+        CHAT_TEMPLATE_NAME,
+        GENERATION_CONFIG_NAME,
+    ]
     faults += [f"files: {name} is not listed" for name in needed if name not in manifest.files]
     return faults

@@ -56,7 +56,7 @@ class MeltModel:
         cls,
         bundle: str | Path,
         device: Device = "auto",
-        capacity: int = DEFAULT_CAPACITY,
+        capacity: int | None = None,
         chunk: int | None = None,
         loops: int | None = None,
         threads: int | None = None,
@@ -66,7 +66,8 @@ class MeltModel:
         Args:
             bundle: folder written by ``export.py``.
             device: ``cpu``, ``cuda``, or ``auto``, which takes CUDA where it can run and says why in ``provider``.
-            capacity: tokens that prompt and answers of a session may take together.
+            capacity: tokens that prompt and answers of a session may take together; default: 2048, or as many
+                positions as the model has where those are fewer.
             chunk: tokens processed in parallel in prefill; default: as in training.
             loops: cache sets of a LoopLM, the most loops it can run; default: as in training. MELT needs no such
                 number: its cache serves every depth.
@@ -128,7 +129,7 @@ class MeltModel:
 
 
 def plan_state(
-    manifest: Manifest, capacity: int, batch: int = 1, chunk: int | None = None, loops: int | None = None
+    manifest: Manifest, capacity: int | None = None, batch: int = 1, chunk: int | None = None, loops: int | None = None
 ) -> StatePlan:
     """Sizes of a state for a bundle, without allocating it.
 
@@ -136,6 +137,7 @@ def plan_state(
         ValueError: a size outside its rule.
     """
     shape = manifest.model
+    capacity = min(DEFAULT_CAPACITY, shape.max_positions) if capacity is None else capacity
     return StatePlan(
         shape=shape,
         precision=manifest.precision,

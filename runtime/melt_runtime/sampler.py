@@ -40,7 +40,7 @@ def penalize(logits: Array, context: Sequence[int], penalty: float) -> Array:
     if penalty == 1 or not context:
         return logits
     seen = np.unique(np.asarray(context))
-    scores = logits.copy()
+    scores: Array = logits.copy()
     scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     return scores
 
@@ -57,6 +57,6 @@ def filtered_probabilities(logits: Array, config: GenerationConfig) -> Array:
         before = np.cumsum(probabilities) - probabilities  # the token that crosses top_p stays
         probabilities[before >= config.top_p] = 0
     probabilities[probabilities < config.min_p * probabilities[0]] = 0
-    result = np.empty_like(probabilities)
+    result: Array = np.empty_like(probabilities)
     result[order] = probabilities / probabilities.sum()
     return result

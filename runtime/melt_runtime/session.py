@@ -64,7 +64,7 @@ class Session:
         chat = self._as_chat(prompt, raw)
         if chat is None:
             more = self._codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            ids = [*self._history.ids, *more] if more else []  # type: ignore[list-item]
+            ids = [*self._history.ids, *more] if more else []
         else:
             ids = self._codec.encode(self._codec.render(chat))
 

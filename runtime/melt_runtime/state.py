@@ -48,7 +48,9 @@ class StatePlan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.capacity > self.shape.max_positions:
-            raise ValueError(f"capacity must be at most {self.shape.max_positions} (max_positions), got {self.capacity}")
+            raise ValueError(
+                f"capacity must be at most {self.shape.max_positions} (max_positions), got {self.capacity}"
+            )
 
     @property
     def cache_sets(self) -> int:
@@ -78,7 +80,8 @@ class StatePlan:
         logits = 4 * self.batch * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
         ids = 8 * (self.batch + self.chunk)
-        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2)
+        bookkeeping = self.batch * (8 + self.capacity)
+        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2) + bookkeeping
 
     @property
     def total_bytes(self) -> int:
@@ -110,7 +113,7 @@ class Buffer:
 
     def write(self, values: Array) -> None:
         """Copies ``values``, of the buffer's own shape and type, to the device."""
-        assert values.shape == self.shape and values.dtype == self.dtype
+        assert (values.shape, values.dtype) == (self.shape, self.dtype)
         self.value.update_inplace(values)
 
     def read(self) -> Array:
@@ -130,6 +133,7 @@ class State:
         logits: of each sequence's last token, [B, V] float32, on the host.
         loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
         lengths: tokens in the cache of each sequence, [B].
+        starts: where a chunk of each sequence began, [B, S] bool, on the host.
         depth: loops that the cached tokens of a LoopLM went through, None while there are none.
     """
 
@@ -157,6 +161,7 @@ class State:
         self.loop_idx = Buffer((1,), "int64", device) if shape.has_loop_idx else None
         self.depth: int | None = None
         self.lengths = np.zeros(plan.batch, dtype=np.int64)
+        self.starts = np.zeros((plan.batch, plan.capacity), dtype=np.bool_)
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +170,7 @@ class State:
         buffers += [self.hidden, self.exit_logit, self.logits, self.step_ids, self.step_last_row]
         buffers += [self.chunk_ids, self.chunk_last_row, self.total_length]
         buffers += [buffer for buffer in (self.latent, self.loop_idx) if buffer is not None]
-        return sum(buffer.nbytes for buffer in buffers)
+        return sum(buffer.nbytes for buffer in buffers) + self.lengths.nbytes + self.starts.nbytes
 
     def room(self, sequence: int = 0) -> int:
         """Tokens that ``sequence`` can still take."""
@@ -217,15 +222,26 @@ class State:
             )
 
     def advance(self, tokens: int, sequence: int, loops: int) -> None:
-        """Counts ``tokens``, which went through ``loops`` loops, as final."""
+        """Counts ``tokens``, one chunk that went through ``loops`` loops, as final."""
         self.require_room(tokens, sequence)
+        self.starts[sequence, self.lengths[sequence]] = True
         self.lengths[sequence] += tokens
         self.depth = loops
+
+    def whole_chunks(self, tokens: int, sequence: int = 0) -> int:
+        """Most cached tokens, up to ``tokens``, that end where a chunk ends.
+
+        Kept whole, chunks divide a continued sequence as they would divide it from the start, so the numbers are equal.
+        """
+        if tokens == self.lengths[sequence]:
+            return tokens
+        return int(np.flatnonzero(self.starts[sequence, : tokens + 1])[-1])
 
     def truncate(self, tokens: int, sequence: int = 0) -> None:
         """Forgets all but the first ``tokens`` tokens; rows beyond are never read, so nothing is cleared."""
         assert 0 <= tokens <= self.lengths[sequence]
         self.lengths[sequence] = tokens
+        self.starts[sequence, tokens:] = False
         if not self.lengths.any():
             self.depth = None
 

@@ -61,14 +61,14 @@ class TextCodec:
         """The chat as the model was trained to see it, up to where the answer begins.
 
         Raises:
-            TokenError: no message, an empty one, a role that the template does not know, or no template at all.
+            TokenError: no message, an empty one of the user's, a role unknown to the template, or no template at all.
         """
         if self._template is None:
             raise TokenError("this bundle has no chat template: pass raw=True to give the text as it is")
         if not messages:
             raise TokenError("messages must hold at least one message")
         for number, message in enumerate(messages):
-            if not message["content"].strip():
+            if message["role"] == "user" and not message["content"].strip():
                 raise TokenError(f"messages[{number}]: the content is empty")
         try:
             return self._template.render(messages=messages, add_generation_prompt=True)

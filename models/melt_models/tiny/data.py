@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from melt_models.tiny.task import Problem
+from melt_models.tiny.task import DOMAINS, Problem
 from melt_models.tiny.tokenizer import PAD
 
 IGNORED = -100
@@ -22,28 +22,31 @@ class Batch:
         input_ids: [B, L] int64.
         targets: the token that should follow position i at loop t, ``IGNORED`` outside answers, [T, B, L] int64.
             At loop t the right answer is what min(t, hops) steps find, so that every depth learns to answer.
-        hops: hop count where the answer's name should follow, 0 elsewhere, [B, L] int64.
+        subjects: at the second name of each fact the first one, ``IGNORED`` elsewhere, [B, L] int64.
+        is_name: where the answer's name should follow, [B, L] bool.
+        hops: hop count of the question there, [B, L] int64.
     """
 
     input_ids: Tensor
     targets: Tensor
+    subjects: Tensor
+    is_name: Tensor
     hops: Tensor
 
 
 class Encoder:
-    """Turns problems into batches with one tokenizer; remembers the ids of every sentence it has seen."""
+    """Turns problems into batches with melt-tiny's tokenizer, in which every name is one token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
         self.pad_id = int(tokenizer.convert_tokens_to_ids(PAD))
-        self._answer_ids: dict[str, list[int]] = {}
+        names = {name for domain in DOMAINS for name in domain.entities}
+        self._answer_ids = {name: int(tokenizer.encode(name)[0]) for name in names}
+        self._name_ids = frozenset(self._answer_ids.values())
 
     def answer_id(self, name: str) -> int:
         """The one token of a name."""
-        if name not in self._answer_ids:
-            self._answer_ids[name] = self.tokenizer.encode(name)
-        (token,) = self._answer_ids[name]
-        return token
+        return self._answer_ids[name]
 
     def batch(self, problems: list[Problem], loops: int) -> Batch:
         """Encodes ``problems`` with targets for ``loops`` loops."""
@@ -52,15 +55,21 @@ class Encoder:
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_id)
         targets = torch.full((loops, len(rows), length), IGNORED)
+        subjects = torch.full((len(rows), length), IGNORED)
+        is_name = torch.zeros((len(rows), length), dtype=torch.bool)
         hops = torch.zeros((len(rows), length), dtype=torch.long)
         for row, (ids, problem) in enumerate(zip(rows, problems, strict=True)):
             input_ids[row, : len(ids)] = torch.tensor(ids)
+            names = [place for place, token in enumerate(ids) if token in self._name_ids]
+            pairs = names[: 2 * problem.facts.count(".")]  # every fact names its subject, then what follows it
+            subjects[row, pairs[1::2]] = input_ids[row, pairs[::2]]
             ends = [place for place, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
             for end, question in zip(ends, problem.questions, strict=True):
                 before = end - ANSWER_TOKENS  # the position whose next token is the answer's name
+                is_name[row, before] = True
                 hops[row, before] = question.hops
                 targets[:, row, before + 1 : end] = torch.tensor(ids[before + 2 : end + 1])
                 for loop_idx in range(loops):
-                    found = question.steps[min(loop_idx + 1, question.hops) - 1]
+                    found = question.path[min(loop_idx + 1, question.hops)]
                     targets[loop_idx, row, before] = self.answer_id(found)
-        return Batch(input_ids, targets, hops)
+        return Batch(input_ids, targets, subjects, is_name, hops)

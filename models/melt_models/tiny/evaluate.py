@@ -50,7 +50,7 @@ def exact_match(
             states, _ = model.model(
                 batch.input_ids, depth, chunk_size or model.config.chunk_size, KVCache(model.config)
             )
-            rows, places = batch.hops.nonzero(as_tuple=True)
+            rows, places = batch.is_name.nonzero(as_tuple=True)
             exact = torch.ones(len(rows), dtype=torch.bool)
             for offset in range(ANSWER_TOKENS):
                 chosen = model.lm_head(states[-1][rows, places + offset]).argmax(-1)

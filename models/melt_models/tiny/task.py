@@ -5,6 +5,7 @@ what stands 1 to 4 steps further. Each step depends on the one before. Knows not
 """
 
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -13,14 +14,13 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 FACTS = (8, 12)
 HELD_OUT_FRACTION = 1 / 16
 
-PEOPLE = tuple(
-    "Ana Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kara Liam Mona Nils Olga Paul Quinn Rosa Sven Tara "
-    "Uma Vera Wim Xena Yara Zack Amir Bela Carl Dora Emil Faye Greg Hana Ivan Jana Kurt Lena Marc Nora".split()
-)
-CITIES = tuple(
-    "Oslo Rome Paris Lima Cairo Delhi Tokyo Quito Dakar Milan Turin Lyon Bern Riga Porto Kyoto Perth Boston "
-    "Dublin Vienna Prague Madrid Zagreb Athens Lisbon Berlin Munich Geneva Naples Havana".split()
-)
+_PEOPLE = """\
+Ana Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kara Liam Mona Nils Olga Paul Quinn Rosa Sven Tara
+Uma Vera Wim Xena Yara Zack Amir Bela Carl Dora Emil Faye Greg Hana Ivan Jana Kurt Lena Marc Nora"""
+_CITIES = """\
+Oslo Rome Paris Lima Cairo Delhi Tokyo Quito Dakar Milan Turin Lyon Bern Riga Porto Kyoto Perth Boston
+Dublin Vienna Prague Madrid Zagreb Athens Lisbon Berlin Munich Geneva Naples Havana"""
+PEOPLE, CITIES = tuple(_PEOPLE.split()), tuple(_CITIES.split())
 ROOMS = tuple(str(number) for number in range(10, 70))
 
 
@@ -42,31 +42,34 @@ DOMAINS = (
     Domain(
         "work",
         PEOPLE,
-        ("{x} reports to {y}.", "{y} is the boss of {x}."),
+        ("{x} reports to {y}.", "{x} works for {y}."),
         ("Who is {n} level{s} above {x}?", "Start with {x} and go up {n} level{s}. Who is it?"),
     ),
     Domain(
         "family",
         PEOPLE,
-        ("{x} is a child of {y}.", "{y} is a parent of {x}."),
+        ("{x} is a child of {y}.", "The parent of {x} is {y}."),
         ("Who is {n} generation{s} before {x}?", "Start with {x} and go back {n} generation{s}. Who is it?"),
     ),
     Domain(
         "route",
         CITIES,
-        ("The train from {x} goes to {y}.", "After {x} the next stop is {y}."),
+        ("The train from {x} goes to {y}.", "After {x} comes {y}."),
         ("Where are you {n} stop{s} after {x}?", "You leave {x} and ride {n} stop{s}. Where are you?"),
     ),
     Domain(
         "rooms",
         ROOMS,
-        ("Room {x} leads to room {y}.", "The door of room {x} opens into room {y}."),
-        ("Which room is {n} door{s} after room {x}?", "Start in room {x} and take {n} door{s}. Which room is it?"),
+        ("Room {x} leads to room {y}.", "A door in room {x} opens into room {y}."),
+        (
+            "Which room is {n} door{s} after room {x}?",
+            "Start in room {x} and take {n} door{s}. Which room is it?",
+        ),
     ),
     Domain(
         "ball",
         PEOPLE,
-        ("{x} passes the ball to {y}.", "{y} gets the ball from {x}."),
+        ("{x} passes the ball to {y}.", "{x} throws the ball to {y}."),
         ("Who has the ball {n} pass{s} after {x}?", "{x} has the ball. Who has it after {n} pass{s}?"),
         plural="es",
     ),
@@ -75,20 +78,20 @@ DOMAINS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what each step of it finds: ``steps[k]`` is the answer after ``k + 1`` hops."""
+    """A question and the way to its answer: ``path[k]`` is what ``k`` steps from the start find."""
 
     text: str
-    steps: tuple[str, ...]
+    path: tuple[str, ...]
 
     @property
     def hops(self) -> int:
         """Number of dependent steps."""
-        return len(self.steps)
+        return len(self.path) - 1
 
     @property
     def answer(self) -> str:
         """What the last step finds."""
-        return self.steps[-1]
+        return self.path[-1]
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def make_problem(
     rng: random.Random,
     held_out: bool,
     questions: int = 8,
-    max_hops: int = MAX_HOPS,
+    hops: tuple[int, int] = (1, MAX_HOPS),
     facts: tuple[int, int] = FACTS,
+    wordings: int | None = None,
 ) -> Problem:
     """Draws one problem.
 
@@ -128,17 +132,18 @@ def make_problem(
         rng: source of randomness; the same state gives the same problem.
         held_out: draw from the chains kept from training, or from the others.
         questions: how many questions are asked.
-        max_hops: questions have 1 to ``max_hops`` hops, evenly drawn.
-        facts: fewest and most facts; at least ``max_hops``.
+        hops: fewest and most hops of a question, evenly drawn; 0 asks for the start itself.
+        facts: fewest and most facts, at least as many as hops.
+        wordings: use only the first so many wordings of facts and of questions; default: all.
     """
     domain = rng.choice(DOMAINS)
     while True:
         links = _draw_links(rng, domain, rng.randint(*facts))
         if is_held_out(domain.name, links) == held_out:
             break
-    sentences = [rng.choice(domain.facts).format(x=x, y=y) for x, y in links.items()]
+    sentences = [rng.choice(domain.facts[:wordings]).format(x=x, y=y) for x, y in links.items()]
     rng.shuffle(sentences)
-    asked = tuple(_ask(rng, domain, links, rng.randint(1, max_hops)) for _ in range(questions))
+    asked = tuple(_ask(rng, domain, links, rng.randint(*hops), wordings) for _ in range(questions))
     return Problem(domain.name, " ".join(sentences), asked)
 
 
@@ -146,7 +151,7 @@ def _draw_links(rng: random.Random, domain: Domain, facts: int) -> dict[str, str
     """Draws links without a cycle: a trunk long enough for every hop count, then branches and new chains."""
     names = rng.sample(domain.entities, 2 * facts)
     trunk = names[: rng.randint(min(MAX_HOPS, facts), min(2 * MAX_HOPS, facts)) + 1]
-    links = dict(zip(trunk, trunk[1:], strict=False))
+    links = dict(itertools.pairwise(trunk))
     unused, placed = names[len(trunk) :], list(trunk)
     while len(links) < facts:
         source = unused.pop()
@@ -156,13 +161,11 @@ def _draw_links(rng: random.Random, domain: Domain, facts: int) -> dict[str, str
     return links
 
 
-def _ask(rng: random.Random, domain: Domain, links: dict[str, str], hops: int) -> Question:
-    paths = [path for start in links if len(path := _walk(links, start, hops)) == hops + 1]
-    start, *steps = rng.choice(paths)
-    text = rng.choice(domain.questions).format(
-        x=start, n=NUMBER_WORDS[hops], s="" if hops == 1 else domain.plural
-    )
-    return Question(text, tuple(steps))
+def _ask(rng: random.Random, domain: Domain, links: dict[str, str], hops: int, wordings: int | None) -> Question:
+    path = rng.choice([path for start in links if len(path := _walk(links, start, hops)) == hops + 1])
+    plural = "" if hops == 1 else domain.plural
+    text = rng.choice(domain.questions[:wordings]).format(x=path[0], n=NUMBER_WORDS[hops], s=plural)
+    return Question(text, tuple(path))
 
 
 def _walk(links: dict[str, str], start: str, hops: int) -> list[str]:

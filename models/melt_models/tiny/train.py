@@ -1,68 +1,100 @@
-"""Trains melt-tiny from a seed, chunk by chunk, with a curriculum over loops.
+"""Trains melt-tiny from a seed, chunk by chunk, with a curriculum.
 
-    python -m melt_models.tiny.train --out models/melt-tiny
+    python -m melt_models.tiny.train --out build/melt-tiny-training
 
-Each stage allows one loop and one hop more. The target of loop t is the answer after min(t, hops) steps, so every
-depth learns to answer. Depth and chunk size vary from step to step: the cache then holds final states of any depth.
+Each stage asks for more: longer contexts, more wordings, one loop and one hop more. The target of loop t is the answer
+after min(t, hops) steps, so every depth learns to answer. Depth and chunk size vary from step to step: the cache then
+holds final states of any depth. Two crutches make the first loop's lookup appear in minutes instead of hours and are
+then taken away: questions of 0 hops ("who is zero levels above Ana?") teach the model to find the start of a question,
+and the recall loss to know, at the end of a fact, whom it is about.
+
+Every stage has a random state and optimizers of its own and ends in a checkpoint: stopped and started again, training
+goes on after the last finished stage, to the same result. The checkpoint of the last stage is melt-tiny.
 """
 
 import argparse
+import json
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from melt_models.checkpoint import load_checkpoint
 from melt_models.configuration import MeltConfig
-from melt_models.modeling import KVCache, MeltCausalLM
+from melt_models.modeling import GateLinear, KVCache, MeltCausalLM
 from melt_models.tiny.data import IGNORED, Batch, Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
+from melt_models.tiny.task import FACTS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
+
+BRANCH_SCALE = 0.3
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum; it ends when enough answers are right, or after ``most_steps``.
+
+    Attributes:
+        loops: most loops.
+        hops: fewest and most hops of a question.
+        facts: fewest and most facts of a context.
+        wordings: how many of a domain's wordings are used.
+        chunks: chunk sizes drawn from, tokens; the largest holds a whole context.
+        goal: moving average of right answers, at the last loop and in training, that ends the stage.
+        most_steps: steps at most.
+        recall: weight of the loss that asks, at the end of each fact, whom the fact is about.
+        falling: learning rates fall to zero over ``most_steps``.
+    """
+
+    loops: int
+    hops: tuple[int, int]
+    facts: tuple[int, int]
+    wordings: int
+    chunks: tuple[int, ...]
+    goal: float
+    most_steps: int
+    recall: float = 0.0
+    falling: bool = False
+
+
+NEVER = 2.0
+WHOLE, MIXED = (384,), (32, 64, 384)
+STAGES = (
+    Stage(1, (0, 1), (2, 4), 1, WHOLE, 0.62, 600, recall=1.0),
+    Stage(1, (1, 1), (2, 4), 1, WHOLE, 0.94, 2500, recall=1.0),
+    Stage(1, (0, 1), (3, 8), 2, WHOLE, 0.96, 2000, recall=1.0),
+    Stage(1, (0, 1), FACTS, 2, WHOLE, 0.96, 1500, recall=1.0),
+    Stage(2, (0, 2), FACTS, 2, WHOLE, 0.95, 1500),
+    Stage(3, (0, 3), FACTS, 2, WHOLE, 0.94, 1500),
+    Stage(4, (1, 4), FACTS, 2, MIXED, 0.93, 1500),
+    Stage(4, (1, 4), FACTS, 2, MIXED, NEVER, 3000, falling=True),
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result besides the code.
+    """Everything that decides the result besides the stages and the code.
 
     Attributes:
-        stage_steps: steps of stage 1, 2, ... ; stage k runs up to k loops on up to k hops.
-        chunks: chunk sizes drawn from, tokens; the largest holds a whole context.
-        decay: fraction of all steps over which the learning rate falls to zero at the end.
+        matrix_rate: learning rate of Muon for the layers' matrices.
+        other_rate: learning rate of AdamW for embeddings, norms and gates.
+        warmup: steps at the start of a stage over which the rates rise.
     """
 
     seed: int = 0
-    stage_steps: tuple[int, ...] = (1000, 700, 700, 3600)
-    batch: int = 64
+    batch: int = 16
     questions: int = 8
-    chunks: tuple[int, ...] = (16, 64, 256)
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warmup: int = 100
-    decay: float = 0.4
+    matrix_rate: float = 0.01
+    other_rate: float = 2e-3
+    warmup: int = 50
     gradient_clip: float = 1.0
-
-    @property
-    def steps(self) -> int:
-        """Steps in all."""
-        return sum(self.stage_steps)
-
-    def rate(self, step: int) -> float:
-        """Learning rate at ``step``: warm-up, constant, linear decay."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
-
-    def stage(self, step: int) -> int:
-        """Loops and hops allowed at ``step``."""
-        for number, length in enumerate(self.stage_steps, start=1):
-            if step < length:
-                return number
-            step -= length
-        return len(self.stage_steps)
 
 
 def tiny_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltConfig:
@@ -72,11 +104,12 @@ def tiny_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltCo
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=4096,
         initializer_range=0.1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
@@ -86,68 +119,135 @@ def tiny_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltCo
     )
 
 
-def loss_per_loop(model: MeltCausalLM, batch: Batch, loops: int, chunk_size: int) -> Tensor:
-    """Cross entropy at the answers after each loop, [loops]."""
+def losses_of(model: MeltCausalLM, batch: Batch, loops: int, chunk_size: int, recall: float) -> tuple[Tensor, float]:
+    """Mean loss over the loops at the answers, and the fraction of names right after the last loop.
+
+    With ``recall``, the loss of naming a fact's subject at its end, after the first loop, is added with that weight.
+    """
     states, _ = model.model(batch.input_ids, loops, chunk_size, KVCache(model.config))
     rows, places = (batch.targets[0] != IGNORED).nonzero(as_tuple=True)
-    return torch.stack(
-        [
-            F.cross_entropy(model.lm_head(state[rows, places]), batch.targets[loop_idx, rows, places])
-            for loop_idx, state in enumerate(states)
-        ]
-    )
+    loss = torch.zeros(())
+    for loop_idx, state in enumerate(states):
+        targets = batch.targets[loop_idx, rows, places]
+        logits = model.lm_head(state[rows, places])
+        loss = loss + F.cross_entropy(logits, targets) / loops
+    if recall:
+        ends, at = (batch.subjects != IGNORED).nonzero(as_tuple=True)
+        subjects = model.lm_head(states[0][ends, at])
+        loss = loss + recall * F.cross_entropy(subjects, batch.subjects[ends, at])
+    right = (logits.argmax(-1) == targets)[batch.is_name[rows, places]].float().mean().item()
+    return loss, right
 
 
-def train(recipe: Recipe, out: Path) -> MeltCausalLM:
-    """Trains, saving to ``out`` after every stage and at the end."""
-    torch.manual_seed(recipe.seed)
-    rng = random.Random(recipe.seed)
-    tokenizer = build_tokenizer(recipe.seed)
-    encoder = Encoder(tokenizer)
-    model = MeltCausalLM(tiny_config(len(tokenizer), encoder.pad_id, tokenizer.eos_token_id))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
-    tokens, started = 0, time.perf_counter()
-    progress = tqdm(range(recipe.steps), unit="step", mininterval=10)
-    for step in progress:
-        stage = recipe.stage(step)
+Optimizers = list[tuple[torch.optim.Optimizer, float]]
+"""Optimizers with their full learning rates."""
+
+
+class Trainer:
+    """One run: the model goes from stage to stage."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.tokenizer = build_tokenizer(recipe.seed)
+        self.encoder = Encoder(self.tokenizer)
+        torch.manual_seed(recipe.seed)
+        self.model = new_model(tiny_config(len(self.tokenizer), self.encoder.pad_id, self.tokenizer.eos_token_id))
+
+    def run(self) -> None:
+        """Every stage that has not been finished yet.
+
+        Raises:
+            SystemExit: ``out`` holds stages of another recipe.
+        """
+        for index, stage in enumerate(STAGES):
+            folder = self.out / f"stage-{index + 1}"
+            settings = {"recipe": asdict(self.recipe), "stage": asdict(stage)}
+            record = json.loads(json.dumps(settings))  # as it will be read back
+            if (folder / RECORD).is_file():
+                if json.loads((folder / RECORD).read_text())["settings"] != record:
+                    raise SystemExit(f"error: {folder} was made by another recipe: remove it or choose another --out")
+                self.model = load_checkpoint(folder)
+                print(f"stage {index + 1} was finished before: {folder}")
+                continue
+            measured = self.run_stage(index, stage)
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / RECORD).write_text(json.dumps({"settings": record, "measured": measured}, indent=2) + "\n")
+
+    def run_stage(self, index: int, stage: Stage) -> dict[str, float]:
+        """Steps until the goal is met; returns steps, tokens and minutes."""
+        rng = random.Random(1000 * self.recipe.seed + index)
+        optimizers = make_optimizers(self.model.train(), self.recipe)
+        average, tokens, started = 0.0, 0, time.perf_counter()
+        progress = tqdm(range(stage.most_steps), desc=f"stage {index + 1}", unit="step", mininterval=10)
+        for step in progress:
+            rate = min(1.0, (step + 1) / self.recipe.warmup)
+            if stage.falling:
+                rate = min(rate, 1 - step / stage.most_steps)
+            loss, right, count = self.step(stage, rng, optimizers, rate)
+            average += (right - average) * 0.02
+            tokens += count
+            seconds = time.perf_counter() - started
+            if step % 10 == 0:
+                progress.set_postfix_str(f"loss {loss:.3f} right {average:.3f} {tokens / seconds:.0f} tokens/s")
+            if average >= stage.goal:
+                break
+        progress.close()
+        table = format_table(exact_match(self.model.eval(), self.encoder, problems=64))
+        print(f"stage {index + 1}: {step + 1} steps, {tokens} tokens, {seconds / 60:.1f} minutes\n{table}", flush=True)
+        return {"steps": step + 1, "tokens": tokens, "minutes": round(seconds / 60, 1)}
+
+    def step(self, stage: Stage, rng: random.Random, optimizers: Optimizers, rate: float) -> tuple[float, float, int]:
+        """One optimizer step; returns loss, fraction of right names, and tokens."""
         # Half of the steps at full depth, the others at a shallower one.
-        loops = stage if rng.random() < 0.5 else rng.randint(1, stage)
-        batch = encoder.batch(training_problems(rng, recipe.batch, recipe.questions, stage), loops)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        losses = loss_per_loop(model, batch, loops, rng.choice(recipe.chunks))
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-        optimizer.step()
-        tokens += batch.input_ids.numel()
-        if step % 10 == 0:
-            rate = tokens / (time.perf_counter() - started)
-            progress.set_postfix_str(f"stage {stage} loss {losses.mean():.3f} {rate:.0f} tokens/s")
-        if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
-            model.eval()
-            table = exact_match(model, encoder, problems=64)
-            tqdm.write(f"step {step + 1}, stage {stage}\n{format_table(table)}")
-            model.train().save_pretrained(out)
-            tokenizer.save_pretrained(out)
+        loops = stage.loops if rng.random() < 0.5 else rng.randint(1, stage.loops)
+        problems = [
+            make_problem(rng, False, self.recipe.questions, stage.hops, stage.facts, stage.wordings)
+            for _ in range(self.recipe.batch)
+        ]
+        batch = self.encoder.batch(problems, loops)
+        loss, right = losses_of(self.model, batch, loops, rng.choice(stage.chunks), stage.recall)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
+        for optimizer, full_rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * full_rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item(), right, batch.input_ids.numel()
+
+
+def new_model(config: MeltConfig) -> MeltCausalLM:
+    """Random weights; a layer's branches start as large as the embeddings, so as not to drown a token's identity."""
+    model = MeltCausalLM(config)
+    for layer in model.model.layers:
+        nn.init.constant_(layer.input_layernorm_2.weight, BRANCH_SCALE)
+        nn.init.constant_(layer.post_attention_layernorm_2.weight, BRANCH_SCALE)
     return model
 
 
+def make_optimizers(model: MeltCausalLM, recipe: Recipe) -> Optimizers:
+    """Muon for the layers' matrices, AdamW for embeddings, norms and gates."""
+    matrices = [
+        module.weight
+        for module in model.model.layers.modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, GateLinear)
+    ]
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [
+        (torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.0), recipe.matrix_rate),
+        (torch.optim.AdamW(others, lr=recipe.other_rate, weight_decay=0.0, betas=(0.9, 0.98)), recipe.other_rate),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Trains with the default recipe."""
+    """Trains with the default recipe; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint of every stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
     args = parser.parse_args(argv)
-    train(Recipe(seed=args.seed), args.out)
+    Trainer(Recipe(seed=args.seed), args.out).run()
     return 0
 
 

@@ -1,0 +1,45 @@
+# Every target sets itself up: a virtual environment of the project's own, made once and reused.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# onnxruntime-gpu (extra `cuda`) exists for Linux and Windows on x86-64 and runs on the CPU too; elsewhere: `cpu`.
+RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,cpu)
+QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
+            Gina reports to Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
+
+.PHONY: demo test check setup melt-tiny clean
+
+## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
+demo: $(VENV)/ready
+	rm -rf build/demo
+	$(BIN)/python export.py models/melt-tiny --out build/demo/melt-tiny
+	@for loops in 1 2 3 4; do \
+		echo; echo "loops $$loops: $(strip $(QUESTION))"; \
+		$(BIN)/melt generate build/demo/melt-tiny "$(strip $(QUESTION))" --loops $$loops --device cpu || exit 1; \
+	done
+	@echo; $(BIN)/melt plan build/demo/melt-tiny
+
+## test: the whole suite
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+## check: format, lint, types
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+## melt-tiny: train the reference model again from its seed (about an hour on 2 cores)
+melt-tiny: $(VENV)/ready
+	$(BIN)/python -m melt_models.tiny.train --out build/melt-tiny-retrained
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),dev]'
+	touch $@
+
+clean:
+	rm -rf build

@@ -1,0 +1,231 @@
+"""Command line ``melt``: generate, chat, info, plan, doctor. Knows only the public API."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from melt_runtime.errors import MeltError
+from melt_runtime.generation_config import GenerationConfig
+
+_DESCRIPTION = """\
+Run MELT looped language models through ONNX Runtime. Depth (--loops) is a knob: more loops, more steps of reasoning,
+in the same memory.
+"""
+_EPILOG = """\
+examples:
+  melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
+  melt generate build/melt-tiny "..." --loops 1       answer with less depth
+  melt chat build/melt-tiny                           several turns, the past is not recomputed
+  melt plan build/melt-tiny --capacity 32768 --plot plan.png
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failure, 2 for wrong usage."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = args.command
+    try:
+        command(args)
+    except (MeltError, ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="melt",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = _add(commands, "generate", _generate, "answer one prompt", bundle=True)
+    generate.add_argument("prompt", help="a user's message; '-' reads standard input")
+    generate.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    generate.add_argument("--quiet", action="store_true", help="print the text only, no costs on standard error")
+    _add_generation_options(generate)
+
+    chat = _add(commands, "chat", _chat, "talk in turns; /reset forgets, /quit ends", bundle=True)
+    _add_generation_options(chat)
+
+    info = _add(commands, "info", _info, "what a bundle holds, and its parity report", bundle=True)
+    info.add_argument("--graphs", action="store_true", help="list every input and output of the graphs")
+
+    plan = _add(commands, "plan", _plan, "exact bytes of weights and state, before loading", bundle=True)
+    plan.add_argument("--capacity", type=int, help="tokens per sequence (default: 2048, or the model's most)")
+    plan.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    plan.add_argument("--loops", type=int, help="depth (default: as trained)")
+    plan.add_argument("--plot", type=Path, metavar="FILE.png", help="draw state against loops")
+
+    _add(commands, "doctor", _doctor, "what this machine can run, and what CUDA would lack", bundle=False)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    text: str,
+    bundle: bool,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if bundle:
+        parser.add_argument("bundle", type=Path, help="folder written by export.py")
+    return parser
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    defaults = GenerationConfig()
+    parser.add_argument("--loops", type=int, help="depth T (default: as trained)")
+    parser.add_argument("--max-new-tokens", type=int, help=f"default: {defaults.max_new_tokens}")
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy (default: {defaults.temperature})")
+    parser.add_argument("--top-k", type=int, help=f"0 keeps all (default: {defaults.top_k})")
+    parser.add_argument("--top-p", type=float, help=f"default: {defaults.top_p}")
+    parser.add_argument("--min-p", type=float, help=f"default: {defaults.min_p}")
+    parser.add_argument("--repetition-penalty", type=float, help=f"default: {defaults.repetition_penalty}")
+    parser.add_argument("--seed", type=int, help="repeat a random choice")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    parser.add_argument("--capacity", type=int, help="tokens of all turns (default: 2048, or the model's most)")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, object]:
+    """The generation options that were given; the others keep the bundle's defaults."""
+    names = (
+        "loops",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.stop:
+        given["stop"] = tuple(args.stop)
+    return given
+
+
+def _load(args: argparse.Namespace, verbose: bool) -> "MeltModel":  # type: ignore[name-defined]  # noqa: F821
+    from melt_runtime.manifest import read_manifest
+    from melt_runtime.memory import format_bytes, plan_memory
+    from melt_runtime.model import MeltModel
+
+    loops = args.loops if args.loops is None or args.loops >= 1 else None  # generation refuses it with its own message
+    manifest = read_manifest(args.bundle)
+    plan = plan_memory(manifest, args.capacity, loops=loops)
+    if verbose:
+        ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
+        print(
+            f"memory: {format_bytes(plan.weight_bytes)} of weights + {ours} of state for {plan.state.capacity} tokens "
+            f"(with a KV cache per loop: {theirs})",
+            file=sys.stderr,
+        )
+    model = MeltModel.load(args.bundle, device=args.device, capacity=args.capacity, loops=loops)
+    if verbose:
+        print(f"device: {model.provider.device} ({model.provider.reason})", file=sys.stderr)
+    return model
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from melt_runtime.memory import format_bytes, resident_bytes
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    settings = _settings(args)
+    GenerationConfig().with_changes(**settings)  # refuse bad values before the model is loaded
+    model = _load(args, verbose=not args.quiet)
+    stream = model.stream(prompt, raw=args.raw, **settings)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    if not args.quiet:
+        result, timings = stream.result, stream.result.timings
+        print(
+            f"loops {result.loops}, prefill {timings.prefill_tokens} tokens at {timings.prefill_rate:.0f}/s, decode "
+            f"{timings.decode_tokens} at {timings.decode_rate:.0f}/s, state {format_bytes(result.state_bytes)}, "
+            f"process peak {format_bytes(resident_bytes())}, finish: {result.finish_reason}",
+            file=sys.stderr,
+        )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    settings = _settings(args)
+    GenerationConfig().with_changes(**settings)
+    session = _load(args, verbose=True).session
+    while True:
+        try:
+            message = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if message == "/quit":
+            return
+        if message == "/reset":
+            session.reset()
+            continue
+        if not message:
+            continue
+        try:
+            for piece in session.stream(message, **settings):
+                print(piece, end="", flush=True)
+            print()
+        except MeltError as error:
+            print(f"error: {error} (/reset forgets the conversation)", file=sys.stderr)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from melt_runtime.manifest import check_files, read_manifest
+    from melt_runtime.memory import format_bytes
+
+    manifest = read_manifest(args.bundle)
+    check_files(args.bundle, manifest)
+    shape, parity = manifest.model, manifest.parity
+    print(f"bundle      {args.bundle} ({manifest.precision}, every file as the manifest has it)")
+    print(f"model       {shape.layers} layers of {shape.hidden_size}, {shape.heads} heads over {shape.kv_heads}")
+    print(f"            of {shape.head_dim}, vocabulary {shape.vocab_size}, up to {shape.max_positions} tokens")
+    print(f"loops       trained with {shape.trained_loops}; gate {shape.gate_kind}, KV cache {shape.cache_kind}")
+    print(f"chunk       {shape.trained_chunk} tokens in parallel in prefill")
+    print(f"weights     {format_bytes(manifest.weight_bytes)}")
+    print(f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}")
+    print(f"parity      against torch, {parity['loops']} loops, {parity['prompt_tokens']} prompt tokens in chunks of")
+    print(f"            {parity['chunk']}, {parity['decode_tokens']} decoded; tolerance {parity['tolerance']:g}")
+    for name, error in parity["max_abs_error"].items():
+        print(f"            {name:<11} {error:.1e}")
+    print(f"            greedy tokens equal: {parity['greedy_tokens_equal']} of {parity['decode_tokens']}")
+    for name, graph in manifest.graphs.items():
+        print(f"{name}.onnx  {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
+        if args.graphs:
+            for mark, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+                for tensor in tensors:
+                    print(f"  {mark} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from melt_runtime.manifest import read_manifest
+    from melt_runtime.memory import format_plan, plan_memory, plot_plan
+
+    plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops)
+    print(format_plan(plan))
+    if args.plot is not None:
+        plot_plan(plan, args.plot)
+        print(f"drew {args.plot}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from melt_runtime.doctor import diagnose
+
+    print(diagnose())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

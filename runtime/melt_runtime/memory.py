@@ -1,0 +1,105 @@
+"""What a model takes in memory, exactly and before it is allocated: weights, state, MELT beside a cache per loop."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from melt_runtime.manifest import Manifest
+from melt_runtime.model import plan_state
+from melt_runtime.state import StatePlan
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes for one choice of sizes.
+
+    Attributes:
+        weight_bytes: weights of the three graphs.
+        state: the state that this bundle allocates.
+        per_loop: the state if every loop had a KV cache of its own, as in a LoopLM.
+    """
+
+    weight_bytes: int
+    state: StatePlan
+    per_loop: StatePlan
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and state."""
+        return self.weight_bytes + self.state.total_bytes
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one more token of capacity costs."""
+        return self.state.cache_bytes // (self.state.batch * self.state.capacity)
+
+
+def plan_memory(
+    manifest: Manifest, capacity: int | None = None, batch: int = 1, loops: int | None = None
+) -> MemoryPlan:
+    """Computes the plan for a bundle.
+
+    Raises:
+        ValueError: a size outside its rule.
+    """
+    state = plan_state(manifest, capacity, batch=batch, loops=loops)
+    return MemoryPlan(manifest.weight_bytes, state, replace(state, shape=replace(state.shape, cache_kind="per_loop")))
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people, in decimal units: ``12.58 MB``."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{amount:.2f} {units[0]}"
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """The plan as a table."""
+    state = plan.state
+    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, {state.precision}"
+    rows = (
+        ("weights", plan.weight_bytes, plan.weight_bytes),
+        ("KV cache", state.cache_bytes, plan.per_loop.cache_bytes),
+        ("other state", state.work_bytes, plan.per_loop.work_bytes),
+        ("total", plan.total_bytes, plan.weight_bytes + plan.per_loop.total_bytes),
+    )
+    lines = [sizes, f"{'':<12} {'this bundle':>16} {'a cache per loop':>18}"]
+    lines += [f"{name:<12} {format_bytes(ours):>16} {format_bytes(theirs):>18}" for name, ours, theirs in rows]
+    return "\n".join(lines)
+
+
+def plot_plan(plan: MemoryPlan, path: Path) -> None:
+    """Draws state bytes against the number of loops, this bundle beside a cache per loop.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
+    depths = list(range(1, max(8, 2 * plan.state.loops) + 1))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for state, label, style in (
+        (plan.per_loop, "a KV cache per loop (LoopLM)", "s--"),
+        (plan.state, f"this bundle ({plan.state.shape.cache_kind} cache)", "o-"),
+    ):
+        axes.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
+    axes.set(xlabel="loops", ylabel="state, MB", ylim=(0, None))
+    axes.set_title(f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, {plan.state.precision}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,91 @@
+"""Checkpoints and bundles that tests share; each is made once a run."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from melt_export.bundle import export_bundle
+from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+MELT_TINY = ROOT / "models" / "melt-tiny"
+
+SMALL = {
+    "vocab_size": 703,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "chunk_size": 8,
+    "total_ut_steps": 4,
+    "initializer_range": 0.1,
+    "gate_bias_init": -0.5,
+}
+"""A shape in which no two sizes are equal, with a gate that is half open and weights large enough to matter."""
+
+
+def random_model(seed: int = 0, **changes) -> MeltCausalLM:
+    """A model with random weights, norms and gates included, so that no term vanishes."""
+    torch.manual_seed(seed)
+    model = MeltCausalLM(MeltConfig(**{**SMALL, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "gate.w_z" in name or "gate.u_z" in name:
+                parameter.normal_(-0.5 if name.endswith("bias") else 0.0, 0.1)
+    return model
+
+
+def save_checkpoint(model: MeltCausalLM, folder: Path) -> Path:
+    """Saves a model with melt-tiny's tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(MELT_TINY / name, folder / name)
+    return folder
+
+
+BundleMaker = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """Makes (once for each choice) the bundle of a random model; ``precision`` and configuration keys."""
+    made: dict[str, Path] = {}
+
+    def make(precision: str = "float32", **changes) -> Path:
+        key = f"{precision} {sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle")
+            checkpoint = save_checkpoint(random_model(**changes), folder / "checkpoint")
+            export_bundle(checkpoint, folder / "bundle", precision)
+            made[key] = folder / "bundle"
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the shipped model."""
+    out = tmp_path_factory.mktemp("tiny") / "melt-tiny"
+    export_bundle(MELT_TINY, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> MeltCausalLM:
+    """The shipped model in torch."""
+    return load_checkpoint(MELT_TINY)
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))

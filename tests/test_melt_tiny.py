@@ -1,0 +1,105 @@
+"""L4 and L5: the shipped model through ONNX Runtime: logits, 200 greedy tokens, and how many questions it answers."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MELT_TINY, ROOT
+from tolerances import GOLDEN_LOGITS, PARITY, describe
+
+from melt_models.tiny.evaluate import exact_match
+from melt_models.tiny.task import MAX_HOPS, make_problem
+from melt_runtime import MeltModel, read_manifest
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
+DEPTHS = tuple(range(1, MAX_HOPS + 1))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle) -> MeltModel:
+    return MeltModel.load(tiny_bundle, device="cpu", capacity=512)
+
+
+def test_the_prompt_is_tokenized_as_in_torch(model):
+    chat = [{"role": "user", "content": GOLDEN["question"]}]
+    assert model._codec.encode(model._codec.render(chat)) == GOLDEN["prompt"]
+
+
+def test_export_verified_every_loop(tiny_bundle):
+    parity = read_manifest(tiny_bundle).parity
+    assert max(parity["max_abs_error"].values()) <= PARITY["float32"]
+    assert parity["greedy_tokens_equal"] == parity["decode_tokens"]
+    assert list(parity["max_abs_error_of_hidden_by_loop"]) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("loops", DEPTHS)
+def test_logits_equal_the_goldens(model, loops):
+    model.reset()
+    expected = np.array(GOLDEN["loops"][str(loops)]["logits"])
+    actual = model.session._runner.prefill(GOLDEN["prompt"], loops)
+    assert np.abs(actual - expected).max() <= GOLDEN_LOGITS, describe(actual, expected)
+
+
+@pytest.mark.parametrize("loops", DEPTHS)
+def test_two_hundred_greedy_tokens_equal_the_goldens(model, loops):
+    result = model.generate(GOLDEN["prompt"], loops=loops, max_new_tokens=200, stop_ids=())
+    assert list(result.token_ids) == GOLDEN["loops"][str(loops)]["tokens"]
+
+
+def test_held_out_questions_through_onnx(model):
+    """Accuracy climbs with loops, hop by hop; the card's table is measured on more problems."""
+    rng = random.Random(11)
+    problems = [make_problem(rng, held_out=True, questions=1) for _ in range(120)]
+    right = dict.fromkeys(((loops, hops) for loops in DEPTHS for hops in DEPTHS), 0)
+    asked = dict.fromkeys(DEPTHS, 0)
+    for problem in problems:
+        (question,) = problem.questions
+        asked[question.hops] += 1
+        for loops in DEPTHS:
+            result = model.generate(problem.messages()[:1], loops=loops, max_new_tokens=8)
+            right[loops, question.hops] += result.text.strip() == f"{question.answer}."
+    assert sum(right[4, hops] for hops in DEPTHS) >= 0.93 * len(problems), (right, asked)
+    for loops in DEPTHS:
+        for hops in DEPTHS:
+            share = right[loops, hops] / asked[hops]
+            assert share >= 0.85 if hops <= loops else share <= 0.3, (loops, hops, right, asked)
+
+
+def test_torch_and_onnx_answer_alike(model, tiny_model):
+    rng = random.Random(12)
+    for _ in range(10):
+        messages = make_problem(rng, held_out=True, questions=1).messages()[:1]
+        ids = model._codec.encode(model._codec.render(messages))
+        import torch
+
+        expected = tiny_model.generate_greedy(torch.tensor([ids]), 3)[0].tolist()
+        assert list(model.generate(messages, max_new_tokens=3, stop_ids=()).token_ids) == expected
+
+
+def test_turns_of_a_chat(model):
+    """Questions about the same facts, one after another, without repeating the facts."""
+    problem = make_problem(random.Random(3), held_out=True, questions=5)
+    session, right = model.new_session(), 0
+    for message, question in zip(problem.messages()[::2], problem.questions, strict=True):
+        result = session.generate(message["content"], max_new_tokens=8)
+        right += result.text.strip() == f"{question.answer}."
+    assert right >= 4
+    assert result.cached_tokens > 60
+
+
+def test_the_evaluation_counts_what_it_says(tiny_model):
+    from transformers import AutoTokenizer
+
+    from melt_models.tiny.data import Encoder
+
+    encoder = Encoder(AutoTokenizer.from_pretrained(MELT_TINY))
+    table = exact_match(tiny_model, encoder, problems=64, loops=(1, 4))
+    assert table[4][4] > 0.85 > 0.3 > table[1][4]
+
+
+def test_the_repository_stays_small():
+    assert sum(path.stat().st_size for path in MELT_TINY.iterdir()) < 20_000_000
+    assert (MELT_TINY / "README.md").is_file()
+    assert (ROOT / "LICENSE").is_file()

@@ -1,0 +1,155 @@
+"""L3: random weights, torch against ONNX Runtime through the runtime's own driver, after every loop."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from tolerances import PARITY, describe
+
+from melt_export.verify import verify_bundle
+from melt_models.modeling import KVCache
+from melt_runtime.contract import GRAPHS
+from melt_runtime.loop import LoopRunner, Sessions
+from melt_runtime.manifest import read_manifest
+from melt_runtime.model import plan_state
+from melt_runtime.providers import choose_provider, make_session
+from melt_runtime.state import State
+
+KINDS = ("elementwise", "scalar", "ema", "mean", "last", "none")
+SHAPES = (
+    {},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    {"head_dim": 32, "num_hidden_layers": 1},
+)
+
+
+def open_runner(bundle, batch: int = 1, capacity: int = 128, chunk: int = 32, loops: int = 4) -> LoopRunner:
+    manifest, provider = read_manifest(bundle), choose_provider("cpu")
+    sessions = Sessions(*(make_session(bundle / f"{name}.onnx", provider) for name in GRAPHS))
+    return LoopRunner(sessions, State(plan_state(manifest, capacity, batch, chunk, loops), "cpu"))
+
+
+def draw_ids(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, 703, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual, expected, precision: str = "float32") -> None:
+    wanted = expected.detach().numpy()
+    assert np.abs(actual - wanted).max() <= PARITY[precision], describe(actual, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tensor_after_every_loop(random_bundle, kind, shape):
+    """Latent, keys, values, hidden, exit logit, logits; prefill of a chunk and a half, then 32 decoded tokens."""
+    if shape and kind not in ("elementwise", "none"):
+        pytest.skip("the other gate kinds are tested in one shape")
+    bundle = random_bundle(gate_kind=kind, **shape)
+    report = verify_bundle(bundle, random_model(gate_kind=kind, **shape), draw_ids(13)[0].tolist())
+    assert max(report["max_abs_error"].values()) <= PARITY["float32"], report
+    assert report["greedy_tokens_equal"] == report["decode_tokens"]
+    assert ("latent" in report["max_abs_error"]) == (kind not in ("none", "last")) or kind == "last"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+@pytest.mark.parametrize("kind", ["elementwise", "none"])
+@pytest.mark.parametrize("loops", [1, 2, 4])
+def test_chunks_mean_the_same_in_both(random_bundle, kind, chunk, loops):
+    runner, model = open_runner(random_bundle(gate_kind=kind)), random_model(gate_kind=kind)
+    ids = draw_ids(41)
+    hidden = []
+    actual = runner.prefill(
+        ids[0].tolist(), loops, chunk=chunk, observe=lambda _: hidden.append(runner.state.hidden.read())
+    )
+    with torch.no_grad():
+        expected = model(ids, loops=loops, chunk_size=chunk)
+    assert_close(actual, expected.logits[0, -1])
+    for place, start in enumerate(range(0, 41, chunk)):
+        for loop_idx in range(loops):
+            wanted = expected.loop_hidden_states[loop_idx][0, start : start + chunk]
+            assert_close(hidden[place * loops + loop_idx][: len(wanted)], wanted)
+
+
+def test_another_chunk_gives_other_numbers(random_bundle):
+    """By design; if this failed, chunks would not be processed in parallel."""
+    runner = open_runner(random_bundle())
+    logits = []
+    for chunk in (1, 7):
+        runner.state.reset()
+        logits.append(runner.prefill(draw_ids(41)[0].tolist(), 4, chunk=chunk).copy())
+    assert np.abs(logits[0] - logits[1]).max() > 10 * PARITY["float32"]
+
+
+def test_loops_beyond_training(random_bundle):
+    runner, model = open_runner(random_bundle()), random_model()
+    ids = draw_ids(11)
+    with torch.no_grad():
+        expected = model(ids, loops=9, chunk_size=8)
+    assert_close(runner.prefill(ids[0].tolist(), 9, chunk=8), expected.logits[0, -1])
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "mean", "none"])
+def test_a_ragged_batch_decodes_like_single_sequences(random_bundle, kind):
+    """Three prompts of different lengths, prefilled into their rows, then decoded together."""
+    runner, model = open_runner(random_bundle(gate_kind=kind), batch=3), random_model(gate_kind=kind)
+    prompts = [draw_ids(length, seed=length) for length in (5, 19, 12)]
+    caches = []
+    for row, prompt in enumerate(prompts):
+        caches.append(KVCache(model.config))
+        actual = runner.prefill(prompt[0].tolist(), 4, chunk=7, sequence=row)
+        with torch.no_grad():
+            expected = model(prompt, past_key_values=caches[-1], chunk_size=7)
+        assert_close(actual, expected.logits[0, -1])
+    for step in range(12):
+        tokens = draw_ids(3, seed=100 + step)[0]
+        actual = runner.decode(tokens.tolist(), 4)
+        for row in range(3):
+            with torch.no_grad():
+                expected = model(tokens[None, row : row + 1], past_key_values=caches[row], chunk_size=1)
+            assert_close(actual[row], expected.logits[0, -1])
+    assert runner.state.lengths.tolist() == [17, 31, 24]
+
+
+def test_binding_in_place_changes_no_bit(random_bundle):
+    """Outputs bound to the buffers of their inputs against outputs in arrays of their own."""
+    bundle = random_bundle()
+    runner, ids = open_runner(bundle), draw_ids(20)
+    sessions, shape = runner.sessions, runner.state.plan.shape
+    cache = {name: np.zeros(runner.state.plan.cache_shape, np.float32) for name in _cache_inputs(shape.layers)}
+    for start in range(0, 20, 8):
+        piece = ids[:, start : start + 8].numpy()
+        hidden, latent = sessions.embed.run(None, {"ids": piece})
+        end = start + piece.shape[1]
+        for _ in range(4):
+            feeds = {f"latent.{i}": latent[i] for i in range(shape.layers)} | {"hidden": hidden} | cache
+            feeds["seqlens_k"] = np.array([end - 1], np.int32)
+            feeds["total_sequence_length"] = np.array(end, np.int32)
+            names = [output.name for output in sessions.loop.get_outputs()]
+            out = dict(zip(names, sessions.loop.run(names, feeds), strict=True))
+            hidden, latent = out["hidden_out"], [out[f"latent_out.{i}"] for i in range(shape.layers)]
+            cache = {name: out[name.replace("past", "present")] for name in cache}
+    runner.prefill(ids[0].tolist(), 4, chunk=8)
+    np.testing.assert_array_equal(runner.state.hidden.read()[:4], hidden[0])
+    for layer_idx, pair in enumerate(runner.state.caches[0]):
+        for name, buffer in zip(("past_key", "past_value"), pair, strict=True):
+            np.testing.assert_array_equal(buffer.read()[:, :, :20], cache[f"{name}.{layer_idx}"][:, :, :20])
+
+
+def test_float16_stays_near(random_bundle):
+    bundle = random_bundle(precision="float16")
+    model = random_model().half().float()
+    report = verify_bundle(bundle, model, draw_ids(13)[0].tolist())
+    assert max(report["max_abs_error"].values()) <= PARITY["float16"], report
+
+
+def test_a_reset_state_gives_the_same_bits(random_bundle):
+    runner, ids = open_runner(random_bundle()), draw_ids(20)[0].tolist()
+    first = runner.prefill(ids, 4).copy()
+    runner.prefill(draw_ids(30, seed=1)[0].tolist(), 3)
+    runner.state.reset()
+    np.testing.assert_array_equal(first, runner.prefill(ids, 4))
+
+
+def _cache_inputs(layers: int) -> list[str]:
+    return [f"{name}.{layer_idx}" for layer_idx in range(layers) for name in ("past_key", "past_value")]

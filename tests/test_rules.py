@@ -1,0 +1,83 @@
+"""House rules that a machine can check: directions of imports, no torch in the runtime, complete ``__all__``."""
+
+import ast
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = {
+    "melt_runtime": ROOT / "runtime" / "melt_runtime",
+    "melt_models": ROOT / "models" / "melt_models",
+    "melt_export": ROOT / "melt_export",
+}
+ALLOWED = {
+    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_runtime"},
+    "melt_models": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm", "melt_models"},
+    "melt_export": {"torch", "numpy", "onnx_ir", "melt_models", "melt_runtime", "melt_export"},
+}
+# Inside the runtime, an earlier floor never imports a later one.
+FLOORS = (
+    {"errors", "contract"},
+    {"manifest", "generation_config"},
+    {"state", "providers"},
+    {"sampler", "text", "loop"},
+    {"generate"},
+    {"session"},
+    {"model"},
+    {"memory", "doctor"},
+    {"cli"},
+)
+
+
+def imports(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_keep_to_their_floor(package):
+    for path in PACKAGES[package].rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert roots <= ALLOWED[package], f"{path}: {roots - ALLOWED[package]}"
+
+
+def test_dependencies_inside_the_runtime_run_one_way():
+    height = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+    for path in PACKAGES["melt_runtime"].glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith("melt_runtime."):
+                target = name.split(".")[1]
+                assert height[target] <= height[path.stem], f"{path.stem} imports {target}"
+
+
+def test_the_runtime_runs_without_torch():
+    code = (
+        "import sys, melt_runtime, melt_runtime.cli, melt_runtime.memory, melt_runtime.doctor;"
+        "print([m for m in ('torch', 'transformers', 'onnx', 'melt_models', 'melt_export') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "melt_models.tiny"])
+def test_every_package_says_what_it_offers(package):
+    module = importlib.import_module(package)
+    assert isinstance(module.__all__, list)
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_files_stay_small():
+    for folder in PACKAGES.values():
+        for path in folder.rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path

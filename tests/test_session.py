@@ -1,0 +1,214 @@
+"""The public API: turns, prefix reuse, streaming, limits. Random weights, so that nothing is easy by accident."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+from melt_runtime import CapacityError, GenerationConfig, MeltModel, ProviderError, TokenError
+from melt_runtime.providers import choose_provider, cuda_obstacle
+
+PROMPT = "Ana reports to Ben. Who is one level above Ana?"
+
+
+@pytest.fixture(scope="module")
+def model(random_bundle) -> MeltModel:
+    return MeltModel.load(random_bundle(), device="cpu", capacity=200)
+
+
+@pytest.fixture(scope="module")
+def looplm(random_bundle) -> MeltModel:
+    return MeltModel.load(random_bundle(gate_kind="none"), device="cpu", capacity=200)
+
+
+def test_greedy_tokens_equal_torch(model):
+    result = model.generate([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], max_new_tokens=150, stop_ids=())
+    expected = random_model().generate_greedy(torch.arange(5, 16)[None], 150)
+    assert result.token_ids == tuple(expected[0].tolist())
+    assert (result.finish_reason, result.prompt_tokens, result.loops) == ("length", 11, 4)
+
+
+def test_stream_and_generate_agree(model):
+    stream = model.stream(PROMPT, max_new_tokens=40)
+    with pytest.raises(RuntimeError, match="not ended"):
+        _ = stream.result
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert all(pieces)
+    assert "".join(pieces) == stream.result.text == model.generate(PROMPT, max_new_tokens=40).text
+
+
+def test_depth_is_a_knob_at_constant_memory(model, looplm):
+    sizes, texts = set(), set()
+    for loops in range(1, 17):
+        result = model.generate(PROMPT, loops=loops, max_new_tokens=8)
+        sizes.add(result.state_bytes)
+        texts.add(result.token_ids)
+        assert result.loops == loops
+    assert sizes == {model.state_bytes}
+    assert len(texts) > 1
+    with pytest.raises(ValueError, match="loops must be at most 4, got 5"):
+        looplm.generate(PROMPT, loops=5)
+
+
+def test_looplm_state_grows_with_its_loops(random_bundle):
+    bundle = random_bundle(gate_kind="none")
+    plans = [MeltModel.load(bundle, device="cpu", capacity=64, loops=loops).session.state.plan for loops in (1, 2, 4)]
+    assert [plan.cache_bytes // plans[0].cache_bytes for plan in plans] == [1, 2, 4]
+    assert len({plan.work_bytes for plan in plans}) == 1
+
+
+def test_stop_ids_and_stop_strings_end_an_answer(model):
+    free = model.generate(PROMPT, max_new_tokens=30, stop_ids=())
+    third = free.token_ids[2]
+    first = free.token_ids.index(third)
+    stopped = model.generate(PROMPT, max_new_tokens=30, stop_ids=(third,))
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    middle = free.text[8:12]
+    cut = model.generate(PROMPT, max_new_tokens=30, stop_ids=(), stop=(middle,))
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(middle)]
+
+
+def test_seeds_repeat_and_differ(model):
+    def draw(seed: int) -> tuple[int, ...]:
+        return model.generate(PROMPT, temperature=1.5, seed=seed, max_new_tokens=20, stop_ids=()).token_ids
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_second_turn_does_not_recompute_the_past(model):
+    session = model.new_session()
+    first = session.generate(PROMPT, max_new_tokens=12, stop_ids=())
+    before = session.token_ids
+    second = session.generate([9, 8, 7], max_new_tokens=12, stop_ids=())
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == len(before) - 1  # the last token of an answer has not been run yet
+    assert second.timings.prefill_tokens == 4
+    assert session.token_ids[: len(before)] == before
+
+
+def test_two_turns_equal_one_prompt_in_the_same_chunks(model):
+    """Turn by turn, or as one prompt cut where the turns were: the same bits."""
+    session, ids = model.new_session(), list(range(40, 80))
+    first = session.generate(ids[:19], max_new_tokens=6, stop_ids=())
+    second = session.generate(ids[19:], max_new_tokens=6, stop_ids=())
+
+    from melt_runtime.loop import LoopRunner
+    from melt_runtime.state import State
+
+    runner = LoopRunner(model._sessions, State(session.state.plan, "cpu"))
+    runner.prefill(ids[:19], 4)
+    for token in first.token_ids[:-1]:
+        runner.decode([token], 4)
+    logits = runner.prefill([first.token_ids[-1], *ids[19:]], 4)
+    tokens = []
+    for _ in range(6):
+        tokens.append(int(logits.argmax()))
+        logits = runner.decode([tokens[-1]], 4)[0]
+    assert second.token_ids == tuple(tokens)
+    rows = int(session.state.lengths[0])
+    for ours, theirs in zip(session.state.caches[0], runner.state.caches[0], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a.read()[:, :, :rows], b.read()[:, :, :rows])
+
+
+def test_a_chat_keeps_its_messages_and_sessions_do_not_mix(model):
+    one, other = model.new_session(), model.new_session()
+    one.generate(PROMPT, max_new_tokens=4)
+    assert [message["role"] for message in one.messages] == ["user", "assistant"]
+    assert other.messages == []
+    assert other.token_ids == ()
+    one.reset()
+    assert (one.messages, one.token_ids, one.state.lengths.tolist()) == ([], (), [0])
+
+
+def test_an_abandoned_stream_leaves_a_usable_session(model):
+    session = model.new_session()
+    expected = session.generate(PROMPT, max_new_tokens=10).token_ids
+    session.reset()
+    next(session.stream(PROMPT, max_new_tokens=10))
+    assert session.messages == []
+    assert session.generate(PROMPT, max_new_tokens=10).token_ids == expected
+
+
+def test_a_whole_chat_replaces_the_turns(model):
+    messages = [
+        {"role": "user", "content": "Ana reports to Ben."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Who is one level above Ana?"},
+    ]
+    session = model.new_session()
+    session.generate("Something else.", max_new_tokens=3)
+    assert (
+        session.generate(messages, max_new_tokens=5).token_ids == model.generate(messages, max_new_tokens=5).token_ids
+    )
+    assert len(session.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "message"),
+    [
+        ("", {}, TokenError, "empty"),
+        ("   ", {}, TokenError, "empty"),
+        ("", {"raw": True}, TokenError, "prompt is empty"),
+        ([], {}, TokenError, "at least one"),
+        ([1, 703], {}, TokenError, r"token ids must be in \[0, 703\), got \[703\]"),
+        ([1, -1], {}, TokenError, r"got \[-1\]"),
+        ([1.5], {}, TokenError, "whole numbers"),
+        (PROMPT, {"loops": 0}, ValueError, "loops must be at least 1, got 0"),
+        (PROMPT, {"top_p": 1.4}, ValueError, r"top_p must be in \(0, 1\], got 1.4"),
+        (PROMPT, {"max_new_tokens": 190}, CapacityError, "prompt and new tokens need .* rows, the capacity is 200"),
+        (PROMPT, {"top_q": 1}, ValueError, "unknown generation options"),
+        (
+            [{"role": "system", "content": "x"}],
+            {"max_new_tokens": 3},
+            TokenError,
+            "roles user and assistant, got system",
+        ),
+    ],
+)
+def test_bad_requests_lose_nothing(model, prompt, options, error, message):
+    session = model.new_session()
+    session.generate("Ana reports to Ben.", max_new_tokens=3)
+    before = (session.token_ids, session.state.lengths.tolist(), list(session.messages))
+    with pytest.raises(error, match=message):
+        session.generate(prompt, **options)
+    assert (session.token_ids, session.state.lengths.tolist(), session.messages) == before
+
+
+def test_a_prompt_that_just_fits_is_taken(model):
+    assert len(model.generate([3] * 100, max_new_tokens=101, stop_ids=()).token_ids) == 101
+    with pytest.raises(CapacityError, match="need 201 rows"):
+        model.generate([3] * 100, max_new_tokens=102)
+
+
+def test_looplm_refuses_another_depth_in_the_middle_and_keeps_its_past(looplm):
+    session = looplm.new_session()
+    session.generate([1, 2, 3], loops=2, max_new_tokens=3, stop_ids=())
+    before = session.token_ids
+    with pytest.raises(ValueError, match="loops must stay 2 until reset, got 3"):
+        session.generate([4], loops=3, max_new_tokens=3)
+    assert session.token_ids == before
+    session.reset()
+    session.generate([4], loops=3, max_new_tokens=1)
+
+
+def test_the_config_of_the_bundle_is_the_default(model):
+    assert model.defaults == GenerationConfig()  # a random model knows no end-of-text token
+    config = GenerationConfig(max_new_tokens=3)
+    assert len(model.generate(PROMPT, config).token_ids) == 3
+    assert len(model.generate(PROMPT, config, max_new_tokens=5).token_ids) == 5
+
+
+def test_devices(random_bundle):
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, auto, got 'tpu'"):
+        MeltModel.load(random_bundle(), device="tpu")
+    if (obstacle := cuda_obstacle()) is None:
+        pytest.skip("CUDA can run here, so nothing is refused")
+    with pytest.raises(ProviderError, match=r"device='cuda' cannot run here: .*; use device='cpu'"):
+        MeltModel.load(random_bundle(), device="cuda")
+    choice = choose_provider("auto")
+    assert choice.device == "cpu"
+    assert obstacle in choice.reason

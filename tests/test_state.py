@@ -1,0 +1,125 @@
+"""L0: sizes of the state, known before allocation, and its rules."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from melt_runtime.contract import ModelShape
+from melt_runtime.errors import CapacityError
+from melt_runtime.memory import format_bytes
+from melt_runtime.state import State, StatePlan
+
+SHAPE = ModelShape(
+    layers=3,
+    hidden_size=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab_size=50,
+    max_positions=128,
+    trained_loops=4,
+    trained_chunk=8,
+    gate_kind="elementwise",
+    cache_kind="shared",
+    has_latent=True,
+)
+LOOPLM = replace(SHAPE, gate_kind="none", cache_kind="per_loop", has_latent=False)
+OURO = ModelShape(24, 2048, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "shared", True)
+
+
+def plan(shape=SHAPE, **sizes) -> StatePlan:
+    return StatePlan(
+        **{"shape": shape, "precision": "float32", "batch": 1, "capacity": 64, "chunk": 8, "loops": 4, **sizes}
+    )
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LOOPLM, replace(SHAPE, gate_kind="mean")])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(("batch", "chunk"), [(1, 8), (3, 2)])
+def test_the_plan_is_what_gets_allocated(shape, precision, batch, chunk):
+    sizes = plan(shape, precision=precision, batch=batch, chunk=chunk)
+    assert State(sizes, "cpu").nbytes == sizes.total_bytes
+
+
+def test_melt_state_is_the_same_for_every_depth_and_looplm_grows_with_it():
+    assert {plan(loops=loops).total_bytes for loops in range(1, 17)} == {plan().total_bytes}
+    one = plan(LOOPLM, loops=1)
+    for loops in range(1, 17):
+        assert plan(LOOPLM, loops=loops).cache_bytes == loops * one.cache_bytes
+
+
+def test_published_cache_sizes():
+    """arXiv 2605.07721: 0.197 MB a token and 6.29 GB at 32,000 tokens for MELT, four times that for Ouro."""
+    melt = StatePlan(OURO, "float16", 1, 32000, 500, 4)
+    ouro = replace(melt, shape=replace(OURO, cache_kind="per_loop", has_latent=False))
+    assert melt.cache_bytes / melt.capacity == pytest.approx(0.197e6, rel=2e-3)
+    assert melt.cache_bytes == pytest.approx(6.29e9, rel=1e-3)
+    assert ouro.cache_bytes == pytest.approx(25.17e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["batch", "capacity", "chunk", "loops"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        plan(**{name: 0})
+
+
+def test_capacity_beyond_the_positions_is_refused():
+    with pytest.raises(ValueError, match=r"capacity must be at most 128 \(max_positions\), got 129"):
+        plan(capacity=129)
+
+
+def test_overflow_changes_nothing():
+    state = State(plan(capacity=4), "cpu")
+    state.advance(3, 0, loops=4)
+    with pytest.raises(CapacityError, match=r"2 more tokens do not fit: capacity 4, in use 3; load with capacity=5"):
+        state.advance(2, 0, loops=4)
+    assert state.lengths.tolist() == [3]
+
+
+def test_reset_and_truncate_forget():
+    state = State(plan(), "cpu")
+    state.advance(5, 0, loops=4)
+    state.truncate(2)
+    assert (state.lengths.tolist(), state.depth, state.room()) == ([2], 4, 62)
+    state.reset()
+    assert (state.lengths.tolist(), state.depth) == ([0], None)
+
+
+def test_depth_is_free_for_melt_and_fixed_for_looplm():
+    melt, looplm = State(plan(), "cpu"), State(plan(LOOPLM), "cpu")
+    for state in (melt, looplm):
+        state.advance(1, 0, loops=2)
+        with pytest.raises(ValueError, match="loops must be at least 1, got 0"):
+            state.require_loops(0, kept=1)
+    melt.require_loops(100, kept=1)
+    with pytest.raises(ValueError, match="loops must stay 2 until reset, got 3"):
+        looplm.require_loops(3, kept=1)
+    with pytest.raises(ValueError, match=r"loops must be at most 4, got 5.*load with loops=5"):
+        looplm.require_loops(5, kept=0)
+
+
+def test_slices_are_bound_by_address():
+    state = State(plan(), "cpu")
+    values = np.arange(state.hidden.nbytes // 4, dtype=np.float32).reshape(state.hidden.shape)
+    state.hidden.write(values)
+    assert state.hidden.address(3) - state.hidden.address() == 12
+    np.testing.assert_array_equal(state.hidden.read(), values)
+
+
+def test_bytes_for_people():
+    assert [format_bytes(n) for n in (12, 1500, 12_580_000, 6_290_000_000)] == [
+        "12 B",
+        "1.50 kB",
+        "12.58 MB",
+        "6.29 GB",
+    ]
+
+
+def test_chunks_are_kept_whole():
+    state = State(plan(), "cpu")
+    for tokens in (8, 5, 1, 1):
+        state.advance(tokens, 0, loops=4)
+    assert [state.whole_chunks(n) for n in (0, 7, 8, 12, 13, 14, 15)] == [0, 0, 8, 8, 13, 14, 15]
+    state.truncate(8)
+    assert [state.whole_chunks(n) for n in (0, 7, 8)] == [0, 0, 8]
