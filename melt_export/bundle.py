@@ -130,14 +130,24 @@ def _token_ids(tokenizer: Path) -> list[int]:
 
 
 def _write_text_files(checkpoint: Path, folder: Path, config: MeltConfig) -> None:
-    """Copies tokenizer and chat template; an empty template says that there is none."""
+    """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     shutil.copyfile(checkpoint / TOKENIZER_NAME, folder / TOKENIZER_NAME)
-    template = checkpoint / CHAT_TEMPLATE_NAME
-    text = template.read_text(encoding="utf-8") if template.is_file() else ""
-    (folder / CHAT_TEMPLATE_NAME).write_text(text, encoding="utf-8")
+    (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(checkpoint), encoding="utf-8")
     eos = config.eos_token_id
     stop_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=stop_ids))
+
+
+def chat_template(checkpoint: Path) -> str:
+    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top."""
+    settings_path, template_path = checkpoint / "tokenizer_config.json", checkpoint / CHAT_TEMPLATE_NAME
+    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    stored = settings.get("chat_template") or ""
+    text = template_path.read_text(encoding="utf-8") if template_path.is_file() else stored
+    named = [name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in text]
+    values = {name: settings.get(name) or "" for name in named}
+    values = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
 
 
 def _producer() -> dict[str, str]:

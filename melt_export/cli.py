@@ -35,10 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated export cleans up as an interrupted one does
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
+    from transformers.utils import logging as transformers_logging
+
     from melt_export.bundle import export_bundle
     from melt_models import CheckpointError
     from melt_runtime import MeltError
 
+    transformers_logging.disable_progress_bar()  # the stages below are the progress
     try:
         manifest = export_bundle(
             args.checkpoint, args.out, args.precision, report=lambda line: print(line, file=sys.stderr)

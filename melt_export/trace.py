@@ -37,7 +37,12 @@ def model_shape(model: MeltCausalLM) -> ModelShape:
 
 
 def trace_graph(name: str, model: MeltCausalLM, spec: GraphSpec, folder: Path) -> None:
-    """Writes ``{name}.onnx`` and its weights ``{name}.onnx.data`` into ``folder``.
+    """Writes ``{name}.onnx`` and its weights, ``{name}.onnx.data``; the first arguments are ``trace_program``'s."""
+    trace_program(name, model, spec).save(folder / f"{name}.onnx", external_data=True)
+
+
+def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx.ONNXProgram:
+    """Traces one graph; the weights may be absent (fake tensors).
 
     Args:
         name: ``embed``, ``loop`` or ``head``.
@@ -64,7 +69,7 @@ def trace_graph(name: str, model: MeltCausalLM, spec: GraphSpec, folder: Path) -
         )
     assert program is not None
     _name_dimensions(program.model.graph, spec)
-    program.save(folder / f"{name}.onnx", external_data=True)
+    return program
 
 
 def _name_dimensions(graph: ir.Graph, spec: GraphSpec) -> None:

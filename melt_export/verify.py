@@ -53,7 +53,7 @@ def verify_bundle(folder: Path, reference: MeltCausalLM, prompt: list[int]) -> d
     shape_config = reference.config
     model = MeltModel.load(folder, device="cpu", capacity=len(prompt) + DECODE_STEPS, chunk=shape_config.chunk_size)
     check = _Comparison(model.manifest.precision)
-    runner = LoopRunner(model._sessions, model.session.state)
+    runner = model.session.runner
     loops, chunk = shape_config.total_ut_steps, shape_config.chunk_size
     cache = KVCache(shape_config)
     logits, expected = np.empty(0), torch.empty(0)

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from melt_export.bundle import export_bundle
 from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
+
+settings.register_profile("melt", deadline=None)  # machines differ; no test waits on time
+settings.load_profile("melt")
 
 ROOT = Path(__file__).parent.parent
 MELT_TINY = ROOT / "models" / "melt-tiny"

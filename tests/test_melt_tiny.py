@@ -24,7 +24,7 @@ def model(tiny_bundle) -> MeltModel:
 
 def test_the_prompt_is_tokenized_as_in_torch(model):
     chat = [{"role": "user", "content": GOLDEN["question"]}]
-    assert model._codec.encode(model._codec.render(chat)) == GOLDEN["prompt"]
+    assert model.codec.encode(model.codec.render(chat)) == GOLDEN["prompt"]
 
 
 def test_export_verified_every_loop(tiny_bundle):
@@ -38,7 +38,7 @@ def test_export_verified_every_loop(tiny_bundle):
 def test_logits_equal_the_goldens(model, loops):
     model.reset()
     expected = np.array(GOLDEN["loops"][str(loops)]["logits"])
-    actual = model.session._runner.prefill(GOLDEN["prompt"], loops)
+    actual = model.session.runner.prefill(GOLDEN["prompt"], loops)
     assert np.abs(actual - expected).max() <= GOLDEN_LOGITS, describe(actual, expected)
 
 
@@ -71,7 +71,7 @@ def test_torch_and_onnx_answer_alike(model, tiny_model):
     rng = random.Random(12)
     for _ in range(10):
         messages = make_problem(rng, held_out=True, questions=1).messages()[:1]
-        ids = model._codec.encode(model._codec.render(messages))
+        ids = model.codec.encode(model.codec.render(messages))
         import torch
 
         expected = tiny_model.generate_greedy(torch.tensor([ids]), 3)[0].tolist()

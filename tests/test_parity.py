@@ -25,7 +25,8 @@ SHAPES = (
 
 
 def open_runner(bundle, batch: int = 1, capacity: int = 128, chunk: int = 32, loops: int = 4) -> LoopRunner:
-    manifest, provider = read_manifest(bundle), choose_provider("cpu")
+    manifest = read_manifest(bundle)
+    provider = choose_provider("cpu", manifest.precision)
     sessions = Sessions(*(make_session(bundle / f"{name}.onnx", provider) for name in GRAPHS))
     return LoopRunner(sessions, State(plan_state(manifest, capacity, batch, chunk, loops), "cpu"))
 

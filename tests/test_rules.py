@@ -16,7 +16,7 @@ PACKAGES = {
 ALLOWED = {
     "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_runtime"},
     "melt_models": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm", "melt_models"},
-    "melt_export": {"torch", "numpy", "onnx_ir", "melt_models", "melt_runtime", "melt_export"},
+    "melt_export": {"torch", "numpy", "onnx_ir", "transformers", "melt_models", "melt_runtime", "melt_export"},
 }
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from melt_runtime.errors import NumericalError
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.sampler import Sampler, filtered_probabilities, penalize
 
@@ -57,7 +58,7 @@ def test_seed_repeats_and_frequencies_follow_probabilities():
 
 
 def test_nan_logits_are_refused():
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(NumericalError, match="NaN"):
         Sampler(GenerationConfig()).choose(np.array([0.0, math.nan]), [])
 
 

@@ -48,7 +48,7 @@ def test_depth_is_a_knob_at_constant_memory(model, looplm):
     assert sizes == {model.state_bytes}
     assert len(texts) > 1
     with pytest.raises(ValueError, match="loops must be at most 4, got 5"):
-        looplm.generate(PROMPT, loops=5)
+        looplm.generate(PROMPT, loops=5, max_new_tokens=8)
 
 
 def test_looplm_state_grows_with_its_loops(random_bundle):
@@ -98,7 +98,7 @@ def test_two_turns_equal_one_prompt_in_the_same_chunks(model):
     from melt_runtime.loop import LoopRunner
     from melt_runtime.state import State
 
-    runner = LoopRunner(model._sessions, State(session.state.plan, "cpu"))
+    runner = LoopRunner(model.session.runner.sessions, State(session.state.plan, "cpu"))
     runner.prefill(ids[:19], 4)
     for token in first.token_ids[:-1]:
         runner.decode([token], 4)
@@ -131,6 +131,15 @@ def test_an_abandoned_stream_leaves_a_usable_session(model):
     next(session.stream(PROMPT, max_new_tokens=10))
     assert session.messages == []
     assert session.generate(PROMPT, max_new_tokens=10).token_ids == expected
+
+
+def test_a_stream_that_another_turn_overtook_says_so(model):
+    session = model.new_session()
+    stream = session.stream(PROMPT, max_new_tokens=10, stop_ids=())
+    next(stream)
+    session.generate(PROMPT, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="another turn began"):
+        list(stream)
 
 
 def test_a_whole_chat_replaces_the_turns(model):
@@ -209,6 +218,6 @@ def test_devices(random_bundle):
         pytest.skip("CUDA can run here, so nothing is refused")
     with pytest.raises(ProviderError, match=r"device='cuda' cannot run here: .*; use device='cpu'"):
         MeltModel.load(random_bundle(), device="cuda")
-    choice = choose_provider("auto")
+    choice = choose_provider("auto", "float32")
     assert choice.device == "cpu"
     assert obstacle in choice.reason

@@ -6,7 +6,7 @@ model = MeltModel.load("build/melt-tiny")
 print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
 """
 
-from melt_runtime.errors import BundleError, CapacityError, MeltError, ProviderError, TokenError
+from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.manifest import Manifest, read_manifest
@@ -24,6 +24,7 @@ __all__ = [
     "MeltError",
     "MeltModel",
     "Message",
+    "NumericalError",
     "ProviderError",
     "Session",
     "Timings",

@@ -4,7 +4,8 @@
     ├── BundleError      a bundle that is missing, damaged, of another schema, or made for something else
     ├── CapacityError    more tokens than the state was allocated for
     ├── ProviderError    an execution provider that was asked for and cannot run
-    └── TokenError       text or token ids that the model cannot take
+    ├── TokenError       text or token ids that the model cannot take
+    └── NumericalError   the model computed NaN
 
 Arguments outside their rule raise ``ValueError`` with field, rule and value.
 """
@@ -28,3 +29,7 @@ class ProviderError(MeltError):
 
 class TokenError(MeltError):
     """An empty prompt, unknown token ids, or text that the tokenizer cannot encode."""
+
+
+class NumericalError(MeltError):
+    """The model gave NaN: its weights are damaged, or its precision is too low for it."""

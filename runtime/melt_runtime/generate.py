@@ -64,6 +64,7 @@ class TokenHistory:
     def __init__(self, runner: LoopRunner):
         self._runner = runner
         self.ids: list[int] = []
+        self.turn = 0
 
     @property
     def cached(self) -> int:
@@ -83,6 +84,7 @@ class TokenHistory:
         """Sets the history to ``prompt`` and forgets cached tokens beyond the first ``kept``."""
         self._runner.state.truncate(kept)
         self.ids = list(prompt)
+        self.turn += 1
 
 
 class GenerationStream(Iterator[str]):
@@ -139,6 +141,7 @@ class GenerationStream(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         sampler, history = Sampler(self._config), self._history
+        turn = history.turn
         started = time.perf_counter()
         logits = self._runner.prefill(self._prompt[self._kept :], self._loops)
         prefilled = time.perf_counter()
@@ -158,6 +161,8 @@ class GenerationStream(Iterator[str]):
                 break
             if len(new_ids) == self._config.max_new_tokens:
                 break
+            if history.turn != turn:
+                raise RuntimeError("another turn began in this session before the stream ended: use a session for each")
             logits = self._runner.decode([token], self._loops)[0]
         if piece := self._stops.flush():
             yield piece

@@ -31,6 +31,7 @@ class MeltModel:
         manifest: what the bundle says of itself.
         provider: where it runs, and why.
         defaults: the bundle's ``GenerationConfig``.
+        codec: tokenizer and chat template.
         session: the one that ``generate`` and ``stream`` use.
     """
 
@@ -47,7 +48,7 @@ class MeltModel:
         self.provider = provider
         self.defaults = defaults
         self._sessions = sessions
-        self._codec = codec
+        self.codec = codec
         self._plan = plan
         self.session = self.new_session()
 
@@ -81,7 +82,7 @@ class MeltModel:
         folder = Path(bundle)
         manifest = read_manifest(folder)
         plan = plan_state(manifest, capacity, chunk=chunk, loops=loops)
-        provider = choose_provider(device)
+        provider = choose_provider(device, manifest.precision)
         check_files(folder, manifest)
         codec = TextCodec.read(folder)
         defaults = read_generation_config(folder / GENERATION_CONFIG_NAME)
@@ -97,7 +98,7 @@ class MeltModel:
 
     def new_session(self) -> Session:
         """A conversation with a state of its own, over the same weights."""
-        return Session(self._sessions, State(self._plan, self.provider.device), self._codec, self.defaults)
+        return Session(self._sessions, State(self._plan, self.provider.device), self.codec, self.defaults)
 
     def reset(self) -> None:
         """Forgets what the model's own session holds."""

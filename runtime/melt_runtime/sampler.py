@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from melt_runtime.errors import NumericalError
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.state import Array
 
@@ -23,10 +24,10 @@ class Sampler:
             context: token ids so far, for the repetition penalty.
 
         Raises:
-            FloatingPointError: the logits hold NaN.
+            NumericalError: the logits hold NaN.
         """
         if np.isnan(logits).any():
-            raise FloatingPointError("the model gave NaN logits: its weights or its precision are at fault")
+            raise NumericalError("the model gave NaN logits: export it again, in float32 if it was float16")
         config = self.config
         scores = penalize(logits, context, config.repetition_penalty)
         if config.temperature == 0:

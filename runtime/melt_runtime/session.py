@@ -19,20 +19,21 @@ class Session:
     What the cache already holds is not computed again: the longest prefix that the new prompt shares with it is kept.
 
     Attributes:
+        runner: the driver, for applications that handle token ids and logits themselves.
         messages: the chat so far, answers included; empty where raw text or ids were given.
     """
 
     def __init__(self, sessions: Sessions, state: State, codec: TextCodec, defaults: GenerationConfig):
-        self._runner = LoopRunner(sessions, state)
+        self.runner = LoopRunner(sessions, state)
         self._codec = codec
         self._defaults = defaults
-        self._history = TokenHistory(self._runner)
+        self._history = TokenHistory(self.runner)
         self.messages: list[Message] = []
 
     @property
     def state(self) -> State:
         """The buffers, with their sizes and lengths."""
-        return self._runner.state
+        return self.runner.state
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -72,7 +73,7 @@ class Session:
             if chat is not None:
                 self.messages = [*chat, {"role": "assistant", "content": result.text}]
 
-        return GenerationStream(self._runner, self._codec, self._history, ids, settings, keep_chat)
+        return GenerationStream(self.runner, self._codec, self._history, ids, settings, keep_chat)
 
     def generate(
         self, prompt: Prompt, config: GenerationConfig | None = None, raw: bool = False, **changes: Any

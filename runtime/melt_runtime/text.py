@@ -1,6 +1,7 @@
 """Token ids to text and back: tokenizer, chat template, streaming decoder, stop strings. Knows nothing of models."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,8 +27,12 @@ class TextCodec:
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # What transformers offers to chat templates.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(chat_template) if chat_template else None
         except jinja2.TemplateError as error:
@@ -71,7 +76,7 @@ class TextCodec:
             if message["role"] == "user" and not message["content"].strip():
                 raise TokenError(f"messages[{number}]: the content is empty")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True)
+            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None)
         except jinja2.TemplateError as error:
             raise TokenError(f"the chat template refuses these messages: {error}") from error
 

@@ -74,7 +74,7 @@ STAGES = (
     Stage(2, (0, 2), FACTS, 2, WHOLE, 0.95, 1500),
     Stage(3, (0, 3), FACTS, 2, WHOLE, 0.94, 1500),
     Stage(4, (1, 4), FACTS, 2, MIXED, 0.93, 1500),
-    Stage(4, (1, 4), FACTS, 2, MIXED, NEVER, 3000, falling=True),
+    Stage(4, (1, 4), FACTS, 2, MIXED, NEVER, 2400, falling=True),
 )
 
 
