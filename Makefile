@@ -29,9 +29,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-## melt-tiny: train the reference model again from its seed (about an hour on 2 cores)
+## melt-tiny: train the reference model again from its seed (about 40 minutes on 2 cores)
 melt-tiny: $(VENV)/ready
-	$(BIN)/python -m melt_models.tiny.train --out build/melt-tiny-retrained
+	$(BIN)/python -m melt_models.tiny.train --out build/melt-tiny-training
 
 setup: $(VENV)/ready
 

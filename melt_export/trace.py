@@ -42,7 +42,7 @@ def trace_graph(name: str, model: MeltCausalLM, spec: GraphSpec, folder: Path) -
 
 
 def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx.ONNXProgram:
-    """Traces one graph; the weights may be absent (fake tensors).
+    """Traces one graph; the weights are not looked at.
 
     Args:
         name: ``embed``, ``loop`` or ``head``.
@@ -53,7 +53,6 @@ def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx
     batch, chunk, capacity = torch.export.Dim("B"), torch.export.Dim("C"), torch.export.Dim("S")
     symbols = {"B": batch, "C": chunk, "S": capacity}
     by_name = {t.name: {i: symbols[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in spec.inputs}
-    # The tree of dynamic shapes follows the tree of arguments, whose leaves come in the contract's order by name.
     dynamic_shapes = _shapes_like(args, _input_names(name, model), by_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of the tracer about its own future

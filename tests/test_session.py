@@ -135,11 +135,13 @@ def test_an_abandoned_stream_leaves_a_usable_session(model):
 
 def test_a_stream_that_another_turn_overtook_says_so(model):
     session = model.new_session()
+    unused = session.stream(PROMPT, max_new_tokens=10)
     stream = session.stream(PROMPT, max_new_tokens=10, stop_ids=())
     next(stream)
     session.generate(PROMPT, max_new_tokens=2)
-    with pytest.raises(RuntimeError, match="another turn began"):
-        list(stream)
+    for late in (stream, unused):
+        with pytest.raises(RuntimeError, match="another turn began"):
+            list(late)
 
 
 def test_a_whole_chat_replaces_the_turns(model):

@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens of the two phases; the first new token comes out of prefill."""
+    """Seconds of computation and tokens of the two phases; the first new token comes out of prefill."""
 
     prefill_seconds: float
     prefill_tokens: int
@@ -116,6 +116,7 @@ class GenerationStream(Iterator[str]):
         self._kept = history.shared_with(self._prompt)
         runner.state.require_loops(self._loops, self._kept)
         history.become(self._prompt, self._kept)
+        self._turn = history.turn
         self._decoder, self._stops = codec.stream(), StopMatcher(config.stop)
         self._pieces = self._run()
         self._result: GenerationResult | None = None
@@ -141,10 +142,10 @@ class GenerationStream(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         sampler, history = Sampler(self._config), self._history
-        turn = history.turn
+        self._require_turn()
         started = time.perf_counter()
         logits = self._runner.prefill(self._prompt[self._kept :], self._loops)
-        prefilled = time.perf_counter()
+        prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
         new_ids: list[int] = []
         finish: FinishReason = "length"
         while True:
@@ -161,12 +162,12 @@ class GenerationStream(Iterator[str]):
                 break
             if len(new_ids) == self._config.max_new_tokens:
                 break
-            if history.turn != turn:
-                raise RuntimeError("another turn began in this session before the stream ended: use a session for each")
+            self._require_turn()
+            started = time.perf_counter()
             logits = self._runner.decode([token], self._loops)[0]
+            decode_seconds += time.perf_counter() - started
         if piece := self._stops.flush():
             yield piece
-        ended = time.perf_counter()
         self._result = GenerationResult(
             text="".join(self._text),
             token_ids=tuple(new_ids),
@@ -175,11 +176,16 @@ class GenerationStream(Iterator[str]):
             prompt_tokens=len(self._prompt),
             cached_tokens=self._kept,
             timings=Timings(
-                prefill_seconds=prefilled - started,
+                prefill_seconds=prefill_seconds,
                 prefill_tokens=len(self._prompt) - self._kept,
-                decode_seconds=ended - prefilled,
+                decode_seconds=decode_seconds,
                 decode_tokens=len(new_ids) - 1,
             ),
             state_bytes=self._runner.state.nbytes,
         )
         self._on_end(self._result)
+
+    def _require_turn(self) -> None:
+        """Refuses to go on over a cache that holds another turn."""
+        if self._history.turn != self._turn:
+            raise RuntimeError("another turn began in this session before the stream ended: use a session for each")

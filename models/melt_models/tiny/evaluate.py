@@ -77,15 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.evaluate", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of melt-tiny")
-    parser.add_argument("--problems", type=int, default=1024, help="held-out contexts (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=4, help="questions a context (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=2048, help="held-out contexts (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=1, help="questions a context (default: %(default)s)")
     parser.add_argument("--chunk", type=int, help="tokens in parallel (default: the trained chunk)")
     parser.add_argument("--max-loops", type=int, default=6, help="depths 1 to this (default: %(default)s)")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.checkpoint)
     encoder = Encoder(AutoTokenizer.from_pretrained(args.checkpoint))
+    chunk = args.chunk or model.config.chunk_size
     depths = tuple(range(1, args.max_loops + 1))
-    print(format_table(exact_match(model, encoder, args.problems, args.questions, depths, args.chunk)))
+    print(f"exact match in percent, {args.problems} held-out contexts, {args.questions} questions each, chunk {chunk}")
+    print(format_table(exact_match(model, encoder, args.problems, args.questions, depths, chunk)))
     return 0
 
 

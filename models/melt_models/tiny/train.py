@@ -65,7 +65,7 @@ class Stage:
 
 
 NEVER = 2.0
-WHOLE, MIXED = (384,), (32, 64, 384)
+WHOLE, MIXED, SMALL = (384,), (32, 64, 384), (12, 20, 32, 48, 64)
 STAGES = (
     Stage(1, (0, 1), (2, 4), 1, WHOLE, 0.62, 600, recall=1.0),
     Stage(1, (1, 1), (2, 4), 1, WHOLE, 0.94, 2500, recall=1.0),
@@ -74,7 +74,7 @@ STAGES = (
     Stage(2, (0, 2), FACTS, 2, WHOLE, 0.95, 1500),
     Stage(3, (0, 3), FACTS, 2, WHOLE, 0.94, 1500),
     Stage(4, (1, 4), FACTS, 2, MIXED, 0.93, 1500),
-    Stage(4, (1, 4), FACTS, 2, MIXED, NEVER, 2400, falling=True),
+    Stage(4, (1, 4), FACTS, 2, SMALL, NEVER, 2000, falling=True),
 )
 
 
