@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # onnxruntime-gpu (extra `cuda`) exists for Linux and Windows on x86-64 and runs on the CPU too; elsewhere: `cpu`.
 RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,cpu)
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
-            Gina reports to Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
+            Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
 .PHONY: demo test check setup melt-tiny clean
 

@@ -28,7 +28,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
+    # Text gets a space in front when it is encoded and loses it when it is decoded.
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=[PAD, USER, ASSISTANT, END],
