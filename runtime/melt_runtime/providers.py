@@ -77,9 +77,9 @@ def cuda_obstacle() -> str | None:
 def missing_cuda_libraries() -> dict[str, str]:
     """Shared libraries that the CUDA provider needs and the loader cannot find, with where each comes from.
 
-    Checked on Linux only; elsewhere the answer is empty and opening a session decides.
+    Checked on Linux only; elsewhere the answer is empty and opening a session decides. A build without CUDA needs none.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or _CUDA not in ort.get_available_providers():
         return {}
     with redirect_stdout(StringIO()):  # it prints what it cannot find; we say it ourselves
         ort.preload_dlls()
