@@ -11,13 +11,13 @@ QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva repo
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
-	rm -rf build/demo
-	$(BIN)/python export.py models/melt-tiny --out build/demo/melt-tiny
+	rm -rf build/melt-tiny
+	$(BIN)/python export.py models/melt-tiny --out build/melt-tiny
 	@for loops in 1 2 3 4; do \
 		echo; echo "loops $$loops: $(strip $(QUESTION))"; \
-		$(BIN)/melt generate build/demo/melt-tiny "$(strip $(QUESTION))" --loops $$loops --device cpu || exit 1; \
+		$(BIN)/melt generate build/melt-tiny "$(strip $(QUESTION))" --loops $$loops --device cpu || exit 1; \
 	done
-	@echo; $(BIN)/melt plan build/demo/melt-tiny
+	@echo; $(BIN)/melt plan build/melt-tiny
 
 ## test: the whole suite
 test: $(VENV)/ready

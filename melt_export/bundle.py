@@ -19,7 +19,7 @@ import torch
 
 from melt_export.trace import model_shape, trace_graph
 from melt_export.verify import verify_bundle
-from melt_models.checkpoint import load_checkpoint
+from melt_models.checkpoint import load_checkpoint, read_config
 from melt_models.configuration import MeltConfig
 from melt_runtime.contract import GRAPHS, graph_specs
 from melt_runtime.errors import MeltError
@@ -64,10 +64,9 @@ def export_bundle(checkpoint: Path, out: Path, precision: str = "float32", repor
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if out.exists():
         raise ExportError(f"{out} exists: choose another --out, or remove it first")
+    _check_exportable(checkpoint, read_config(checkpoint))
     report(f"loading {checkpoint}")
-    model = load_checkpoint(checkpoint)
-    _check_exportable(checkpoint, model.config)
-    model = model.to(getattr(torch, precision))
+    model = load_checkpoint(checkpoint).to(getattr(torch, precision))
     with _staged(out) as folder:
         specs = graph_specs(model_shape(model), precision)
         for name in GRAPHS:

@@ -102,6 +102,11 @@ def test_a_bundle_can_move(bundle_copy, tmp_path):
     assert MeltModel.load(moved, device="cpu", capacity=64).generate("Who is it?", max_new_tokens=2).token_ids
 
 
+def test_threads_below_one_are_refused(tiny_bundle):
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        MeltModel.load(tiny_bundle, device="cpu", threads=0)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"), [({"capacity": 0}, "capacity must be at least 1"), ({"chunk": 0}, "chunk")]
 )

@@ -116,7 +116,12 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
 
     Args:
         threads: threads inside an operator; default: one per physical core.
+
+    Raises:
+        ValueError: ``threads`` below 1.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
