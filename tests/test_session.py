@@ -144,6 +144,27 @@ def test_a_stream_that_another_turn_overtook_says_so(model):
             list(late)
 
 
+def test_a_message_never_drops_raw_text_silently(model):
+    session = model.new_session()
+    session.generate("Ana reports to", raw=True, max_new_tokens=2)
+    session.generate(" Ben.", raw=True, max_new_tokens=2)
+    before = session.token_ids
+    with pytest.raises(ValueError, match=r"prompt must be raw text or ids until reset\(\)"):
+        session.generate(PROMPT, max_new_tokens=2)
+    assert session.token_ids == before
+    session.reset()
+    session.generate(PROMPT, max_new_tokens=2)
+
+
+def test_a_stream_does_not_outlive_a_reset(model):
+    session = model.new_session()
+    stream = session.stream(PROMPT, max_new_tokens=10, stop_ids=())
+    next(stream)
+    session.reset()
+    with pytest.raises(RuntimeError, match="another turn began"):
+        list(stream)
+
+
 def test_a_whole_chat_replaces_the_turns(model):
     messages = [
         {"role": "user", "content": "Ana reports to Ben."},

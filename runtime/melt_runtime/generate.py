@@ -188,4 +188,4 @@ class GenerationStream(Iterator[str]):
     def _require_turn(self) -> None:
         """Refuses to go on over a cache that holds another turn."""
         if self._history.turn != self._turn:
-            raise RuntimeError("another turn began in this session before the stream ended: use a session for each")
+            raise RuntimeError("another turn began, or a reset, before the stream ended: use a session for each")

@@ -29,6 +29,7 @@ class Session:
         self._defaults = defaults
         self._history = TokenHistory(self.runner)
         self.messages: list[Message] = []
+        self._holds_raw = False
 
     @property
     def state(self) -> State:
@@ -43,8 +44,9 @@ class Session:
     def reset(self) -> None:
         """Forgets the conversation; the memory stays allocated."""
         self.state.reset()
-        self._history.ids = []
+        self._history.become([], 0)
         self.messages = []
+        self._holds_raw = False
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig | None = None, raw: bool = False, **changes: Any
@@ -59,7 +61,8 @@ class Session:
             **changes: single fields of ``GenerationConfig``, e.g. ``loops=2``.
 
         Raises:
-            TokenError, CapacityError, ValueError: as for ``GenerationStream``; the session is unchanged then.
+            TokenError, CapacityError, ValueError: as for ``GenerationStream``, or a user's message after raw text or
+                ids, which it would drop; the session is unchanged then.
         """
         settings = (self._defaults if config is None else config).with_changes(**changes)
         chat = self._as_chat(prompt, raw)
@@ -73,7 +76,9 @@ class Session:
             if chat is not None:
                 self.messages = [*chat, {"role": "assistant", "content": result.text}]
 
-        return GenerationStream(self.runner, self._codec, self._history, ids, settings, keep_chat)
+        stream = GenerationStream(self.runner, self._codec, self._history, ids, settings, keep_chat)
+        self._holds_raw = chat is None
+        return stream
 
     def generate(
         self, prompt: Prompt, config: GenerationConfig | None = None, raw: bool = False, **changes: Any
@@ -87,7 +92,11 @@ class Session:
     def _as_chat(self, prompt: Prompt, raw: bool) -> list[Message] | None:
         """The whole chat with this turn; None where the prompt is raw text or ids."""
         if isinstance(prompt, str):
-            return None if raw else [*self.messages, {"role": "user", "content": prompt}]
+            if raw:
+                return None
+            if self._holds_raw:
+                raise ValueError("prompt must be raw text or ids until reset(): the session holds such, not a chat")
+            return [*self.messages, {"role": "user", "content": prompt}]
         if len(prompt) and isinstance(prompt[0], dict):
             return list(prompt)  # type: ignore[arg-type]
         return None
