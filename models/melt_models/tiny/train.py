@@ -4,8 +4,9 @@
 
 Each stage asks for more: longer contexts, more wordings, one loop and one hop more. The target of loop t is the answer
 after min(t, hops) steps, so every depth learns to answer. Depth and chunk size vary from step to step: the cache then
-holds final states of any depth. Two crutches make the first loop's lookup appear within minutes and are then taken away: questions of 0 hops ("who is zero levels above Ana?") teach the model to find the start of a question,
-and the recall loss to know, at the end of a fact, whom it is about.
+holds final states of any depth. Two crutches make the first loop's lookup appear within minutes and are then taken
+away: questions of 0 hops ("who is zero levels above Ana?") teach the model to find the start of a question, and the
+recall loss to know, at the end of a fact, whom it is about.
 
 Every stage has a random state and optimizers of its own and ends in a checkpoint: stopped and started again, training
 goes on after the last finished stage, to the same result. The checkpoint of the last stage is melt-tiny.
