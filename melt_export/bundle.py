@@ -68,14 +68,15 @@ def export_bundle(checkpoint: Path, out: Path, precision: str = "float32", repor
     report(f"loading {checkpoint}")
     model = load_checkpoint(checkpoint).to(getattr(torch, precision))
     with _staged(out) as folder:
-        specs = graph_specs(model_shape(model), precision)
+        shape = model_shape(model)
+        specs = graph_specs(shape, precision)
         for name in GRAPHS:
             report(f"tracing {name}.onnx")
             trace_graph(name, model, specs[name], folder)
         _write_text_files(checkpoint, folder, model.config)
         report("describing the files")
         manifest = Manifest(
-            model=model_shape(model),
+            model=shape,
             precision=precision,
             graphs=specs,
             files={path.name: file_entry(path) for path in sorted(folder.iterdir())},

@@ -2,19 +2,21 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from melt_export.graphs import EmbedGraph, HeadGraph, LoopGraph
 from melt_models.modeling import MeltCausalLM
-from melt_runtime.contract import GraphSpec, ModelShape
+from melt_runtime.contract import GraphSpec, ModelShape, TensorSpec
 
 OPSET = 21
 
-# Example sizes: all different from each other and from 1, so that the tracer takes none for a constant.
-_BATCH, _CHUNK, _CAPACITY = 2, 3, 8
+# All different from each other and from 1, so that the tracer takes none for a constant.
+_EXAMPLE_SIZES = {"B": 2, "C": 3, "S": 8}
+_MODULES = {"embed": EmbedGraph, "loop": LoopGraph, "head": HeadGraph}
 
 
 def model_shape(model: MeltCausalLM) -> ModelShape:
@@ -49,21 +51,20 @@ def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx
         model: in the precision that the graph shall have.
         spec: the contract's inputs and outputs of this graph.
     """
-    module, args = _module_and_args(name, model)
-    batch, chunk, capacity = torch.export.Dim("B"), torch.export.Dim("C"), torch.export.Dim("S")
-    symbols = {"B": batch, "C": chunk, "S": capacity}
-    by_name = {t.name: {i: symbols[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in spec.inputs}
-    dynamic_shapes = _shapes_like(args, _input_names(name, model), by_name)
+    symbols = {symbol: torch.export.Dim(symbol) for symbol in _EXAMPLE_SIZES}
+    examples = {t.name: _example(t) for t in spec.inputs}
+    dimensions = {t.name: {i: symbols[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in spec.inputs}
+    arguments = _arguments(name, spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of the tracer about its own future
         program = torch.onnx.export(
-            module.eval(),
-            args,
+            _MODULES[name](model).eval(),
+            _arrange(arguments, examples),
             dynamo=True,
             opset_version=OPSET,
-            input_names=_flat(_input_names(name, model)),
-            output_names=_flat(_output_names(name, model)),
-            dynamic_shapes=dynamic_shapes,
+            input_names=_flat(arguments),
+            output_names=_flat(_results(name, spec)),
+            dynamic_shapes=_arrange(arguments, dimensions),
             verbose=False,
         )
     assert program is not None
@@ -79,51 +80,40 @@ def _name_dimensions(graph: ir.Graph, spec: GraphSpec) -> None:
             value.shape = ir.Shape(tensors[str(value.name)].shape)
 
 
-def _module_and_args(name: str, model: MeltCausalLM) -> tuple[nn.Module, tuple]:
-    config = model.config
-    if name == "embed":
-        return EmbedGraph(model), (torch.zeros(_BATCH, _CHUNK, dtype=torch.int64),)
-    hidden = torch.zeros(_BATCH, _CHUNK, config.hidden_size, dtype=model.dtype)
-    if name == "head":
-        return HeadGraph(model), (hidden,)
-
-    def cache() -> list[Tensor]:
-        shape = (_BATCH, config.num_key_value_heads, _CAPACITY, config.head_dim)
-        return [torch.zeros(shape, dtype=model.dtype) for _ in range(config.num_hidden_layers)]
-
-    latents = [torch.zeros_like(hidden) for _ in range(config.num_hidden_layers)] if config.has_latent else []
-    seqlens_k = torch.full((_BATCH,), _CHUNK - 1, dtype=torch.int32)
-    total = torch.tensor(_CHUNK, dtype=torch.int32)
-    loop_idx = torch.tensor(0) if config.gate_kind == "mean" else None
-    return LoopGraph(model), (hidden, latents, cache(), cache(), seqlens_k, total, loop_idx)
+def _example(tensor: TensorSpec) -> Tensor:
+    shape = [_EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
 
 
-def _per_layer(model: MeltCausalLM, name: str) -> list[str]:
-    return [f"{name}.{layer_idx}" for layer_idx in range(model.config.num_hidden_layers)]
-
-
-def _input_names(name: str, model: MeltCausalLM) -> tuple:
-    """Names in the shape of the module's arguments."""
+def _arguments(name: str, spec: GraphSpec) -> tuple:
+    """The contract's input names in the form of the module's arguments: a list for one tensor per layer."""
+    names = [tensor.name for tensor in spec.inputs]
     if name != "loop":
-        return ("ids",) if name == "embed" else ("hidden",)
-    latents = _per_layer(model, "latent") if model.config.has_latent else []
-    loop_idx = "loop_idx" if model.config.gate_kind == "mean" else None
-    caches = (_per_layer(model, "past_key"), _per_layer(model, "past_value"))
-    return ("hidden", latents, *caches, "seqlens_k", "total_sequence_length", loop_idx)
+        return tuple(names)
+    families = (_family(names, family) for family in ("latent", "past_key", "past_value"))
+    loop_idx = "loop_idx" if "loop_idx" in names else None
+    return ("hidden", *families, "seqlens_k", "total_sequence_length", loop_idx)
 
 
-def _output_names(name: str, model: MeltCausalLM) -> tuple:
-    if name == "embed":
-        return ("hidden", "latent") if model.config.has_latent else ("hidden",)
-    if name == "head":
-        return ("logits",)
-    latents = _per_layer(model, "latent_out") if model.config.has_latent else []
-    return (
-        "hidden_out",
-        latents,
-        _per_layer(model, "present_key"),
-        _per_layer(model, "present_value"),
-        "exit_logit",
+def _results(name: str, spec: GraphSpec) -> tuple:
+    """The contract's output names in the form of what the module returns."""
+    names = [tensor.name for tensor in spec.outputs]
+    if name != "loop":
+        return tuple(names)
+    families = (_family(names, family) for family in ("latent_out", "present_key", "present_value"))
+    return ("hidden_out", *families, "exit_logit")
+
+
+def _family(names: list[str], family: str) -> list[str]:
+    """The names of one tensor per layer, in the order of the layers."""
+    return [name for name in names if name.startswith(f"{family}.")]
+
+
+def _arrange(names: tuple, values: dict[str, Any]) -> tuple:
+    """Values in the form of their names."""
+    return tuple(
+        [values[n] for n in name] if isinstance(name, list) else None if name is None else values[name]
+        for name in names
     )
 
 
@@ -132,10 +122,3 @@ def _flat(names: tuple) -> list[str]:
     for name in names:
         flat += name if isinstance(name, list) else [] if name is None else [name]
     return flat
-
-
-def _shapes_like(args: tuple, names: tuple, by_name: dict[str, dict]) -> tuple:
-    return tuple(
-        [by_name[n] for n in name] if isinstance(arg, list) else None if arg is None else by_name[name]
-        for arg, name in zip(args, names, strict=True)
-    )

@@ -50,24 +50,21 @@ def verify_bundle(folder: Path, reference: MeltCausalLM, prompt: list[int]) -> d
     Raises:
         ParityError: a difference above the tolerance, or a greedy token that torch would clearly not choose.
     """
-    shape_config = reference.config
-    model = MeltModel.load(folder, device="cpu", capacity=len(prompt) + DECODE_STEPS, chunk=shape_config.chunk_size)
+    loops, chunk = reference.config.total_ut_steps, reference.config.chunk_size
+    model = MeltModel.load(folder, device="cpu", capacity=len(prompt) + DECODE_STEPS, chunk=chunk)
     check = _Comparison(model.manifest.precision)
     runner = model.session.runner
-    loops, chunk = shape_config.total_ut_steps, shape_config.chunk_size
-    cache = KVCache(shape_config)
+    cache = KVCache(reference.config)
     logits, expected = np.empty(0), torch.empty(0)
     for start in range(0, len(prompt), chunk):
         ids = prompt[start : start + chunk]
-        expected = check.step(reference, runner, cache, ids, loops, f"prefill from token {start}")
-        logits = runner.state.logits.read()[0]
+        logits, expected = check.step(reference, runner, cache, ids, loops, f"prefill from token {start}")
     equal = 0
     for step in range(DECODE_STEPS):
         token = int(expected.argmax())
         check.token(step, int(logits.argmax()), expected)
         equal += int(logits.argmax()) == token
-        expected = check.step(reference, runner, cache, [token], loops, f"decode step {step}")
-        logits = runner.state.logits.read()[0]
+        logits, expected = check.step(reference, runner, cache, [token], loops, f"decode step {step}")
     return {
         "tolerance": check.tolerance,
         "loops": loops,
@@ -97,8 +94,8 @@ class _Comparison:
         ids: list[int],
         loops: int,
         phase: str,
-    ) -> Tensor:
-        """Runs one chunk through both and compares after every loop; returns torch's logits of the last token, [V]."""
+    ) -> tuple[Array, Tensor]:
+        """Runs one chunk through both and compares after every loop; returns both logits of the last token, [V]."""
         start, state = cache.length, runner.state
         with _recording(reference) as traces:
             states = reference.model.forward_chunk(torch.tensor([ids]), loops, cache)
@@ -106,7 +103,7 @@ class _Comparison:
 
         def compare(loop_idx: int) -> None:
             place = f"loop {loop_idx + 1} of {phase}"
-            sets = state.caches[loop_idx if len(state.caches) > 1 else 0]
+            layers = state.caches[state.plan.cache_set(loop_idx)]
             # A chunk's latents stand packed from the start of the buffer.
             latents = state.latent.read().reshape(-1) if state.latent is not None else None
             size = len(ids) * width
@@ -115,7 +112,7 @@ class _Comparison:
                 if latents is not None:
                     actual = latents[layer_idx * size : (layer_idx + 1) * size].reshape(len(ids), width)
                     self.compare("latent", actual, trace.latents[loop_idx], at)
-                keys, values = sets[layer_idx]
+                keys, values = layers[layer_idx]
                 self.compare("key", keys.read()[0, :, rows], trace.keys[loop_idx][:, rows], at)
                 self.compare("value", values.read()[0, :, rows], trace.values[loop_idx][:, rows], at)
             hidden = states[loop_idx][0]
@@ -132,7 +129,7 @@ class _Comparison:
             actual_logits = runner.prefill(ids, loops, observe=compare)
         expected = reference.lm_head(states[-1][0, -1])
         self.compare("logits", actual_logits, expected, phase)
-        return expected
+        return actual_logits, expected
 
     def compare(self, name: str, actual: Array, expected: Tensor, place: str) -> float:
         """Records the difference of one tensor and raises where it is too large."""

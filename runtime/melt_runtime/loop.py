@@ -127,11 +127,10 @@ class LoopRunner:
 
     def _run_loops(self, binding: Binding, loops: int, observe: Observer | None) -> None:
         self.sessions.embed.run_with_iobinding(binding.embed)
-        per_loop = len(binding.loops) > 1
         for loop_idx in range(loops):
             if self.state.loop_idx is not None:
                 self.state.loop_idx.write(np.array([loop_idx]))
-            self.sessions.loop.run_with_iobinding(binding.loops[loop_idx if per_loop else 0])
+            self.sessions.loop.run_with_iobinding(binding.loops[self.state.plan.cache_set(loop_idx)])
             if observe is not None:
                 observe(loop_idx)
 

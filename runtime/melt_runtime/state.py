@@ -57,6 +57,10 @@ class StatePlan:
         """KV caches per layer: 1, or one for each loop."""
         return self.loops if self.shape.cache_kind == "per_loop" else 1
 
+    def cache_set(self, loop_idx: int) -> int:
+        """Which of the cache sets loop ``loop_idx`` reads and writes."""
+        return loop_idx if self.shape.cache_kind == "per_loop" else 0
+
     @property
     def rows(self) -> int:
         """Tokens in flight at most: a prefill chunk of one sequence, or one token of each."""
