@@ -41,7 +41,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.pad_id = int(tokenizer.convert_tokens_to_ids(PAD))
         names = {name for domain in DOMAINS for name in domain.entities}
-        self._answer_ids = {name: int(tokenizer.encode(name)[0]) for name in names}
+        self._answer_ids = {}
+        for name in names:
+            (self._answer_ids[name],) = tokenizer.encode(name)
         self._name_ids = frozenset(self._answer_ids.values())
 
     def answer_id(self, name: str) -> int:
