@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from transformers.utils import logging as transformers_logging
+
+from melt_export.bundle import export_bundle
+from melt_models import CheckpointError
+from melt_runtime import MeltError
+from melt_runtime.manifest import PRECISIONS
+
 _EPILOG = """\
 example:
   python export.py models/melt-tiny --out build/melt-tiny
@@ -27,19 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--precision",
         default="float32",
-        choices=("float32", "float16"),
+        choices=PRECISIONS,
         help="of weights, state and KV cache (default: %(default)s)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated export cleans up as an interrupted one does
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-    from transformers.utils import logging as transformers_logging
-
-    from melt_export.bundle import export_bundle
-    from melt_models import CheckpointError
-    from melt_runtime import MeltError
 
     transformers_logging.disable_progress_bar()  # the stages below are the progress
     try:

@@ -1,9 +1,11 @@
 """Runs MELT bundles through ONNX Runtime: depth is a knob at run time, memory stays constant. No torch.
 
-from melt_runtime import MeltModel
+Example::
 
-model = MeltModel.load("build/melt-tiny")
-print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
+    from melt_runtime import MeltModel
+
+    model = MeltModel.load("build/melt-tiny")
+    print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
 """
 
 from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError

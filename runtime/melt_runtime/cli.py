@@ -1,12 +1,17 @@
-"""Command line ``melt``: generate, chat, info, plan, doctor. Knows only the public API."""
+"""Command line ``melt``: generate, chat, info, plan, doctor. Says what the package does, decides nothing."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.manifest import check_files, read_manifest
+from melt_runtime.memory import format_bytes, format_plan, plan_memory, plot_plan, resident_bytes
+from melt_runtime.model import MeltModel
 
 _DESCRIPTION = """\
 Run MELT looped language models through ONNX Runtime. Depth (--loops) is a knob: more loops, more steps of reasoning,
@@ -99,7 +104,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", type=int, help="tokens of all turns (default: 2048, or the model's most)")
 
 
-def _settings(args: argparse.Namespace) -> dict[str, object]:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The generation options that were given; the others keep the bundle's defaults."""
     names = (
         "loops",
@@ -117,14 +122,8 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
     return given
 
 
-def _load(args: argparse.Namespace, verbose: bool) -> "MeltModel":  # type: ignore[name-defined]  # noqa: F821
-    from melt_runtime.manifest import read_manifest
-    from melt_runtime.memory import format_bytes, plan_memory
-    from melt_runtime.model import MeltModel
-
-    loops = args.loops if args.loops is None or args.loops >= 1 else None  # generation refuses it with its own message
-    manifest = read_manifest(args.bundle)
-    plan = plan_memory(manifest, args.capacity, loops=loops)
+def _load(args: argparse.Namespace, verbose: bool) -> MeltModel:
+    plan = plan_memory(read_manifest(args.bundle), args.capacity, loops=args.loops)
     if verbose:
         ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
         print(
@@ -132,15 +131,13 @@ def _load(args: argparse.Namespace, verbose: bool) -> "MeltModel":  # type: igno
             f"(with a KV cache per loop: {theirs})",
             file=sys.stderr,
         )
-    model = MeltModel.load(args.bundle, device=args.device, capacity=args.capacity, loops=loops)
+    model = MeltModel.load(args.bundle, device=args.device, capacity=args.capacity, loops=args.loops)
     if verbose:
         print(f"device: {model.provider.device} ({model.provider.reason})", file=sys.stderr)
     return model
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from melt_runtime.memory import format_bytes, resident_bytes
-
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = _settings(args)
     GenerationConfig().with_changes(**settings)  # refuse bad values before the model is loaded
@@ -184,9 +181,6 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from melt_runtime.manifest import check_files, read_manifest
-    from melt_runtime.memory import format_bytes
-
     manifest = read_manifest(args.bundle)
     check_files(args.bundle, manifest)
     shape, parity = manifest.model, manifest.parity
@@ -213,9 +207,6 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from melt_runtime.manifest import read_manifest
-    from melt_runtime.memory import format_plan, plan_memory, plot_plan
-
     plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops)
     print(format_plan(plan))
     if args.plot is not None:
@@ -224,8 +215,6 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from melt_runtime.doctor import diagnose
-
     print(diagnose())
 
 
