@@ -1,96 +1,232 @@
-"""Writes a bundle: trace, describe, verify, and only then give it its name.
+"""Writes a bundle: trace, pack the weights, calibrate, verify, measure, and only then give it its name.
 
 Everything happens in a temporary sibling of the output folder, which is renamed when the bundle is complete and
-verified and removed when anything goes wrong: an interrupted export leaves no bundle.
+verified and removed when anything goes wrong: an interrupted export leaves no bundle. Weights pass through memory one
+tensor at a time.
 """
 
-import copy
 import importlib.metadata
-import json
-import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import torch
+from torch import nn
+from tqdm import tqdm
 
-from melt_export.trace import model_shape, trace_graph
+from melt_export.calibrate import collect_rows, key_scales, value_scales
+from melt_export.formats import DEFAULT_LAYERS, WeightFormat, weight_formats
+from melt_export.probe import Probe, choose_probe
+from melt_export.quality import compare, exact_match, perplexity, trace_bundle, trace_reference
+from melt_export.quantize import ROUNDINGS, Rounding
+from melt_export.reference import WHOLE_BYTES, bundle_reader, reference_model
+from melt_export.source import ExportError, Source, checkpoint_source
+from melt_export.trace import graph_modules, model_shape, trace_graph
+from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
-from melt_models.checkpoint import load_checkpoint, read_config
-from melt_models.configuration import MeltConfig
-from melt_runtime.contract import GRAPHS, graph_specs
-from melt_runtime.errors import MeltError
+from melt_export.weights import WeightFile, owners
+from melt_models.checkpoint import empty_model
+from melt_runtime import MeltModel
+from melt_runtime.contract import KV_CACHES, PRECISIONS, GraphSpec, KVCacheKind, activation_dtype, graph_specs
 from melt_runtime.generation_config import GenerationConfig, write_generation_config
+from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
-    PRECISIONS,
     TOKENIZER_NAME,
+    WEIGHTS_NAME,
     Manifest,
     file_entry,
     write_manifest,
 )
-
-HEAD_DIM_MULTIPLE = 16
-"""GroupQueryAttention rotates heads of this multiple only."""
-
-
-class ExportError(MeltError):
-    """A checkpoint that cannot be exported, or an output folder that cannot be written."""
-
+from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.providers import choose_provider
+from melt_runtime.state import State
 
 Report = Callable[[str], None]
 """Told of each stage as it begins."""
 
 
-def export_bundle(checkpoint: Path, out: Path, precision: str = "float32", report: Report = lambda _: None) -> Manifest:
-    """Exports a checkpoint folder to a bundle.
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to make a bundle.
 
-    Args:
-        checkpoint: folder with ``config.json``, safetensors weights and ``tokenizer.json``.
-        out: folder to make; it must not exist.
-        precision: ``float32`` or ``float16``, of weights, state and cache.
+    Attributes:
+        precision: of the weights, one of ``PRECISIONS``; ``float16`` is that of activations and KV cache too.
+        layers: precision by pattern of layer name; default: what suits ``precision``.
+        rounding: how 4-bit scales are found, ``search`` or ``nearest``.
+        text: what calibration and quality are measured on; default: the model's own evaluation, or random tokens.
+        verified: compare with torch and measure the quality; left out for random weights, which have none.
         report: told of each stage.
 
     Raises:
-        ExportError: the output exists, or the checkpoint has what the graphs cannot express.
+        ValueError: an unknown precision or rounding.
+    """
+
+    precision: str = "float32"
+    layers: Mapping[str, str] | None = None
+    rounding: Rounding = "search"
+    text: str | None = None
+    verified: bool = True
+    report: Report = field(default=lambda _: None)
+
+    def __post_init__(self) -> None:
+        """Checks the names."""
+        for name, known in (("precision", PRECISIONS), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def chosen_layers(self) -> Mapping[str, str]:
+        """Precision by pattern of layer name."""
+        return DEFAULT_LAYERS.get(self.precision, {}) if self.layers is None else self.layers
+
+    @property
+    def kv_caches(self) -> tuple[KVCacheKind, ...]:
+        """Kinds of KV cache to make a loop for: quantized ones run on float32 activations."""
+        return ("float",) if self.precision == "float16" else KV_CACHES
+
+
+def export_bundle(checkpoint: Path, out: Path, options: ExportOptions | None = None) -> Manifest:
+    """Exports a checkpoint folder to a bundle.
+
+    Args:
+        checkpoint: folder with ``config.json``, safetensors weights and ``tokenizer.json``; with ``evaluation.jsonl``
+            the manifest also says how many of its examples the bundle answers, by loops.
+        out: folder to make; it must not exist.
+        options: default: ``float32``.
+
+    Raises:
+        ExportError: the output exists, the checkpoint has what the graphs cannot express, or a text is too short.
+        FormatError: the precision does not fit the model.
         CheckpointError: the checkpoint is incomplete or does not fit its configuration.
         ParityError: the graphs do not compute what torch does.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if out.exists():
-        raise ExportError(f"{out} exists: choose another --out, or remove it first")
-    _check_exportable(checkpoint, read_config(checkpoint))
-    report(f"loading {checkpoint}")
-    model = load_checkpoint(checkpoint).to(getattr(torch, precision))
+    _require_absent(out)
+    return export_source(checkpoint_source(checkpoint), out, options or ExportOptions())
+
+
+def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest:
+    """As ``export_bundle``, from an opened source."""
+    _require_absent(out)
+    config, precision, report = source.config, options.precision, options.report
+    formats = weight_formats(empty_model(config), precision, options.chosen_layers)
+    shape, dtype = model_shape(config), activation_dtype(precision)
     with _staged(out) as folder:
-        shape = model_shape(model)
-        specs = graph_specs(shape, precision)
-        for name in GRAPHS:
+        _write_text_files(source, folder)
+        probe = choose_probe(source, folder, options.text)
+        specs = graph_specs(shape, dtype, options.kv_caches)
+        weights = WeightFile(folder)
+        modules = graph_modules(config, formats, dtype, options.rounding)
+        for name, module in modules.items():
             report(f"tracing {name}.onnx")
-            trace_graph(name, model, specs[name], folder)
-        _write_text_files(checkpoint, folder, model.config)
-        report("describing the files")
+            graph = trace_graph(name, module, specs[name])
+            report(f"packing the weights of {name}.onnx")
+            _pack(graph, module, source, weights)
+            ir.save(graph, folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
             precision=precision,
-            graphs=specs,
-            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
-            weight_bytes=sum(path.stat().st_size for path in folder.glob("*.data")),
+            quantization=_describe(formats, options),
+            graphs={name: specs[name] for name in modules},
+            files={},
+            weight_bytes=0,
             producer=_producer(),
             parity={},
+            quality={},
+        )
+        if len(options.kv_caches) > 1:
+            report("calibrating the quantized KV caches")
+            _write_quantized_loops(folder, manifest, specs, weights, probe)
+        report("describing the files")
+        manifest = replace(
+            manifest,
+            graphs=specs,
+            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+            weight_bytes=(folder / WEIGHTS_NAME).stat().st_size,
         )
         write_manifest(folder, manifest)
-        report("verifying against torch, loop by loop")
-        reference = copy.deepcopy(model).float()
-        manifest = replace(manifest, parity=verify_bundle(folder, reference, _probe_prompt(model.config)))
-        write_manifest(folder, manifest)
+        if options.verified:
+            report("verifying against torch, loop by loop")
+            small = 4 * sum(parameter.numel() for parameter in empty_model(config).parameters()) <= WHOLE_BYTES
+            rounded = reference_model(config, bundle_reader(weights, formats, config.tie_word_embeddings))
+            manifest = replace(manifest, parity=verify_bundle(folder, manifest, rounded, brief=not small))
+            del rounded
+            report(f"measuring what {precision} costs on {probe.name}")
+            manifest = replace(manifest, quality=_measure_quality(folder, manifest, source, probe))
+            write_manifest(folder, manifest)
     report(f"wrote {out}")
     return manifest
+
+
+def open_runner(folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float") -> LoopRunner:
+    """A driver over a bundle on the CPU, in chunks of its trained size."""
+    sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.dtype), kv_cache=kv_cache)
+    plan = plan_state(manifest, capacity, kv_cache=kv_cache)
+    return LoopRunner(sessions, State(plan, "cpu"))
+
+
+def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFile) -> None:
+    """Writes the weights of one graph and points its initializers at them."""
+    keys = {}
+    for name, owner in tqdm(list(owners(module)), unit="module", leave=False, disable=None):
+        origin = f"{module.prefix}{name}".strip(".")
+        if origin == "lm_head" and source.config.tie_word_embeddings:
+            origin = "model.embed_tokens"
+        for tensor, key in weights.add_module(owner, origin, source.read).items():
+            keys[f"{name}.{tensor}".strip(".")] = key
+    weights.attach(graph.graph, keys)
+
+
+def _write_quantized_loops(
+    folder: Path, manifest: Manifest, specs: dict[str, GraphSpec], weights: WeightFile, probe: Probe
+) -> None:
+    longest = max(len(passage.ids) for passage in probe.passages)
+    rows = collect_rows(open_runner(folder, manifest, longest), probe, manifest.model.trained_loops)
+    for kind in KV_CACHES[1:]:
+        for layer_idx, (keys, values) in enumerate(rows):
+            scales = key_scales(keys, kind), value_scales(values, kind)
+            for key, scale in zip(scale_keys(kind, layer_idx), scales, strict=True):
+                weights.add(key, torch.from_numpy(scale))
+        write_quantized_loop(folder, kind, specs[f"loop_{kind}"], weights)
+
+
+def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> dict[str, Any]:
+    loops = manifest.model.trained_loops
+    longest = max(len(passage.ids) for passage in probe.passages)
+    reference = trace_reference(reference_model(source.config, source.read), probe)
+    by_cache: dict[str, Any] = {}
+    for kind in manifest.kv_caches:
+        actual = trace_bundle(open_runner(folder, manifest, longest, kind), probe, loops)
+        by_cache[kind] = compare(reference, actual, probe)
+        if source.examples:
+            model = MeltModel.load(folder, device="cpu", kv_cache=kind)
+            by_cache[kind]["exact_match"] = exact_match(model, source.examples, loops)
+    return {
+        "text": probe.name,
+        "tokens": probe.scored,
+        "loops": loops,
+        "chunk": manifest.model.trained_chunk,
+        "examples": len(source.examples),
+        "perplexity_of_float32": perplexity(reference, probe),
+        "kv_cache": by_cache,
+    }
+
+
+def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
+    """What the manifest says of the rounding."""
+    kinds = sorted({f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()})
+    return {"formats": kinds, "layers": dict(options.chosen_layers), "rounding": options.rounding}
+
+
+def _require_absent(out: Path) -> None:
+    if out.exists():
+        raise ExportError(f"{out} exists: choose another --out, or remove it first")
 
 
 @contextmanager
@@ -106,57 +242,15 @@ def _staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_exportable(checkpoint: Path, config: MeltConfig) -> None:
-    """Finds what would fail late, before any long work begins."""
-    faults = []
-    if config.head_dim % HEAD_DIM_MULTIPLE:
-        faults.append(f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, got {config.head_dim}")
-    tokenizer = checkpoint / TOKENIZER_NAME
-    if not tokenizer.is_file():
-        faults.append(f"{TOKENIZER_NAME} is missing")
-    else:
-        highest = max(_token_ids(tokenizer), default=-1)
-        if highest >= config.vocab_size:
-            faults.append(f"{TOKENIZER_NAME} has token id {highest}, but vocab_size is {config.vocab_size}")
-    if faults:
-        raise ExportError(f"{checkpoint} cannot be exported:\n  " + "\n  ".join(faults))
-
-
-def _token_ids(tokenizer: Path) -> list[int]:
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    ids = [token["id"] for token in content.get("added_tokens", [])]
-    vocabulary = content["model"]["vocab"]
-    return ids + (list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1])
-
-
-def _write_text_files(checkpoint: Path, folder: Path, config: MeltConfig) -> None:
+def _write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
-    shutil.copyfile(checkpoint / TOKENIZER_NAME, folder / TOKENIZER_NAME)
-    (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(checkpoint), encoding="utf-8")
-    eos = config.eos_token_id
+    (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
+    (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
+    eos = source.config.eos_token_id
     stop_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=stop_ids))
-
-
-def chat_template(checkpoint: Path) -> str:
-    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top."""
-    settings_path, template_path = checkpoint / "tokenizer_config.json", checkpoint / CHAT_TEMPLATE_NAME
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    stored = settings.get("chat_template") or ""
-    text = template_path.read_text(encoding="utf-8") if template_path.is_file() else stored
-    named = [name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in text]
-    values = {name: settings.get(name) or "" for name in named}
-    values = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
 
 
 def _producer() -> dict[str, str]:
     names = ("melt-onnx", "torch", "onnx", "onnxscript", "transformers")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _probe_prompt(config: MeltConfig) -> list[int]:
-    """Token ids of one chunk and a half: every branch of prefill, whatever the model knows."""
-    length = min(config.chunk_size + config.chunk_size // 2 + 1, config.max_position_embeddings // 2)
-    draw = random.Random(0)
-    return [draw.randrange(config.vocab_size) for _ in range(length)]

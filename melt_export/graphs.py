@@ -1,23 +1,31 @@
 """The three graphs of a bundle as torch modules, in the form that ONNX Runtime runs best.
 
 The equations are those of ``melt_models.modeling``; here they stand once more with ONNX Runtime's operators (fused
-norm, attention over an in-place cache) in place of torch's. These modules are traced, never run: the operators return
-zeros in torch. Inputs and outputs: ``melt_runtime.contract``.
+norms and residuals, attention over an in-place cache, quantized matrices) in place of torch's. These modules are
+traced, never run: the operators return zeros in torch. Inputs and outputs: ``melt_runtime.contract``.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from melt_export.stored import Read
 from melt_models.modeling import Layer, MeltCausalLM, RMSNorm, rope_tables
+
+_OPERATORS = "com.microsoft::"
 
 
 class EmbedGraph(nn.Module):
     """Token ids to embeddings and zeroed latent states."""
 
+    prefix: ClassVar = "model."
+    """What stands before this graph's tensor names in the checkpoint."""
+
     def __init__(self, model: MeltCausalLM):
         super().__init__()
         self.embed_tokens = model.model.embed_tokens
-        self.layers = model.config.num_hidden_layers
+        self.layer_count = model.config.num_hidden_layers
         self.has_latent = model.config.has_latent
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
@@ -27,11 +35,13 @@ class EmbedGraph(nn.Module):
             return (hidden,)
         # Zeros of the right shape without any shape computation, which would run on the host.
         zeros = (hidden - hidden).unsqueeze(0)  # [1, B, C, D]
-        return hidden, torch.cat([zeros] * self.layers)
+        return hidden, torch.cat([zeros] * self.layer_count)
 
 
 class HeadGraph(nn.Module):
     """The normed value to logits."""
+
+    prefix: ClassVar = ""
 
     def __init__(self, model: MeltCausalLM):
         super().__init__()
@@ -43,7 +53,13 @@ class HeadGraph(nn.Module):
 
 
 class LoopGraph(nn.Module):
-    """One loop over all layers."""
+    """One loop over all layers.
+
+    Per layer, with a gate of quantized matrices: seven matrix products and two of the gate, attention, four norms of
+    which two add the residual too, five element-wise steps of the gate and two of the MLP.
+    """
+
+    prefix: ClassVar = "model."
 
     def __init__(self, model: MeltCausalLM):
         super().__init__()
@@ -52,9 +68,14 @@ class LoopGraph(nn.Module):
         self.layers = model.model.layers
         self.norm = model.model.norm
         self.early_exit_gate = model.model.early_exit_gate
-        cos, sin = rope_tables(config, torch.arange(config.max_position_embeddings))
-        self.register_buffer("cos", cos.to(model.dtype), persistent=False)
-        self.register_buffer("sin", sin.to(model.dtype), persistent=False)
+        half, dtype = config.head_dim // 2, self.norm.weight.dtype
+        self.register_buffer("cos", torch.empty(config.max_position_embeddings, half, dtype=dtype))
+        self.register_buffer("sin", torch.empty(config.max_position_embeddings, half, dtype=dtype))
+
+    def pack(self, _: Read) -> dict[str, Tensor]:
+        """The rotary tables, [positions, dh / 2]."""
+        tables = rope_tables(self.config, torch.arange(self.config.max_position_embeddings))
+        return {name: table.to(self.cos.dtype) for name, table in zip(("cos", "sin"), tables, strict=True)}
 
     def forward(
         self,
@@ -73,8 +94,8 @@ class LoopGraph(nn.Module):
         """
         latents_out, keys, values = [], [], []
         lengths = (seqlens_k, total_sequence_length)
+        a = self._norm(self.layers[0].input_layernorm, hidden)
         for layer_idx, layer in enumerate(self.layers):
-            a = self._norm(layer.input_layernorm, hidden)
             h = layer.gate(a, latents[layer_idx] if latents else None, loop_idx)
             if latents:
                 latents_out.append(h)
@@ -82,22 +103,38 @@ class LoopGraph(nn.Module):
             attended, key, value = self._attention(layer, a, h, past, lengths)
             keys.append(key)
             values.append(value)
-            hidden = hidden + self._norm(layer.input_layernorm_2, layer.self_attn.o_proj(attended))
-            m = self._norm(layer.post_attention_layernorm, hidden)
-            hidden = hidden + self._norm(layer.post_attention_layernorm_2, layer.mlp(m))
-        hidden = self._norm(self.norm, hidden)
-        return hidden, latents_out, keys, values, self.early_exit_gate(hidden)
+            attended = self._norm(layer.input_layernorm_2, layer.self_attn.o_proj(attended))
+            m, hidden = self._add_norm(layer.post_attention_layernorm, hidden, attended)
+            fed = self._norm(layer.post_attention_layernorm_2, self._mlp(layer, m))
+            last = layer_idx + 1 == len(self.layers)
+            following = self.norm if last else self.layers[layer_idx + 1].input_layernorm
+            a, hidden = self._add_norm(following, hidden, fed)
+        return a, latents_out, keys, values, self.early_exit_gate(a)
 
     def _norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
         attributes = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
         return torch.onnx.ops.symbolic(
-            "SimplifiedLayerNormalization",
-            (x, norm.weight),
-            attributes,
-            dtype=x.dtype,
-            shape=x.shape,
+            "SimplifiedLayerNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    def _add_norm(self, norm: RMSNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm(x + y)`` and ``x + y``; the operator's two outputs between are statistics that nobody reads."""
+        outputs = torch.onnx.ops.symbolic_multi_out(
+            _OPERATORS + "SkipSimplifiedLayerNormalization",
+            (y, x, norm.weight),
+            {"epsilon": norm.eps},
+            dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+            shapes=(x.shape, x.shape[:-1], x.shape[:-1], x.shape),
             version=1,
         )
+        return outputs[0], outputs[3]
+
+    def _mlp(self, layer: Layer, m: Tensor) -> Tensor:
+        gate = layer.mlp.gate_proj(m)
+        silu = torch.onnx.ops.symbolic(
+            _OPERATORS + "QuickGelu", (gate,), {"alpha": 1.0}, dtype=gate.dtype, shape=gate.shape, version=1
+        )
+        return layer.mlp.down_proj(silu * layer.mlp.up_proj(m))
 
     def _attention(
         self, layer: Layer, a: Tensor, h: Tensor, past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]
@@ -105,17 +142,17 @@ class LoopGraph(nn.Module):
         """Attention that rewrites its rows of the cache where past and present are one buffer."""
         attention = layer.self_attn
         query, key, value = attention.q_proj(a), attention.k_proj(h), attention.v_proj(h)
-        past_key, past_value = past
+        attributes = {
+            "num_heads": self.config.num_attention_heads,
+            "kv_num_heads": self.config.num_key_value_heads,
+            "do_rotary": 1,
+        }
         attended, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (query, key, value, past_key, past_value, *lengths, self.cos, self.sin),
-            {
-                "num_heads": self.config.num_attention_heads,
-                "kv_num_heads": self.config.num_key_value_heads,
-                "do_rotary": 1,
-            },
-            dtypes=(a.dtype, a.dtype, a.dtype),
-            shapes=(query.shape, past_key.shape, past_value.shape),
+            _OPERATORS + "GroupQueryAttention",
+            (query, key, value, *past, *lengths, self.cos, self.sin),
+            attributes,
+            dtypes=(a.dtype, past[0].dtype, past[1].dtype),
+            shapes=(query.shape, past[0].shape, past[1].shape),
             version=1,
         )
         return attended, present_key, present_value

@@ -1,15 +1,22 @@
-"""Traces the three graph modules with ``torch.onnx.export`` and names their inputs and outputs after the contract."""
+"""Traces the three graph modules with ``torch.onnx.export`` and names their inputs and outputs after the contract.
+
+Weights are not looked at: the modules are traced with empty ones.
+"""
 
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from melt_export.formats import WeightFormat
 from melt_export.graphs import EmbedGraph, HeadGraph, LoopGraph
-from melt_models.modeling import MeltCausalLM
+from melt_export.quantize import Rounding
+from melt_export.stored import store_modules
+from melt_models.checkpoint import empty_model
+from melt_models.configuration import MeltConfig
 from melt_runtime.contract import GraphSpec, ModelShape, TensorSpec
 
 OPSET = 21
@@ -19,9 +26,26 @@ _EXAMPLE_SIZES = {"B": 2, "C": 3, "S": 8}
 _MODULES = {"embed": EmbedGraph, "loop": LoopGraph, "head": HeadGraph}
 
 
-def model_shape(model: MeltCausalLM) -> ModelShape:
-    """What the runtime must know of ``model``."""
-    config = model.config
+def graph_modules(
+    config: MeltConfig, formats: Mapping[str, WeightFormat], dtype: str, rounding: Rounding = "search"
+) -> dict[str, nn.Module]:
+    """The modules of ``embed``, ``loop`` and ``head``, with empty weights: address space that nothing ever touches.
+
+    Args:
+        config: the model.
+        formats: of every linear layer and the embedding, by module name.
+        dtype: activation type.
+        rounding: of the quantized ones.
+    """
+    model = empty_model(config).to(getattr(torch, dtype))
+    with torch.device("meta"):
+        store_modules(model, formats, getattr(torch, dtype), rounding)
+        modules = {name: module(model) for name, module in _MODULES.items()}
+    return {name: module.eval().to_empty(device="cpu") for name, module in modules.items()}
+
+
+def model_shape(config: MeltConfig) -> ModelShape:
+    """What the runtime must know of a model."""
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -38,17 +62,12 @@ def model_shape(model: MeltCausalLM) -> ModelShape:
     )
 
 
-def trace_graph(name: str, model: MeltCausalLM, spec: GraphSpec, folder: Path) -> None:
-    """Writes ``{name}.onnx`` and its weights, ``{name}.onnx.data``; the first arguments are ``trace_program``'s."""
-    trace_program(name, model, spec).save(folder / f"{name}.onnx", external_data=True)
-
-
-def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx.ONNXProgram:
-    """Traces one graph; the weights are not looked at.
+def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """Traces one graph.
 
     Args:
         name: ``embed``, ``loop`` or ``head``.
-        model: in the precision that the graph shall have.
+        module: one of ``graph_modules``.
         spec: the contract's inputs and outputs of this graph.
     """
     symbols = {symbol: torch.export.Dim(symbol) for symbol in _EXAMPLE_SIZES}
@@ -58,18 +77,20 @@ def trace_program(name: str, model: MeltCausalLM, spec: GraphSpec) -> torch.onnx
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of the tracer about its own future
         program = torch.onnx.export(
-            _MODULES[name](model).eval(),
+            module,
             _arrange(arguments, examples),
             dynamo=True,
             opset_version=OPSET,
             input_names=_flat(arguments),
             output_names=_flat(_results(name, spec)),
             dynamic_shapes=_arrange(arguments, dimensions),
+            optimize=False,  # the optimizer would merge tensors of equal content, and empty ones are equal
             verbose=False,
         )
     assert program is not None
     _name_dimensions(program.model.graph, spec)
-    return program
+    _drop_unused_outputs(program.model.graph)
+    return program.model
 
 
 def _name_dimensions(graph: ir.Graph, spec: GraphSpec) -> None:
@@ -78,6 +99,15 @@ def _name_dimensions(graph: ir.Graph, spec: GraphSpec) -> None:
         tensors = {tensor.name: tensor for tensor in specs}
         for value in values:
             value.shape = ir.Shape(tensors[str(value.name)].shape)
+
+
+def _drop_unused_outputs(graph: ir.Graph) -> None:
+    """Leaves out what a node could give and nobody reads, so that it is not computed."""
+    wanted = set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if len(node.outputs) > 1 and not value.uses() and value not in wanted:
+                value.name = ""
 
 
 def _example(tensor: TensorSpec) -> Tensor:

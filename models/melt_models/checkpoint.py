@@ -1,4 +1,4 @@
-"""Loads a checkpoint folder strictly: every fault of configuration and tensors is listed before weights are read."""
+"""Reads a checkpoint folder strictly: every fault of configuration and tensors is listed before weights are read."""
 
 import json
 from pathlib import Path
@@ -15,24 +15,45 @@ class CheckpointError(Exception):
     """A checkpoint folder that cannot be loaded; the message lists every fault found."""
 
 
-def load_checkpoint(folder: str | Path) -> MeltCausalLM:
-    """Loads ``config.json`` and the safetensors weights of a MELT or LoopLM checkpoint in their stored type.
+class Checkpoint:
+    """A MELT or LoopLM checkpoint whose tensors are read one at a time, so that a model larger than memory can be.
 
-    Args:
-        folder: holds ``config.json`` and ``model.safetensors``, or its shards and ``model.safetensors.index.json``.
+    Attributes:
+        folder: where it lies.
+        config: its configuration.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Opens a folder with ``config.json``, and ``model.safetensors`` or its shards and their index.
+
+        Raises:
+            CheckpointError: missing files, a bad configuration, or missing, unexpected or wrongly shaped tensors.
+        """
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        stored = _stored_tensors(self.folder)
+        faults = _compare_tensors(_expected_shapes(self.config), {name: shape for name, (_, shape) in stored.items()})
+        if faults:
+            raise CheckpointError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(faults))
+        self._files = {name: path for name, (path, _) in stored.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored type; a tied head is its embedding."""
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        # Opened anew each time: an open file keeps every page that was read in this process's memory.
+        with safe_open(self._files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+
+def load_checkpoint(folder: str | Path) -> MeltCausalLM:
+    """Loads a whole checkpoint in its stored type; errors as for ``Checkpoint``.
 
     Returns:
         The model in evaluation mode.
-
-    Raises:
-        CheckpointError: missing files, a bad configuration, or missing, unexpected or wrongly shaped tensors.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    faults = _compare_tensors(_expected_shapes(config), _stored_shapes(folder))
-    if faults:
-        raise CheckpointError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(faults))
-    return MeltCausalLM.from_pretrained(folder, config=config, dtype="auto").eval()
+    checkpoint = Checkpoint(folder)
+    return MeltCausalLM.from_pretrained(checkpoint.folder, config=checkpoint.config, dtype="auto").eval()
 
 
 def read_config(folder: Path) -> MeltConfig:
@@ -57,16 +78,21 @@ def read_config(folder: Path) -> MeltConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _expected_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
+def empty_model(config: MeltConfig) -> MeltCausalLM:
+    """A model in evaluation mode whose tensors have shapes only (torch's ``meta`` device)."""
     with torch.device("meta"):
-        model = MeltCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return MeltCausalLM(config).eval()
+
+
+def _expected_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _stored_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor, from the headers alone."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -75,15 +101,15 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing)}")
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                    found[key] = folder / name, tuple(tensors.get_slice(key).get_shape())
         except Exception as error:  # safetensors raises its own type for a damaged header
             raise CheckpointError(f"{folder / name} cannot be read: {error}; fetch the file again") from error
-    return shapes
+    return found
 
 
 def _compare_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> list[str]:

@@ -1,7 +1,8 @@
 """The graphs' inputs and outputs, in one place: the exporter writes them, the runtime checks and binds them.
 
 Letters: N layers, B batch, C tokens processed in parallel, D hidden size, H query heads, Hk key/value heads, dh head
-size, S cache capacity in tokens, V vocabulary. ``float`` is the bundle's precision (float32 or float16).
+size, S cache capacity in tokens, V vocabulary. ``float`` is the bundle's activation type: float16 for a bundle of that
+precision, else float32.
 
 embed.onnx: token ids to the state before the first loop.
 
@@ -27,6 +28,9 @@ cache are rewritten in place and the others are left alone; ``hidden`` and ``lat
 dependencies, before they are written. MELT binds the same cache at every loop, a LoopLM one cache per loop.
 With past tokens in the cache and C > 1, B must be 1 (a rule of GroupQueryAttention).
 
+loop_int8.onnx, loop_int4.onnx: the same loop over a quantized KV cache, with scales per channel inside. Only the types of
+the cache differ: int8 [B, Hk, S, dh], or uint8 [B, Hk, S, dh / 2] with two values a byte, the first in the low nibble.
+
 head.onnx: the normed value to logits.
 
     in   hidden [B, C, D] float
@@ -36,13 +40,17 @@ head.onnx: the normed value to logits.
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of ``manifest.json`` and of this contract; a reader refuses any other."""
 
-GRAPHS = ("embed", "loop", "head")
+PRECISIONS = ("float32", "float16", "int8", "int4")
+"""Of weights. Integers are rounded in blocks and run on float32 activations."""
 
 Dimension = int | str
 CacheKind = Literal["shared", "per_loop"]
+KVCacheKind = Literal["float", "int8", "int4"]
+KV_CACHES: tuple[KVCacheKind, ...] = ("float", "int8", "int4")
+"""How keys and values are stored; ``float`` is the activation type."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +100,42 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-def graph_specs(shape: ModelShape, precision: str) -> dict[str, GraphSpec]:
-    """The contract of the three graphs for one model and precision."""
+def activation_dtype(precision: str) -> str:
+    """Type of hidden states, latent states and the unquantized KV cache."""
+    return "float16" if precision == "float16" else "float32"
+
+
+def loop_graph(kv_cache: KVCacheKind) -> str:
+    """Name of the loop graph over a kind of KV cache."""
+    return "loop" if kv_cache == "float" else f"loop_{kv_cache}"
+
+
+def cache_tensor(shape: ModelShape, dtype: str, kv_cache: KVCacheKind) -> tuple[str, int]:
+    """Type of a KV cache's elements, and how many of them a head's row takes."""
+    if kv_cache == "int4":
+        return "uint8", shape.head_dim // 2
+    return ("int8" if kv_cache == "int8" else dtype), shape.head_dim
+
+
+def graph_specs(shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...] = ("float",)) -> dict[str, GraphSpec]:
+    """The contract of a bundle's graphs: embed, a loop for each kind of KV cache, head.
+
+    Args:
+        shape: the model.
+        dtype: activation type.
+        kv_caches: kinds of KV cache that the bundle offers.
+    """
     hidden: tuple[Dimension, ...] = ("B", "C", shape.hidden_size)
     latent: tuple[Dimension, ...] = (shape.layers, *hidden)
-    embed_outputs = [TensorSpec("hidden", precision, hidden)]
+    embed_outputs = [TensorSpec("hidden", dtype, hidden)]
     if shape.has_latent:
-        embed_outputs.append(TensorSpec("latent", precision, latent))
+        embed_outputs.append(TensorSpec("latent", dtype, latent))
+    loops = {loop_graph(kind): _loop_spec(shape, dtype, kind, hidden) for kind in kv_caches}
     return {
         "embed": GraphSpec((TensorSpec("ids", "int64", ("B", "C")),), tuple(embed_outputs)),
-        "loop": _loop_spec(shape, precision, hidden),
+        **loops,
         "head": GraphSpec(
-            (TensorSpec("hidden", precision, hidden),),
+            (TensorSpec("hidden", dtype, hidden),),
             (TensorSpec("logits", "float32", ("B", "C", shape.vocab_size)),),
         ),
     }
@@ -122,22 +154,23 @@ def latent_names(layer_idx: int) -> tuple[str, str]:
     return f"latent.{layer_idx}", f"latent_out.{layer_idx}"
 
 
-def _loop_spec(shape: ModelShape, precision: str, hidden: tuple[Dimension, ...]) -> GraphSpec:
-    cache: tuple[Dimension, ...] = ("B", shape.kv_heads, "S", shape.head_dim)
-    inputs = [TensorSpec("hidden", precision, hidden)]
-    outputs = [TensorSpec("hidden_out", precision, hidden)]
+def _loop_spec(shape: ModelShape, dtype: str, kv_cache: KVCacheKind, hidden: tuple[Dimension, ...]) -> GraphSpec:
+    cache_dtype, width = cache_tensor(shape, dtype, kv_cache)
+    cache: tuple[Dimension, ...] = ("B", shape.kv_heads, "S", width)
+    inputs = [TensorSpec("hidden", dtype, hidden)]
+    outputs = [TensorSpec("hidden_out", dtype, hidden)]
     if shape.has_latent:
         for layer_idx in range(shape.layers):
             name_in, name_out = latent_names(layer_idx)
-            inputs.append(TensorSpec(name_in, precision, hidden))
-            outputs.append(TensorSpec(name_out, precision, hidden))
+            inputs.append(TensorSpec(name_in, dtype, hidden))
+            outputs.append(TensorSpec(name_out, dtype, hidden))
     for layer_idx in range(shape.layers):
         for name_in, name_out in cache_names(layer_idx):
-            inputs.append(TensorSpec(name_in, precision, cache))
-            outputs.append(TensorSpec(name_out, precision, cache))
+            inputs.append(TensorSpec(name_in, cache_dtype, cache))
+            outputs.append(TensorSpec(name_out, cache_dtype, cache))
     inputs.append(TensorSpec("seqlens_k", "int32", ("B",)))
     inputs.append(TensorSpec("total_sequence_length", "int32", ()))
     if shape.has_loop_idx:
         inputs.append(TensorSpec("loop_idx", "int64", ()))
-    outputs.append(TensorSpec("exit_logit", precision, ("B", "C", 1)))
+    outputs.append(TensorSpec("exit_logit", dtype, ("B", "C", 1)))
     return GraphSpec(tuple(inputs), tuple(outputs))

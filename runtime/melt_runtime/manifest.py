@@ -9,14 +9,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
-from melt_runtime.contract import GRAPHS, SCHEMA_VERSION, GraphSpec, ModelShape, TensorSpec, graph_specs
+from melt_runtime.contract import (
+    KV_CACHES,
+    PRECISIONS,
+    SCHEMA_VERSION,
+    GraphSpec,
+    KVCacheKind,
+    ModelShape,
+    TensorSpec,
+    activation_dtype,
+    graph_specs,
+    loop_graph,
+)
 from melt_runtime.errors import BundleError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_CONFIG_NAME = "generation_config.json"
-PRECISIONS = ("float32", "float16")
+WEIGHTS_NAME = "weights.data"
 
 _REMAKE = "make it again with: python export.py CHECKPOINT --out BUNDLE"
 _HASH_BLOCK = 1 << 20
@@ -36,21 +47,37 @@ class Manifest:
 
     Attributes:
         model: shape of the model.
-        precision: type of weights, state and cache, ``float32`` or ``float16``.
-        graphs: inputs and outputs of ``embed``, ``loop`` and ``head``; the file is ``{name}.onnx``.
+        precision: of the weights, one of ``PRECISIONS``.
+        quantization: how they were rounded: layers by format, precision by pattern of layer name, rounding.
+        graphs: inputs and outputs of ``embed``, ``loop``, ``head``, and of the loops over quantized KV caches; the file is
+            ``{name}.onnx``. All graphs share one file of weights.
         files: every file of the bundle but the manifest, by its name relative to the folder.
         weight_bytes: bytes of weights that stay in memory while the model runs.
         producer: what made the bundle: names and versions.
-        parity: how far ONNX Runtime was from torch when the bundle was made.
+        parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; empty where that was
+            not checked.
+        quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; empty where not measured.
     """
 
     model: ModelShape
     precision: str
+    quantization: dict[str, Any]
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
     weight_bytes: int
     producer: dict[str, str]
     parity: dict[str, Any]
+    quality: dict[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """Activation type."""
+        return activation_dtype(self.precision)
+
+    @property
+    def kv_caches(self) -> tuple[KVCacheKind, ...]:
+        """Kinds of KV cache that the bundle has a loop for."""
+        return tuple(kind for kind in KV_CACHES if loop_graph(kind) in self.graphs)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -133,11 +160,13 @@ def _parse_manifest(values: dict[str, Any], faults: list[str]) -> Manifest | Non
     return Manifest(
         model=ModelShape(**model),
         precision=parsed["precision"],
+        quantization=parsed["quantization"],
         graphs={name: graph for name, graph in graphs.items() if graph},
         files={name: FileEntry(**entry) for name, entry in files.items() if entry},
         weight_bytes=parsed["weight_bytes"],
         producer=parsed["producer"],
         parity=parsed["parity"],
+        quality=parsed["quality"],
     )
 
 
@@ -184,20 +213,17 @@ def _check_values(manifest: Manifest) -> list[str]:
     if manifest.precision not in PRECISIONS:
         faults.append(f"precision must be one of {', '.join(PRECISIONS)}, got {manifest.precision!r}")
     if not faults:
-        expected = graph_specs(shape, manifest.precision)
+        expected = graph_specs(shape, manifest.dtype, manifest.kv_caches)
         faults += [
             f"graphs: {name} does not follow the contract"
-            for name in GRAPHS
-            if manifest.graphs.get(name) != expected[name]
+            for name in sorted(expected.keys() | manifest.graphs.keys() | {"loop"})
+            if name not in expected or manifest.graphs.get(name) != expected[name]
         ]
     for name in manifest.files:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or name != str(pure):
             faults.append(f"files: the path {name!r} leaves the bundle")
-    needed = [f"{name}.onnx" for name in GRAPHS] + [
-        TOKENIZER_NAME,
-        CHAT_TEMPLATE_NAME,
-        GENERATION_CONFIG_NAME,
-    ]
+    needed = [f"{name}.onnx" for name in manifest.graphs]
+    needed += [WEIGHTS_NAME, TOKENIZER_NAME, CHAT_TEMPLATE_NAME, GENERATION_CONFIG_NAME]
     faults += [f"files: {name} is not listed" for name in needed if name not in manifest.files]
     return faults

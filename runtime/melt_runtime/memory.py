@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from melt_runtime.contract import KVCacheKind
 from melt_runtime.manifest import Manifest
 from melt_runtime.model import plan_state
 from melt_runtime.state import StatePlan
@@ -35,14 +36,18 @@ class MemoryPlan:
 
 
 def plan_memory(
-    manifest: Manifest, capacity: int | None = None, batch: int = 1, loops: int | None = None
+    manifest: Manifest,
+    capacity: int | None = None,
+    batch: int = 1,
+    loops: int | None = None,
+    kv_cache: KVCacheKind = "float",
 ) -> MemoryPlan:
     """Computes the plan for a bundle.
 
     Raises:
         ValueError: a size outside its rule.
     """
-    state = plan_state(manifest, capacity, batch=batch, loops=loops)
+    state = plan_state(manifest, capacity, batch=batch, loops=loops, kv_cache=kv_cache)
     return MemoryPlan(manifest.weight_bytes, state, replace(state, shape=replace(state.shape, cache_kind="per_loop")))
 
 
@@ -58,7 +63,7 @@ def format_bytes(count: int) -> str:
 def format_plan(plan: MemoryPlan) -> str:
     """The plan as a table."""
     state = plan.state
-    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, {state.precision}"
+    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {state.cache_dtype}"
     rows = (
         ("weights", plan.weight_bytes, plan.weight_bytes),
         ("KV cache", state.cache_bytes, plan.per_loop.cache_bytes),
@@ -89,7 +94,7 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
     ):
         axes.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
     axes.set(xlabel="loops", ylabel="state, MB", ylim=(0, None))
-    axes.set_title(f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, {plan.state.precision}")
+    axes.set_title(f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.state.cache_dtype}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -45,8 +45,8 @@ class ProviderChoice:
         return [_CUDA] if self.device == "cuda" else [_CPU]
 
 
-def choose_provider(device: Device, precision: str) -> ProviderChoice:
-    """Decides where to run a bundle of some precision.
+def choose_provider(device: Device, dtype: str) -> ProviderChoice:
+    """Decides where to run a bundle of some activation type.
 
     Raises:
         ValueError: ``device`` is none of ``cpu``, ``cuda``, ``auto``.
@@ -56,7 +56,7 @@ def choose_provider(device: Device, precision: str) -> ProviderChoice:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if device == "cpu":
         return ProviderChoice("cpu", "device='cpu' was asked for")
-    obstacle = cuda_obstacle() or _precision_obstacle(precision)
+    obstacle = cuda_obstacle() or _type_obstacle(dtype)
     if obstacle is None:
         return ProviderChoice("cuda", "the CUDA execution provider can run here")
     if device == "cuda":
@@ -105,10 +105,10 @@ def _driver_obstacle() -> str | None:
     return None if count.value else "the NVIDIA driver finds no device"
 
 
-def _precision_obstacle(precision: str) -> str | None:
-    if precision == "float16":
+def _type_obstacle(dtype: str) -> str | None:
+    if dtype == "float16":
         return None
-    return f"its attention takes float16, the bundle is {precision}: export it with --precision float16"
+    return f"its attention takes float16, the bundle's activations are {dtype}: export it with --precision float16"
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:

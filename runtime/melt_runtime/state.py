@@ -1,6 +1,6 @@
 """Everything that a step touches, allocated once: KV cache, latent state, hidden state, logits, ids, lengths.
 
-Its size is a function of batch, capacity, chunk and precision alone, never of the number of loops (MELT), or times the
+Its size is a function of batch, capacity, chunk and types alone, never of the number of loops (MELT), or times the
 loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from melt_runtime.contract import ModelShape
+from melt_runtime.contract import KV_CACHES, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.errors import CapacityError
 
 Array = NDArray[Any]
@@ -24,26 +24,30 @@ class StatePlan:
 
     Attributes:
         shape: the model.
-        precision: ``float32`` or ``float16``.
+        dtype: activation type, ``float32`` or ``float16``.
         batch: sequences B.
         capacity: tokens S that the cache holds for each sequence.
         chunk: most tokens C processed in parallel in prefill.
         loops: cache sets of a LoopLM; a MELT state is the same for every value.
+        kv_cache: how keys and values are stored.
     """
 
     shape: ModelShape
-    precision: str
+    dtype: str
     batch: int
     capacity: int
     chunk: int
     loops: int
+    kv_cache: KVCacheKind = "float"
 
     def __post_init__(self) -> None:
         """Checks the sizes.
 
         Raises:
-            ValueError: a size below 1, or a capacity beyond the model's positions.
+            ValueError: a size below 1, a capacity beyond the model's positions, an unknown kind of KV cache.
         """
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
         for name in ("batch", "capacity", "chunk", "loops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -68,13 +72,20 @@ class StatePlan:
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one key or value buffer, [B, Hk, S, dh]."""
-        return self.batch, self.shape.kv_heads, self.capacity, self.shape.head_dim
+        """Shape of one key or value buffer, [B, Hk, S, dh], or [B, Hk, S, dh / 2] at 4 bits."""
+        width = cache_tensor(self.shape, self.dtype, self.kv_cache)[1]
+        return self.batch, self.shape.kv_heads, self.capacity, width
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of the elements of keys and values."""
+        return cache_tensor(self.shape, self.dtype, self.kv_cache)[0]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape) * self._itemsize
+        elements = 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape)
+        return elements * np.dtype(self.cache_dtype).itemsize
 
     @property
     def work_bytes(self) -> int:
@@ -94,7 +105,7 @@ class StatePlan:
 
     @property
     def _itemsize(self) -> int:
-        return np.dtype(self.precision).itemsize
+        return np.dtype(self.dtype).itemsize
 
 
 class Buffer:
@@ -130,7 +141,7 @@ class State:
 
     Attributes:
         plan: the sizes.
-        caches: ``caches[set][layer]`` is (keys, values), each [B, Hk, S, dh].
+        caches: ``caches[set][layer]`` is (keys, values), each of the plan's ``cache_shape``.
         hidden: [rows, D].
         latent: [N, rows, D], None where the gate has no latent state.
         exit_logit: [rows].
@@ -142,20 +153,20 @@ class State:
     """
 
     def __init__(self, plan: StatePlan, device: Literal["cpu", "cuda"]):
-        shape, precision = plan.shape, plan.precision
+        shape, dtype = plan.shape, plan.dtype
         self.plan = plan
         self.device = device
         self.caches = [
             [
-                (Buffer(plan.cache_shape, precision, device), Buffer(plan.cache_shape, precision, device))
+                (Buffer(plan.cache_shape, plan.cache_dtype, device), Buffer(plan.cache_shape, plan.cache_dtype, device))
                 for _ in range(shape.layers)
             ]
             for _ in range(plan.cache_sets)
         ]
-        self.hidden = Buffer((plan.rows, shape.hidden_size), precision, device)
+        self.hidden = Buffer((plan.rows, shape.hidden_size), dtype, device)
         latent_shape = (shape.layers, plan.rows, shape.hidden_size)
-        self.latent = Buffer(latent_shape, precision, device) if shape.has_latent else None
-        self.exit_logit = Buffer((plan.rows,), precision, device)
+        self.latent = Buffer(latent_shape, dtype, device) if shape.has_latent else None
+        self.exit_logit = Buffer((plan.rows,), dtype, device)
         self.logits = Buffer((plan.batch, shape.vocab_size), "float32", "cpu")
         self.step_ids = Buffer((plan.batch, 1), "int64", device)
         self.step_last_row = Buffer((plan.batch,), "int32", device)

@@ -1,0 +1,93 @@
+"""Which precision each weight matrix gets: one for the bundle, others for layers named by patterns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from melt_runtime.contract import PRECISIONS, activation_dtype
+from melt_runtime.errors import MeltError
+
+BLOCKS = (128, 64, 32, 16)
+"""Weights that share a scale, the largest that divides the row. 128 streams 0.5625 bytes a weight at 4 bit where 32
+streams 0.75, and on a CPU bytes are time."""
+
+DEFAULT_LAYERS: Mapping[str, Mapping[str, str]] = {}
+"""Layers of a bundle that keep another precision unless the caller says otherwise, by the bundle's precision."""
+
+
+class FormatError(MeltError):
+    """A precision that does not fit the model, or a layer pattern that matches nothing."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one matrix is stored.
+
+    Attributes:
+        precision: one of ``PRECISIONS``; floats are stored in the bundle's activation type.
+        block: weights along the input axis that share a scale; 0 for floats.
+    """
+
+    precision: str
+    block: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of a quantized weight; 0 for floats."""
+        return {"int8": 8, "int4": 4}.get(self.precision, 0)
+
+
+def weight_formats(model: nn.Module, precision: str, layers: Mapping[str, str]) -> dict[str, WeightFormat]:
+    """Decides the format of every linear layer and of the embedding.
+
+    Args:
+        model: a ``MeltCausalLM``; its weights are not looked at.
+        precision: of the bundle.
+        layers: precision by pattern of module name (``*.gate.*``, ``model.layers.0.*``, ``lm_head``); of several that
+            match, the last counts.
+
+    Returns:
+        Formats by module name. A tied head has its embedding's.
+
+    Raises:
+        ValueError: an unknown precision.
+        FormatError: a pattern that matches nothing, a float type other than the bundle's, or a row length that no
+            block divides.
+    """
+    dtype = activation_dtype(precision)
+    widths = {name: m.weight.shape[1] for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    chosen = dict.fromkeys(widths, precision)
+    faults = []
+    for pattern, wanted in layers.items():
+        if wanted not in PRECISIONS:
+            raise ValueError(f"precision of {pattern!r} must be one of {', '.join(PRECISIONS)}, got {wanted!r}")
+        matches = [name for name in widths if fnmatchcase(name, pattern)]
+        if not matches:
+            faults.append(f"layer pattern {pattern!r} matches none of the model's layers, such as {', '.join(widths)}"[:400])
+        if wanted not in ("int8", "int4", dtype):
+            faults.append(f"layer pattern {pattern!r} asks for {wanted} in a bundle of {dtype} activations")
+        chosen.update(dict.fromkeys(matches, wanted))
+    # The exit gate is one row that decides when to stop: nothing is won by rounding it.
+    chosen["model.early_exit_gate"] = dtype
+    chosen |= {name: dtype for name, kind in chosen.items() if name.endswith(("gate.w_z", "gate.u_z")) and _is_row(model, name)}
+    if model.config.tie_word_embeddings:
+        chosen["lm_head"] = chosen["model.embed_tokens"]
+    formats = {}
+    for name, kind in chosen.items():
+        block = next((size for size in BLOCKS if widths[name] % size == 0), None)
+        if kind not in ("int8", "int4"):
+            formats[name] = WeightFormat(kind)
+        elif block is None:
+            faults.append(f"{name} has rows of {widths[name]}, which no block of {BLOCKS} divides: keep it at {dtype}")
+        else:
+            formats[name] = WeightFormat(kind, block)
+    if faults:
+        raise FormatError("the precision does not fit the model:\n  " + "\n  ".join(faults))
+    return formats
+
+
+def _is_row(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer has one output only, as a scalar gate's."""
+    return model.get_submodule(name).weight.shape[0] == 1

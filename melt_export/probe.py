@@ -1,0 +1,72 @@
+"""The tokens that calibration and quality are measured on: a given text, the model's own evaluation, or random ones."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from melt_export.source import ExportError, Source
+from melt_models.configuration import MeltConfig
+from melt_runtime.text import TextCodec
+
+MIN_TOKENS = 64
+"""Shorter texts say nothing about a model."""
+MAX_TOKENS = 512
+_LARGE = 1 << 27  # layers x hidden size x intermediate size from which torch takes seconds a chunk
+_FEW_TOKENS = 128
+_EXAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens read from an empty cache; what follows ``start - 1`` and later ones counts."""
+
+    ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Passages, and where they come from."""
+
+    passages: tuple[Passage, ...]
+    name: str
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose prediction counts."""
+        return sum(len(passage.ids) - passage.start for passage in self.passages)
+
+
+def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
+    """Chooses the tokens.
+
+    Args:
+        source: the model; of its own evaluation, where it has one, the answers count.
+        folder: of the bundle, with its tokenizer and chat template.
+        text: the caller's choice, of which everything counts.
+
+    Raises:
+        ExportError: the text has fewer than ``MIN_TOKENS`` tokens.
+    """
+    config, codec = source.config, TextCodec.read(folder)
+    large = config.hidden_size * config.num_hidden_layers * config.intermediate_size > _LARGE
+    most = min(_FEW_TOKENS if large else MAX_TOKENS, config.max_position_embeddings // 2)
+    if text is not None:
+        ids = codec.encode(text)
+        if len(ids) < MIN_TOKENS:
+            raise ExportError(f"the text must have at least {MIN_TOKENS} tokens, got {len(ids)}: give a longer --eval-text")
+        return Probe((Passage(ids[:most], 1),), "the given text")
+    if source.examples:
+        passages = []
+        for example in source.examples[:_EXAMPLES]:
+            prompt = codec.encode(codec.render([*example.messages]))
+            passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
+        return Probe(tuple(passages), "the model's own evaluation")
+    return Probe((Passage(_random_ids(config, most), 1),), "seeded random tokens")
+
+
+def _random_ids(config: MeltConfig, most: int) -> list[int]:
+    """At least one chunk and a half where that fits: every branch of prefill."""
+    length = min(config.chunk_size + config.chunk_size // 2 + 1, most)
+    draw = random.Random(0)
+    return [draw.randrange(config.vocab_size) for _ in range(length)]

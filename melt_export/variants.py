@@ -1,0 +1,64 @@
+"""Loop graphs made from the traced one by changing attributes: quantized KV caches, and exact arithmetic.
+
+They share the traced graph's weights; nothing is traced again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from melt_export.weights import WeightFile
+from melt_runtime.contract import GraphSpec, KVCacheKind
+
+_INPUTS_BEFORE_SCALES = 12  # of GroupQueryAttention
+_BITS = {"int8": 8, "int4": 4}
+
+
+def scale_keys(kv_cache: KVCacheKind, layer_idx: int) -> tuple[str, str]:
+    """Keys in the weight file of the scales of one layer's keys and values, each [Hk, dh] float32."""
+    return f"{kv_cache}_key_scale.{layer_idx}", f"{kv_cache}_value_scale.{layer_idx}"
+
+
+def write_quantized_loop(folder: Path, kv_cache: KVCacheKind, spec: GraphSpec, weights: WeightFile) -> None:
+    """Writes the loop over a quantized KV cache beside ``loop.onnx``.
+
+    Args:
+        folder: of the bundle.
+        kv_cache: ``int8`` or ``int4``.
+        spec: the contract's inputs and outputs of this loop.
+        weights: holds the scales under ``scale_keys``.
+    """
+    model = ir.load(folder / "loop.onnx")
+    keys = {}
+    for layer_idx, node in enumerate(_nodes(model, "GroupQueryAttention")):
+        node.resize_inputs(_INPUTS_BEFORE_SCALES + 2)
+        for place, key in enumerate(scale_keys(kv_cache, layer_idx), start=_INPUTS_BEFORE_SCALES):
+            shape = ir.Shape(weights.entries[key].shape)
+            scale = ir.Value(name=key, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+            model.graph.initializers.add(scale)
+            node.replace_input_with(place, scale)
+            keys[key] = key
+        node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_CHANNEL")
+        node.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_CHANNEL")
+        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", _BITS[kv_cache])
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for value in values:
+            tensor = by_name[str(value.name)]
+            value.shape = ir.Shape(tensor.shape)
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
+    weights.attach(model.graph, keys)
+    ir.save(model, folder / f"loop_{kv_cache}.onnx")
+
+
+def write_exact(path: Path, out: Path) -> None:
+    """Writes a graph whose quantized matrices multiply unrounded activations, to compare it with torch closely."""
+    model = ir.load(path)
+    for node in _nodes(model, "MatMulNBits"):
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    ir.save(model, out)
+
+
+def _nodes(model: ir.Model, operator: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == operator]

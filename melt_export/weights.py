@@ -1,0 +1,113 @@
+"""``weights.data``: every tensor of every graph, once, written one at a time.
+
+Tensors are known by their name in the checkpoint and inside the module that stores them, so that graphs which share a
+tensor (a tied head, the loops over other KV caches) share its bytes.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from melt_runtime.manifest import WEIGHTS_NAME
+
+_PAGE = 4096  # large tensors begin on a page of memory, so that they can be mapped
+_LINE = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands: offset in bytes, shape, numpy type name."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class WeightFile:
+    """The weights of a bundle while it is made."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self._path = folder / WEIGHTS_NAME
+        self._path.touch()
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Appends one tensor."""
+        values = tensor.contiguous().numpy()
+        align = _PAGE if values.nbytes >= _PAGE else _LINE
+        with self._path.open("ab") as stream:
+            stream.write(b"\0" * (-stream.tell() % align))
+            self.entries[key] = Entry(stream.tell(), tuple(values.shape), values.dtype.name)
+            stream.write(values.data)
+
+    def read(self, key: str) -> Tensor:
+        """Reads one tensor back."""
+        entry = self.entries[key]
+        values = np.fromfile(self._path, entry.dtype, math.prod(entry.shape), offset=entry.offset)
+        return torch.from_numpy(values.reshape(entry.shape))
+
+    def add_module(self, module: nn.Module, origin: str, read: Callable[[str], Tensor]) -> dict[str, str]:
+        """Packs what a module itself owns, unless it stands here already.
+
+        Args:
+            module: a module with tensors of its own, traced or to be traced.
+            origin: its name in the checkpoint.
+            read: gives a tensor of the checkpoint.
+
+        Returns:
+            Keys by tensor name inside the module.
+        """
+        owned = [name for name, _ in module.named_parameters(recurse=False)]
+        owned += [name for name, _ in module.named_buffers(recurse=False)]
+        keys = {name: f"{origin}.{name}" for name in owned}
+        if any(key not in self.entries for key in keys.values()):
+            for name, tensor in _pack(module, lambda name: read(f"{origin}.{name}")).items():
+                self.add(keys[name], tensor)
+        return keys
+
+    def attach(self, graph: ir.Graph, keys: dict[str, str]) -> None:
+        """Points a graph's initializers at their bytes.
+
+        Args:
+            graph: traced with empty weights.
+            keys: key by initializer name.
+        """
+        for name, key in keys.items():
+            value, entry = graph.initializers[name], self.entries[key]
+            dtype = ir.DataType.from_numpy(np.dtype(entry.dtype))
+            assert value.dtype == dtype, f"{name} is {value.dtype}, stored as {dtype}"
+            assert math.prod(value.shape) == math.prod(entry.shape), f"{name} is {value.shape}, stored as {entry.shape}"
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_NAME,
+                entry.offset,
+                entry.nbytes,
+                dtype,
+                shape=value.shape,
+                name=name,
+                base_dir=self.folder,
+            )
+
+
+def owners(graph: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The modules of a graph that own tensors, with their names."""
+    for name, module in graph.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            yield name, module
+
+
+def _pack(module: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    if hasattr(module, "pack"):
+        return module.pack(read)
+    return {name: read(name).to(parameter.dtype) for name, parameter in module.named_parameters(recurse=False)}
