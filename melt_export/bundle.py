@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from melt_export.calibrate import collect_rows, key_scales, value_scales
-from melt_export.formats import DEFAULT_LAYERS, WeightFormat, weight_formats
+from melt_export.formats import WeightFormat, weight_formats
 from melt_export.probe import Probe, choose_probe
 from melt_export.quality import compare, exact_match, perplexity, trace_bundle, trace_reference
 from melt_export.quantize import ROUNDINGS, Rounding
@@ -58,7 +58,7 @@ class ExportOptions:
 
     Attributes:
         precision: of the weights, one of ``PRECISIONS``; ``float16`` is that of activations and KV cache too.
-        layers: precision by pattern of layer name; default: what suits ``precision``.
+        layers: precision by pattern of layer name, for layers that shall have another.
         rounding: how 4-bit scales are found, ``search`` or ``nearest``.
         text: what calibration and quality are measured on; default: the model's own evaluation, or random tokens.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
@@ -69,7 +69,7 @@ class ExportOptions:
     """
 
     precision: str = "float32"
-    layers: Mapping[str, str] | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
     rounding: Rounding = "search"
     text: str | None = None
     verified: bool = True
@@ -80,11 +80,6 @@ class ExportOptions:
         for name, known in (("precision", PRECISIONS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    @property
-    def chosen_layers(self) -> Mapping[str, str]:
-        """Precision by pattern of layer name."""
-        return DEFAULT_LAYERS.get(self.precision, {}) if self.layers is None else self.layers
 
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
@@ -115,19 +110,20 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
     """As ``export_bundle``, from an opened source."""
     _require_absent(out)
     config, precision, report = source.config, options.precision, options.report
-    formats = weight_formats(empty_model(config), precision, options.chosen_layers)
+    formats = weight_formats(empty_model(config), precision, options.layers)
     shape, dtype = model_shape(config), activation_dtype(precision)
     with _staged(out) as folder:
-        _write_text_files(source, folder)
+        write_text_files(source, folder)
         probe = choose_probe(source, folder, options.text)
         specs = graph_specs(shape, dtype, options.kv_caches)
         weights = WeightFile(folder)
         modules = graph_modules(config, formats, dtype, options.rounding)
+        streamed = {}
         for name, module in modules.items():
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
             report(f"packing the weights of {name}.onnx")
-            _pack(graph, module, source, weights)
+            streamed[name] = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
@@ -136,6 +132,7 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             graphs={name: specs[name] for name in modules},
             files={},
             weight_bytes=0,
+            streamed_bytes={name: streamed[name] for name in ("loop", "head")},
             producer=_producer(),
             parity={},
             quality={},
@@ -171,16 +168,19 @@ def open_runner(folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCac
     return LoopRunner(sessions, State(plan, "cpu"))
 
 
-def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFile) -> None:
-    """Writes the weights of one graph and points its initializers at them."""
+def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFile) -> int:
+    """Writes the weights of one graph and points its initializers at them; returns the bytes of its matrices."""
     keys = {}
+    matrices = 0
     for name, owner in tqdm(list(owners(module)), unit="module", leave=False, disable=None):
         origin = f"{module.prefix}{name}".strip(".")
         if origin == "lm_head" and source.config.tie_word_embeddings:
             origin = "model.embed_tokens"
         for tensor, key in weights.add_module(owner, origin, source.read).items():
             keys[f"{name}.{tensor}".strip(".")] = key
+            matrices += weights.entries[key].nbytes if name else 0  # a graph's own tensors are rotary tables
     weights.attach(graph.graph, keys)
+    return matrices
 
 
 def _write_quantized_loops(
@@ -221,7 +221,7 @@ def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Pr
 def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
     """What the manifest says of the rounding."""
     kinds = sorted({f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()})
-    return {"formats": kinds, "layers": dict(options.chosen_layers), "rounding": options.rounding}
+    return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
 
 
 def _require_absent(out: Path) -> None:
@@ -242,7 +242,7 @@ def _staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_text_files(source: Source, folder: Path) -> None:
+def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layer",
         action="append",
+        default=[],
         metavar="PATTERN=PRECISION",
         help="another precision for layers whose name matches, such as '*.gate.*=int8'; may be given again",
     )
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def _export(args: argparse.Namespace) -> Manifest:
     options = ExportOptions(
         precision=args.precision,
-        layers=None if args.layer is None else dict(map(_layer, args.layer)),
+        layers=dict(map(_layer, args.layer)),
         rounding=args.rounding,
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,

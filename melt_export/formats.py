@@ -13,9 +13,6 @@ BLOCKS = (128, 64, 32, 16)
 """Weights that share a scale, the largest that divides the row. 128 streams 0.5625 bytes a weight at 4 bit where 32
 streams 0.75, and on a CPU bytes are time."""
 
-DEFAULT_LAYERS: Mapping[str, Mapping[str, str]] = {}
-"""Layers of a bundle that keep another precision unless the caller says otherwise, by the bundle's precision."""
-
 
 class FormatError(MeltError):
     """A precision that does not fit the model, or a layer pattern that matches nothing."""

@@ -1,7 +1,8 @@
 """Rounds weight matrices to 4 or 8 bits in blocks, and back. Knows tensors, not models.
 
-Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8, low nibble first, offset by
-``2 ** (bits - 1)``; ``scales [N, blocks]`` float32; symmetric, so there are no zero points.
+Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8 and ``scales [N, blocks]`` float32.
+At 4 bits a zero point for each block, ``zeros [N, ceil(blocks / 2)]`` uint8; two values a byte, the first in the low
+nibble. At 8 bits the zero point is 128 everywhere. A weight is ``(code - zero) * scale``.
 """
 
 from typing import Literal
@@ -13,60 +14,86 @@ Rounding = Literal["search", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = ("search", "nearest")
 
 _SLICE = 1 << 19  # elements rounded at a time: the search stays in the processor's cache, and memory is bounded
-_SHRINK = torch.linspace(1.0, 1.5, 8).tolist()  # the largest magnitude, over what the scale represents
+_SHRINK = torch.linspace(1.0, 1.45, 8).tolist()  # the span of a block's weights, over what its codes span
 
 
-def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = "search") -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = "search") -> dict[str, Tensor]:
     """Rounds a matrix.
 
     Args:
         weight: [N, K], any float type; ``block`` divides K.
         bits: 4 or 8.
         block: weights that share a scale.
-        rounding: ``nearest`` takes the scale from the largest magnitude; ``search`` tries smaller ones that clip it and
-            refits the scale by least squares. 4 bits gain about 6 % of the rounding error, 8 bits nothing.
+        rounding: ``nearest`` takes scale and zero point from the smallest and largest weight; ``search`` tries narrower
+            spans that clip them, and refits the scale by least squares. 8 bits gain nothing and are not searched.
 
     Returns:
-        ``packed`` [N, K / block, block * bits / 8] uint8 and ``scales`` [N, K / block] float32.
+        ``packed``, ``scales``, and at 4 bits ``zeros``.
     """
     rows, width = weight.shape
     blocks = weight.reshape(-1, block)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
-    scales = torch.empty(len(blocks), 1)
+    scales, zeros = torch.empty(len(blocks), 1), torch.empty(len(blocks), 1, dtype=torch.uint8)
     step = max(1, _SLICE // block)
-    half = 2 ** (bits - 1)
     for start in range(0, len(blocks), step):
-        piece = blocks[start : start + step].float()
-        signed, scale = _round_blocks(piece, half, _SHRINK if rounding == "search" and bits == 4 else [1.0])
-        codes[start : start + step] = (signed + half).to(torch.uint8)
-        scales[start : start + step] = scale
-    codes = codes.view(rows, width // block, block)
-    packed = codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return packed, scales.view(rows, width // block)
+        here = slice(start, start + step)
+        piece = blocks[here].float()
+        if bits == 8:
+            codes[here], scales[here], zeros[here] = _round_evenly(piece)
+        else:
+            codes[here], scales[here], zeros[here] = _round_span(piece, _SHRINK if rounding == "search" else [1.0])
+    codes, scales = codes.view(rows, width // block, block), scales.view(rows, width // block)
+    if bits == 8:
+        return {"packed": codes, "scales": scales}
+    zeros = torch.nn.functional.pad(zeros.view(rows, width // block), (0, width // block % 2))
+    return {"packed": _pair(codes), "scales": scales, "zeros": _pair(zeros)}
 
 
-def dequantize_blocks(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The float32 matrix [N, K] that ``packed`` and ``scales`` stand for."""
-    if bits == 4:
-        packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return ((packed.float() - 2 ** (bits - 1)) * scales[..., None]).flatten(1)
+def dequantize_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The float32 matrix [N, K] that ``quantize_blocks`` stands for; ``zeros`` is None at 8 bits."""
+    if zeros is None:
+        return ((packed.float() - 128) * scales[..., None]).flatten(1)
+    points = _split(zeros)[:, : scales.shape[1], None].float()
+    return ((_split(packed).float() - points) * scales[..., None]).flatten(1)
 
 
-def _round_blocks(blocks: Tensor, half: int, shrink: list[float]) -> tuple[Tensor, Tensor]:
-    """Signed codes [blocks, block] and scales [blocks, 1]; the signed largest magnitude goes to ``-half``."""
+def _round_evenly(blocks: Tensor) -> tuple[Tensor, Tensor, int]:
+    """8 bits, zero at 128: codes, scales and the zero point; the signed largest magnitude goes to 0."""
     peak = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    inverse = torch.where(peak == 0, 0.0, -half / peak)
+    inverse = torch.where(peak == 0, 0.0, -128 / peak)
+    codes = (blocks * inverse).round_().clamp_(-128, 127)
+    return (codes + 128).to(torch.uint8), -peak / 128, 128
+
+
+def _round_span(blocks: Tensor, shrink: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """4 bits: codes [blocks, block], scales and zero points [blocks, 1]; zero is always a code."""
+    low, high = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True).clamp_min(0)
+    widest = torch.where(high == low, 0.0, 15 / (high - low))
     codes = torch.empty_like(blocks)
-    if len(shrink) > 1:
-        best, chosen = torch.full_like(peak, -1.0), inverse
-        for factor in shrink:
-            torch.mul(blocks, inverse * factor, out=codes).round_().clamp_(-half, half - 1)
-            # With the least-squares scale the squared error is |w|^2 - (q.w)^2 / |q|^2.
-            gain = torch.einsum("bk,bk->b", codes, blocks) ** 2 / torch.einsum("bk,bk->b", codes, codes).clamp_min(1e-20)
-            better = gain[:, None] > best
-            best, chosen = torch.where(better, gain[:, None], best), torch.where(better, inverse * factor, chosen)
-        inverse = chosen
-    torch.mul(blocks, inverse, out=codes).round_().clamp_(-half, half - 1)
-    squares = torch.einsum("bk,bk->b", codes, codes)[:, None]
-    fitted = torch.einsum("bk,bk->b", codes, blocks)[:, None] / squares.clamp_min(1e-20)
-    return codes, fitted
+
+    def round_to(inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Leaves the codes less their zero point in ``codes``; returns zero point, q.w and |q|^2."""
+        zero = (7.5 - (low + high) / 2 * inverse).round().clamp(0, 15)  # clips both ends alike
+        torch.mul(blocks, inverse, out=codes).round_().add_(zero).clamp_(0, 15).sub_(zero)
+        product, square = (torch.einsum("bk,bk->b", codes, other)[:, None] for other in (blocks, codes))
+        return zero, product, square.clamp_min(1e-20)
+
+    best, inverse = torch.full_like(low, -1.0), widest
+    for factor in shrink:
+        _, product, square = round_to(widest * factor)
+        # With the scale of least squares, q.w / |q|^2, the squared error is |w|^2 - (q.w)^2 / |q|^2.
+        gain = product**2 / square
+        inverse = torch.where(gain > best, widest * factor, inverse)
+        best = torch.maximum(best, gain)
+    zero, product, square = round_to(inverse)
+    return (codes + zero).to(torch.uint8), product / square, zero.to(torch.uint8)
+
+
+def _pair(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, along the last axis."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _split(packed: Tensor) -> Tensor:
+    """The reverse of ``_pair``."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)

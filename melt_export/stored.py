@@ -51,6 +51,7 @@ class BlockLinear(nn.Module):
         blocks = inputs // form.block
         self.register_buffer("packed", torch.empty(outputs, blocks, form.block * form.bits // 8, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(outputs, blocks))
+        self.register_buffer("zeros", _empty_zeros(outputs, blocks, form))
         self.register_buffer("bias", torch.empty(outputs) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class BlockLinear(nn.Module):
             "block_size": self.form.block,
             "accuracy_level": _ACCURACY_LEVEL,
         }
-        operands = (x, self.packed, self.scales) + ((None, None, self.bias) if self.bias is not None else ())
+        operands = (x, self.packed, self.scales, self.zeros, None, self.bias)
         return torch.onnx.ops.symbolic(
             _OPERATORS + "MatMulNBits",
             operands,
@@ -74,8 +75,7 @@ class BlockLinear(nn.Module):
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the weight."""
-        packed, scales = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
-        tensors = {"packed": packed, "scales": scales}
+        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
         return tensors if self.bias is None else tensors | {"bias": read("bias").float()}
 
 
@@ -103,6 +103,7 @@ class BlockEmbedding(nn.Module):
         self.form, self.rounding, self.width = form, rounding, width
         self.register_buffer("packed", torch.empty(tokens, width * form.bits // 8, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(tokens, width // form.block))
+        self.register_buffer("zeros", _empty_zeros(tokens, width // form.block, form))
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, C] -> [B, C, D]."""
@@ -114,7 +115,7 @@ class BlockEmbedding(nn.Module):
         }
         return torch.onnx.ops.symbolic(
             _OPERATORS + "GatherBlockQuantized",
-            (self.packed, ids, self.scales),
+            (self.packed, ids, self.scales, self.zeros),
             attributes,
             dtype=torch.float32,
             shape=(*ids.shape, self.width),
@@ -123,8 +124,13 @@ class BlockEmbedding(nn.Module):
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the matrix."""
-        packed, scales = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
-        return {"packed": packed.flatten(1), "scales": scales}
+        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
+        return tensors | {"packed": tensors["packed"].flatten(1)}
+
+
+def _empty_zeros(outputs: int, blocks: int, form: WeightFormat) -> Tensor | None:
+    """Room for the zero points, two a byte; 8 bits have none."""
+    return torch.empty(outputs, (blocks + 1) // 2, dtype=torch.uint8) if form.bits == 4 else None
 
 
 def unpack(read: Read, form: WeightFormat) -> Tensor:
@@ -132,7 +138,8 @@ def unpack(read: Read, form: WeightFormat) -> Tensor:
     if not form.bits:
         return read("weight").float()
     scales = read("scales")
-    return dequantize_blocks(read("packed").view(*scales.shape, -1), scales, form.bits)
+    zeros = read("zeros") if form.bits == 4 else None
+    return dequantize_blocks(read("packed").view(*scales.shape, -1), scales, zeros)
 
 
 def store_modules(

@@ -1,14 +1,19 @@
-"""Command line ``melt``: generate, chat, info, plan, doctor. Says what the package does, decides nothing."""
+"""Command line ``melt``: generate, chat, info, plan, bench, cache, doctor. Says what the package does, decides nothing."""
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from melt_runtime import cli_bench
+from melt_runtime.cli_info import describe_bundle
+from melt_runtime.contract import KV_CACHES
 from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import check_files, read_manifest
 from melt_runtime.memory import format_bytes, format_plan, plan_memory, plot_plan, resident_bytes
 from melt_runtime.model import MeltModel
@@ -61,14 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     chat = _add(commands, "chat", _chat, "talk in turns; /reset forgets, /quit ends", bundle=True)
     _add_generation_options(chat)
 
-    info = _add(commands, "info", _info, "what a bundle holds, and its parity report", bundle=True)
+    info = _add(commands, "info", _info, "what a bundle holds, what it costs beside float32", bundle=True)
     info.add_argument("--graphs", action="store_true", help="list every input and output of the graphs")
 
     plan = _add(commands, "plan", _plan, "exact bytes of weights and state, before loading", bundle=True)
     plan.add_argument("--capacity", type=int, help="tokens per sequence (default: 2048, or the model's most)")
     plan.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
     plan.add_argument("--loops", type=int, help="depth (default: as trained)")
+    plan.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="how it is stored (default: %(default)s)")
     plan.add_argument("--plot", type=Path, metavar="FILE.png", help="draw state against loops")
+
+    bench = _add(commands, "bench", cli_bench.run, "speed and memory by loops, position, chunk, batch", bundle=False)
+    cli_bench.add_options(bench)
+
+    cache = _add(commands, "cache", _cache, "list the copies that make a second load fast, or delete them", bundle=False)
+    cache.add_argument("--clear", action="store_true", help="delete them all; they are made again when needed")
 
     _add(commands, "doctor", _doctor, "what this machine can run, and what CUDA would lack", bundle=False)
     return parser
@@ -102,6 +114,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--capacity", type=int, help="tokens of all turns (default: 2048, or the model's most)")
+    parser.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="how it is stored (default: %(default)s)")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +136,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace, verbose: bool) -> MeltModel:
-    plan = plan_memory(read_manifest(args.bundle), args.capacity, loops=args.loops)
+    plan = plan_memory(read_manifest(args.bundle), args.capacity, loops=args.loops, kv_cache=args.kv_cache)
     if verbose:
         ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
         print(
@@ -131,7 +144,9 @@ def _load(args: argparse.Namespace, verbose: bool) -> MeltModel:
             f"(with a KV cache per loop: {theirs})",
             file=sys.stderr,
         )
-    model = MeltModel.load(args.bundle, device=args.device, capacity=args.capacity, loops=args.loops)
+    model = MeltModel.load(
+        args.bundle, device=args.device, capacity=args.capacity, loops=args.loops, kv_cache=args.kv_cache
+    )
     if verbose:
         print(f"device: {model.provider.device} ({model.provider.reason})", file=sys.stderr)
     return model
@@ -183,35 +198,28 @@ def _chat(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     manifest = read_manifest(args.bundle)
     check_files(args.bundle, manifest)
-    shape, parity = manifest.model, manifest.parity
-    print(f"bundle      {args.bundle} ({manifest.precision}, every file as the manifest has it)")
-    print(f"model       {shape.layers} layers, hidden size {shape.hidden_size}, {shape.heads} query heads and")
-    print(f"            {shape.kv_heads} key/value heads of {shape.head_dim}, vocabulary {shape.vocab_size}")
-    print(f"positions   {shape.max_positions} tokens at most")
-    print(f"loops       trained with {shape.trained_loops}; gate {shape.gate_kind}, KV cache {shape.cache_kind}")
-    print(f"chunk       {shape.trained_chunk} tokens in parallel in prefill")
-    print(f"weights     {format_bytes(manifest.weight_bytes)}")
-    print(f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}")
-    print(f"parity      largest difference from torch after any of {parity['loops']} loops, {parity['prompt_tokens']}")
-    print(f"            prompt tokens in chunks of {parity['chunk']}, {parity['decode_tokens']} decoded tokens:")
-    print(f"            tolerance   {parity['tolerance']:g}")
-    for name, error in parity["max_abs_error"].items():
-        print(f"            {name:<11} {error:.1e}")
-    print(f"            greedy tokens equal: {parity['greedy_tokens_equal']} of {parity['decode_tokens']}")
-    for name, graph in manifest.graphs.items():
-        print(f"{name}.onnx  {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
-        if args.graphs:
-            for mark, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
-                for tensor in tensors:
-                    print(f"  {mark} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+    print(describe_bundle(args.bundle, manifest, graphs=args.graphs))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops)
+    plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops, args.kv_cache)
     print(format_plan(plan))
     if args.plot is not None:
         plot_plan(plan, args.plot)
         print(f"drew {args.plot}")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    cache = LoadCache()
+    if args.clear:
+        print(f"{cache.folder}: freed {format_bytes(cache.clear())}")
+        return
+    entries = cache.entries()
+    total = sum(entry.nbytes for entry in entries)
+    print(f"{cache.folder}: {format_bytes(total)} of at most {format_bytes(cache.limit)}")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        print(f"  {format_bytes(entry.nbytes):>10}  used {used}  {entry.source}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

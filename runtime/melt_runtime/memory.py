@@ -48,7 +48,7 @@ def plan_memory(
         ValueError: a size outside its rule.
     """
     state = plan_state(manifest, capacity, batch=batch, loops=loops, kv_cache=kv_cache)
-    return MemoryPlan(manifest.weight_bytes, state, replace(state, shape=replace(state.shape, cache_kind="per_loop")))
+    return MemoryPlan(manifest.weight_bytes, state, state.as_per_loop())
 
 
 def format_bytes(count: int) -> str:
@@ -102,6 +102,11 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
 
 def resident_bytes() -> int:
     """Peak resident memory of this process; 0 where the system does not say (Windows)."""
+    try:  # Linux; getrusage counts what the parent held when it started this process
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:

@@ -1,5 +1,6 @@
 """``MeltModel``: a loaded bundle. The door through which applications come in."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
 from melt_runtime.errors import BundleError
 from melt_runtime.generate import GenerationResult, GenerationStream
 from melt_runtime.generation_config import GenerationConfig, read_generation_config
+from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
 from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
+from melt_runtime.prepacked import open_graph
 from melt_runtime.providers import Device, ProviderChoice, choose_provider, make_session
 from melt_runtime.session import Prompt, Session
 from melt_runtime.state import State, StatePlan
@@ -64,6 +67,7 @@ class MeltModel:
         loops: int | None = None,
         threads: int | None = None,
         kv_cache: KVCacheKind = "float",
+        cache: LoadCache | None = None,
     ) -> "MeltModel":
         """Loads a bundle and allocates its state.
 
@@ -78,6 +82,7 @@ class MeltModel:
             threads: CPU threads inside an operator; default: one per physical core.
             kv_cache: how keys and values are stored. ``int8`` and ``int4`` take a quarter and an eighth of float32's
                 memory and read less of it per token, at the cost that ``manifest.quality`` states.
+            cache: folder that makes the next load of a large bundle fast; default: the user's.
 
         Raises:
             BundleError: the bundle is missing, damaged or not for this version.
@@ -88,10 +93,11 @@ class MeltModel:
         manifest = read_manifest(folder)
         plan = plan_state(manifest, capacity, chunk=chunk, loops=loops, kv_cache=kv_cache)
         provider = choose_provider(device, manifest.dtype)
-        check_files(folder, manifest)
+        cache = LoadCache() if cache is None else cache
+        check_bundle(folder, manifest, cache)
         codec = TextCodec.read(folder)
         defaults = read_generation_config(folder / GENERATION_CONFIG_NAME)
-        sessions = open_sessions(folder, manifest, provider, threads, kv_cache)
+        sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache)
         return cls(manifest, provider, sessions, codec, defaults, plan)
 
     @property
@@ -132,21 +138,49 @@ class MeltModel:
         return self.session.stream(prompt, config, raw, **changes)
 
 
+def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
+    """Compares every file with the manifest; large bundles only once, as long as their files do not change.
+
+    Raises:
+        BundleError: lists every file that is missing, truncated, longer or altered.
+    """
+    if manifest.weight_bytes < cache.min_bytes:
+        check_files(folder, manifest)
+        return
+    unchanged = cache.unchanged(folder, manifest)
+    check_files(folder, manifest, unchanged)
+    if unchanged != frozenset(manifest.files):
+        with suppress(OSError):  # then it is compared again next time; the prepacked copy's warning names the folder
+            cache.remember(folder, manifest)
+
+
 def open_sessions(
     folder: Path,
     manifest: Manifest,
     provider: ProviderChoice,
     threads: int | None = None,
     kv_cache: KVCacheKind = "float",
+    cache: LoadCache | None = None,
 ) -> Sessions:
     """Opens a bundle's graphs and compares their inputs and outputs with its manifest.
+
+    Args:
+        folder: the bundle.
+        manifest: what it says of itself.
+        provider: where to run.
+        threads: CPU threads inside an operator.
+        kv_cache: which of the bundle's loops.
+        cache: for prepacked copies; default: none are made or used.
 
     Raises:
         BundleError: a graph that cannot be read, or is another than the manifest says.
     """
     opened = {}
     for role, name in (("embed", "embed"), ("loop", loop_graph(kv_cache)), ("head", "head")):
-        opened[role] = make_session(folder / f"{name}.onnx", provider, threads)
+        if cache is None:
+            opened[role] = make_session(folder / f"{name}.onnx", provider, threads)
+        else:
+            opened[role] = open_graph(folder, name, manifest, provider, threads, cache)
         _check_signature(name, opened[role], manifest.graphs[name])
     return Sessions(**opened)
 

@@ -131,14 +131,22 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
-def make_session(path: Path, choice: ProviderChoice, threads: int | None = None) -> ort.InferenceSession:
+def make_session(
+    path: Path, choice: ProviderChoice, threads: int | None = None, options: ort.SessionOptions | None = None
+) -> ort.InferenceSession:
     """Opens a graph on the chosen provider, and only on it.
+
+    Args:
+        path: the graph.
+        choice: the provider.
+        threads: see ``session_options``.
+        options: in place of ``session_options(threads)``.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
         ProviderError: the session runs on another provider than the one chosen.
     """
-    options = session_options(threads)
+    options = session_options(threads) if options is None else options
     if choice.device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:

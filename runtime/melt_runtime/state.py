@@ -5,7 +5,7 @@ loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +64,12 @@ class StatePlan:
     def cache_set(self, loop_idx: int) -> int:
         """Which of the cache sets loop ``loop_idx`` reads and writes."""
         return loop_idx if self.shape.cache_kind == "per_loop" else 0
+
+    def as_per_loop(self, loops: int | None = None) -> "StatePlan":
+        """The plan of the same model with a KV cache for each of ``loops`` loops, as a LoopLM has."""
+        return replace(
+            self, shape=replace(self.shape, cache_kind="per_loop"), loops=self.loops if loops is None else loops
+        )
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,293 @@
+"""Measures a bundle: load, first token, prefill and decode by loops, position, chunk and batch; memory of each.
+
+Every case runs in a process of its own, so that its peak memory is its own. The cache is filled without computing it:
+speed depends on how many rows attention reads, not on what they hold.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from melt_runtime.contract import KVCacheKind
+from melt_runtime.loop import LoopRunner
+from melt_runtime.manifest import Manifest, read_manifest
+from melt_runtime.memory import resident_bytes
+from melt_runtime.model import MeltModel
+from melt_runtime.state import State
+
+DECODE_STEPS = 12
+PREFILL_TOKENS = 512
+FIRST_TOKEN_PROMPT = 128
+_READ_BYTES = 1 << 30
+_FILL = 7  # any row that is not zero
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        loops: depths of decoding and prefill.
+        positions: tokens in the cache when a token is decoded.
+        chunks: tokens in parallel in prefill of 512 tokens.
+        batches: sequences decoded together.
+        threads: CPU threads inside an operator; None: one per physical core.
+        kv_caches: kinds of KV cache.
+    """
+
+    loops: tuple[int, ...] = (1, 2, 4)
+    positions: tuple[int, ...] = (100, 1000, 4000)
+    chunks: tuple[int, ...] = (128, 512)
+    batches: tuple[int, ...] = (1,)
+    threads: int | None = None
+    kv_caches: tuple[KVCacheKind, ...] = ("float",)
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: an empty list or a number below 1.
+        """
+        for name in ("loops", "positions", "chunks", "batches", "kv_caches"):
+            values = getattr(self, name)
+            if not values or (name != "kv_caches" and min(values) < 1):
+                raise ValueError(f"{name} must be numbers of at least 1, got {list(values)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process: ``kind`` is ``decode``, ``prefill`` or ``first token``; the others as in ``BenchOptions``."""
+
+    bundle: str
+    kind: str
+    kv_cache: KVCacheKind
+    loops: tuple[int, ...]
+    tokens: int
+    batch: int
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        bundle: name of its folder.
+        kind: ``decode``, ``prefill`` or ``first token``.
+        kv_cache: kind of KV cache.
+        loops: depth T.
+        tokens: position of the decoded token, chunk of prefill, or length of the prompt.
+        batch: sequences.
+        seconds: median of a decoded step, or of the prompt.
+        tokens_per_second: of all sequences together.
+        loop_seconds: of one loop over all layers.
+        bandwidth: matrices read per second by the loop, bytes, as the bundle stores them.
+        state_bytes: of the state.
+        per_loop_bytes: what it would be with a KV cache per loop.
+        load_seconds: opening the bundle and allocating the state.
+        peak_bytes: peak resident memory of the process.
+    """
+
+    bundle: str
+    kind: str
+    kv_cache: str
+    loops: int
+    tokens: int
+    batch: int
+    seconds: float
+    tokens_per_second: float
+    loop_seconds: float
+    bandwidth: float
+    state_bytes: int
+    per_loop_bytes: int
+    load_seconds: float
+    peak_bytes: int
+
+
+def run_bench(bundles: list[Path], options: BenchOptions) -> Iterator[Row]:
+    """Measures bundle after bundle, case after case; rows come as they are measured.
+
+    Raises:
+        BundleError: a bundle that cannot be loaded.
+        ValueError: a position beyond the model's, or a kind of KV cache that a bundle does not have.
+    """
+    manifests = {bundle: read_manifest(bundle) for bundle in bundles}
+    cases = [case for bundle in bundles for case in _cases(bundle, manifests[bundle], options)]
+    with _process() as pool:
+        for case in cases:
+            yield from pool.submit(_measure, case).result()
+
+
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes a second that a plain loop reads from memory: the largest of a gigabyte of integers, on every thread."""
+    with _process() as pool:
+        return pool.submit(_read_memory, threads).result()
+
+
+def _process() -> concurrent.futures.ProcessPoolExecutor:
+    """Runs each task in a new process."""
+    return concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+
+
+def _read_memory(threads: int | None) -> float:
+    count = threads or os.cpu_count() or 1
+    values = np.ones(_READ_BYTES // 8, dtype=np.int64)
+    parts = np.array_split(values, count)
+    seconds = []
+    for _ in range(5):
+        workers = [threading.Thread(target=part.max) for part in parts]
+        begin = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        seconds.append(time.perf_counter() - begin)
+    return values.nbytes / statistics.median(seconds)
+
+
+def machine() -> dict[str, str]:
+    """What a reader must know to compare figures."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": processor,
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+    }
+
+
+def as_json(rows: list[Row], options: BenchOptions, bandwidth: float) -> dict[str, Any]:
+    """Everything, for a file."""
+    return {
+        "machine": machine(),
+        "read_bandwidth": bandwidth,
+        "options": asdict(options),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _cases(bundle: Path, manifest: Manifest, options: BenchOptions) -> list[Case]:
+    most = manifest.model.max_positions
+    beyond = [position for position in options.positions if position + DECODE_STEPS * len(options.loops) >= most]
+    if beyond:
+        raise ValueError(f"positions must stay below the model's {most}, got {beyond}: choose others with --positions")
+    missing = [kind for kind in options.kv_caches if kind not in manifest.kv_caches]
+    if missing:
+        raise ValueError(f"kv_caches must be of {', '.join(manifest.kv_caches)}, which {bundle} has, got {missing}")
+    shared = {"bundle": str(bundle), "loops": options.loops, "threads": options.threads}
+    cases = []
+    for kind in options.kv_caches:
+        cases.append(Case(kind="first token", tokens=min(FIRST_TOKEN_PROMPT, most), batch=1, kv_cache=kind, **shared))
+        cases += [
+            Case(kind="decode", tokens=position, batch=batch, kv_cache=kind, **shared)
+            for batch in options.batches
+            for position in options.positions
+        ]
+        cases += [
+            Case(kind="prefill", tokens=chunk, batch=1, kv_cache=kind, **shared)
+            for chunk in options.chunks
+            if chunk <= most
+        ]
+    return cases
+
+
+def _measure(case: Case) -> list[Row]:
+    """Runs one case; in a process of its own."""
+    manifest = read_manifest(case.bundle)
+    most = manifest.model.max_positions
+    length = {"decode": case.tokens + DECODE_STEPS * len(case.loops) + 1, "prefill": max(PREFILL_TOKENS, case.tokens)}
+    begin = time.perf_counter()
+    model = MeltModel.load(
+        case.bundle,
+        device="cpu",
+        capacity=min(length.get(case.kind, case.tokens + 1), most),
+        chunk=case.tokens if case.kind == "prefill" else None,
+        loops=max(case.loops),
+        threads=case.threads,
+        kv_cache=case.kv_cache,
+    )
+    runner = model.session.runner
+    if case.batch > 1:
+        runner = LoopRunner(runner.sessions, State(replace(runner.state.plan, batch=case.batch), "cpu"))
+    load_seconds = time.perf_counter() - begin
+    rows = []
+    for loops in case.loops:
+        if case.kind == "decode":
+            seconds, loop_seconds = _time_decode(runner, case.tokens, loops)
+            tokens = case.batch
+        else:
+            tokens = min(PREFILL_TOKENS, most) if case.kind == "prefill" else case.tokens
+            seconds, loop_seconds = _time_prompt(runner, tokens, loops)
+        plan = runner.state.plan
+        rows.append(
+            Row(
+                bundle=Path(case.bundle).name,
+                kind=case.kind,
+                kv_cache=case.kv_cache,
+                loops=loops,
+                tokens=case.tokens,
+                batch=case.batch,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                loop_seconds=loop_seconds,
+                bandwidth=manifest.streamed_bytes["loop"] / loop_seconds,
+                state_bytes=runner.state.nbytes,
+                per_loop_bytes=plan.as_per_loop(loops).total_bytes,
+                load_seconds=load_seconds,
+                peak_bytes=resident_bytes(),
+            )
+        )
+    return rows
+
+
+def _time_decode(runner: LoopRunner, position: int, loops: int) -> tuple[float, float]:
+    """Median seconds of a step and of a loop, at ``position``."""
+    state, batch = runner.state, runner.state.plan.batch
+    state.reset()
+    for cache in state.caches:
+        for pair in cache:
+            for buffer in pair:
+                buffer.value.numpy()[:, :, :position] = _FILL
+    for sequence in range(batch):
+        state.advance(position, sequence, loops)
+    steps, inner = [], []
+    for _ in range(DECODE_STEPS):
+        stamps = [time.perf_counter()]
+        runner.decode([1] * batch, loops, observe=lambda _, stamps=stamps: stamps.append(time.perf_counter()))
+        steps.append(time.perf_counter() - stamps[0])
+        inner += [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    return statistics.median(steps[1:]), statistics.median(inner[loops:])
+
+
+def _time_prompt(runner: LoopRunner, tokens: int, loops: int) -> tuple[float, float]:
+    """Seconds of the prompt up to its logits, and of a loop over one full chunk; the faster of two runs."""
+    ids = [token % runner.state.plan.shape.vocab_size for token in range(tokens)]
+    best, inner = float("inf"), float("inf")
+    for _ in range(2):
+        runner.state.reset()
+        stamps = [time.perf_counter()]
+        runner.prefill(ids, loops, observe=lambda _, stamps=stamps: stamps.append(time.perf_counter()))
+        seconds = time.perf_counter() - stamps[0]
+        if seconds < best:
+            best = seconds
+            inner = statistics.median(later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False))
+    return best, inner

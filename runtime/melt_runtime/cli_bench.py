@@ -1,0 +1,98 @@
+"""The command ``melt bench``: its options, the bundles of random weights that it asks the exporter for, its output."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from melt_runtime.bench import BenchOptions, as_json, machine, read_bandwidth, run_bench
+from melt_runtime.bench_report import format_header, format_row, plot_rows
+from melt_runtime.contract import KV_CACHES, PRECISIONS
+
+EPILOG = """\
+examples:
+  melt bench build/melt-tiny
+  melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,2,4,8 --positions 100,1000,4000 --plot bench.png
+  melt bench --shape melt-1.6b:4 --kv-cache float,int8,int4 --positions 16000 --json bench.json
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``melt bench``."""
+    defaults = BenchOptions()
+    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundles", nargs="*", type=Path, help="folders written by export.py")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        help="random weights of a published shape, made by the exporter; NAME:4 takes 4 layers; may be given again",
+    )
+    parser.add_argument("--precision", default="int4", choices=PRECISIONS, help="of shapes (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench"), help="where shapes are kept (default: %(default)s)"
+    )
+    for name, text in (
+        ("loops", "depths"),
+        ("positions", "tokens in the cache when one is decoded"),
+        ("chunks", "tokens in parallel in prefill"),
+        ("batches", "sequences decoded together"),
+    ):
+        shown = ",".join(map(str, getattr(defaults, name)))
+        parser.add_argument(f"--{name}", type=_numbers, metavar="N,N", help=f"{text} (default: {shown})")
+    parser.add_argument("--kv-cache", type=_names, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed and memory")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints row by row.
+
+    Raises:
+        ValueError: nothing to measure, a bad number, or a shape without the exporter.
+    """
+    given = {name: getattr(args, name) for name in ("loops", "positions", "chunks", "batches", "threads")}
+    given["kv_caches"] = args.kv_cache
+    options = BenchOptions(**{name: value for name, value in given.items() if value is not None})
+    bundles = [*args.bundles, *(_shape_bundle(shape, args.precision, args.work) for shape in args.shape)]
+    if not bundles:
+        raise ValueError("name a bundle or a --shape to measure; see: melt bench --help")
+    bandwidth = read_bandwidth(options.threads)
+    print("; ".join(f"{name} {value}" for name, value in machine().items()))
+    print(f"a plain loop reads {bandwidth / 1e9:.1f} GB/s\n\n{format_header()}", flush=True)
+    rows = []
+    for row in run_bench(bundles, options):
+        rows.append(row)
+        print(format_row(row, bandwidth), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(rows, options, bandwidth), indent=1) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        plot_rows(rows, args.plot)
+
+
+def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
+    """The bundle of a shape, made once by the exporter in a process of its own."""
+    bundle = work / f"{shape.replace(':', '-')}-{precision}"
+    if bundle.is_dir():
+        return bundle
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "melt_export")):
+        raise ValueError("--shape needs the exporter: pip install 'melt-onnx[export]'")
+    command = [sys.executable, "-m", "melt_export.cli", "--shape", shape, "--precision", precision, "--out", str(bundle)]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise ValueError(f"--shape {shape} could not be made: see the exporter's message above")
+    return bundle
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
