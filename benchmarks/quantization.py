@@ -10,7 +10,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +55,11 @@ def main() -> int:
         probe = choose_probe(source, Path(folder), args.eval_text and args.eval_text.read_text(encoding="utf-8"))
     study = Study(source, probe)
     loops = range(1, source.config.total_ut_steps + 1)
-    header = f"bits a weight | {' | '.join(f'error after loop {loop}, %' for loop in loops)} | KL | first choice equal, % |"
-    print(f"{args.checkpoint}, {probe.scored} tokens of {probe.name}\n\n| rounding | {header}\n{'|---' * (len(loops) + 4)}|")
+    header = (
+        f"bits a weight | {' | '.join(f'error after loop {loop}, %' for loop in loops)} | KL | first choice equal, % |"
+    )
+    print(f"{args.checkpoint}, {probe.scored} tokens of {probe.name}\n")
+    print(f"| rounding | {header}\n{'|---' * (len(loops) + 4)}|")
     hessians = study.collect_hessians()
     methods: dict[str, Method] = {
         "nearest": lambda _, weight, bits, block: _ours(weight, bits, block, "nearest"),
@@ -97,7 +99,9 @@ class Study:
             weights += tensor.numel()
             return method(name, tensor, form.bits, form.block)
 
-        found = compare(self.reference, trace_reference(reference_model(self.source.config, read), self.probe), self.probe)
+        found = compare(
+            self.reference, trace_reference(reference_model(self.source.config, read), self.probe), self.probe
+        )
         cells = [label, f"{bits / weights:.2f}"]
         cells += [f"{100 * error:.2f}" for error in found["hidden_error_by_loop"].values()]
         cells += [f"{found['kl']:.2g}", f"{100 * found['greedy_agreement']:.1f}"]

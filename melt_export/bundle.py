@@ -220,7 +220,9 @@ def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Pr
 
 def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
     """What the manifest says of the rounding."""
-    kinds = sorted({f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()})
+    kinds = sorted(
+        {f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()}
+    )
     return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
 
 

@@ -14,7 +14,7 @@ from melt_runtime.state import Array
 TOKENS = 512
 """Tokens whose keys and values are looked at, at most."""
 
-_CLIPS = np.linspace(1.0, 0.5, 11)
+_CLIPS = {"int8": [1.0], "int4": np.linspace(1.0, 0.5, 11).tolist()}
 """Fractions of the largest magnitude that the largest code may stand for; smaller ones clip outliers."""
 _LIMITS: dict[KVCacheKind, int] = {"int8": 127, "int4": 7}
 
@@ -56,22 +56,22 @@ def key_scales(keys: Array, kv_cache: KVCacheKind) -> Array:
     half = keys.shape[-1] // 2
     lengths = np.hypot(keys[..., :half], keys[..., half:])
     both = np.concatenate((keys[..., :half], keys[..., half:]), axis=1)
-    return np.tile(_best_scales(both, lengths.max(axis=1), _LIMITS[kv_cache]), 2)
+    return np.tile(_best_scales(both, lengths.max(axis=1), kv_cache), 2)
 
 
 def value_scales(values: Array, kv_cache: KVCacheKind) -> Array:
     """Scales of values [Hk, rows, dh], one for each channel, [Hk, dh] float32."""
-    return _best_scales(values, np.abs(values).max(axis=1), _LIMITS[kv_cache])
+    return _best_scales(values, np.abs(values).max(axis=1), kv_cache)
 
 
-def _best_scales(rows: Array, peaks: Array, limit: int) -> Array:
+def _best_scales(rows: Array, peaks: Array, kv_cache: KVCacheKind) -> Array:
     """Of several clippings the one with the least squared error: rows [Hk, rows, n], peaks [Hk, n]."""
-    peaks = np.maximum(peaks, 1e-6)
+    limit, peaks = _LIMITS[kv_cache], np.maximum(peaks, 1e-6)
     best, scales = np.full(peaks.shape, np.inf), peaks / limit
-    for clip in _CLIPS:
+    for clip in _CLIPS[kv_cache]:
         tried = clip * peaks / limit
         codes = np.clip(np.round(rows / tried[:, None]), -limit - 1, limit)
         error = ((codes * tried[:, None] - rows) ** 2).sum(axis=1)
         scales = np.where(error < best, tried, scales)
         best = np.minimum(best, error)
-    return scales.astype(np.float32)  # type: ignore[no-any-return]
+    return scales.astype(np.float32)

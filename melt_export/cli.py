@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,7 @@ from melt_models import CheckpointError
 from melt_models.shapes import SHAPES, shape_config
 from melt_runtime import Manifest, MeltError
 from melt_runtime.contract import PRECISIONS
+from melt_runtime.memory import format_bytes, resident_bytes
 
 _EPILOG = """\
 examples:
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exports one checkpoint; returns the exit status."""
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated export cleans up as an interrupted one does
+    begin = time.monotonic()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # the stages below are the progress
     try:
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: interrupted; no bundle was written", file=sys.stderr)
         return 130
     print(_summary(args.out, manifest))
+    print(f"took {time.monotonic() - begin:.0f} s and at most {format_bytes(resident_bytes())} of memory")
     return 0
 
 
@@ -60,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "checkpoint", nargs="?", type=Path, help="folder with config.json, safetensors weights, tokenizer.json"
     )
-    what.add_argument("--shape", help=f"random weights of a published shape instead: {', '.join(SHAPES)}; NAME:4 takes 4 layers")
+    what.add_argument(
+        "--shape", help=f"random weights of a published shape instead: {', '.join(SHAPES)}; NAME:4 takes 4 layers"
+    )
     parser.add_argument("--out", type=Path, required=True, help="bundle folder to make; it must not exist")
     parser.add_argument(
         "--precision",

@@ -54,37 +54,36 @@ def weight_formats(model: nn.Module, precision: str, layers: Mapping[str, str]) 
             block divides.
     """
     dtype = activation_dtype(precision)
-    widths = {name: m.weight.shape[1] for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-    chosen = dict.fromkeys(widths, precision)
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
+    chosen = dict.fromkeys(shapes, precision)
     faults = []
     for pattern, wanted in layers.items():
         if wanted not in PRECISIONS:
             raise ValueError(f"precision of {pattern!r} must be one of {', '.join(PRECISIONS)}, got {wanted!r}")
-        matches = [name for name in widths if fnmatchcase(name, pattern)]
+        matches = [name for name in shapes if fnmatchcase(name, pattern)]
         if not matches:
-            faults.append(f"layer pattern {pattern!r} matches none of the model's layers, such as {', '.join(widths)}"[:400])
+            faults.append(f"pattern {pattern!r} matches no layer; the last of them are {', '.join([*shapes][-12:])}")
         if wanted not in ("int8", "int4", dtype):
-            faults.append(f"layer pattern {pattern!r} asks for {wanted} in a bundle of {dtype} activations")
+            faults.append(f"pattern {pattern!r} asks for {wanted} in a bundle of {dtype} activations")
         chosen.update(dict.fromkeys(matches, wanted))
-    # The exit gate is one row that decides when to stop: nothing is won by rounding it.
-    chosen["model.early_exit_gate"] = dtype
-    chosen |= {name: dtype for name, kind in chosen.items() if name.endswith(("gate.w_z", "gate.u_z")) and _is_row(model, name)}
+    # A single row (the exit gate, a scalar gate) decides much and costs nothing.
+    chosen |= {name: dtype for name, (rows, _) in shapes.items() if rows == 1}
     if model.config.tie_word_embeddings:
         chosen["lm_head"] = chosen["model.embed_tokens"]
     formats = {}
     for name, kind in chosen.items():
-        block = next((size for size in BLOCKS if widths[name] % size == 0), None)
+        width = shapes[name][1]
+        block = next((size for size in BLOCKS if width % size == 0), None)
         if kind not in ("int8", "int4"):
             formats[name] = WeightFormat(kind)
         elif block is None:
-            faults.append(f"{name} has rows of {widths[name]}, which no block of {BLOCKS} divides: keep it at {dtype}")
+            faults.append(f"{name} has rows of {width}, which no block of {BLOCKS} divides: keep it at {dtype}")
         else:
             formats[name] = WeightFormat(kind, block)
     if faults:
         raise FormatError("the precision does not fit the model:\n  " + "\n  ".join(faults))
     return formats
-
-
-def _is_row(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer has one output only, as a scalar gate's."""
-    return model.get_submodule(name).weight.shape[0] == 1

@@ -54,12 +54,14 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
     if text is not None:
         ids = codec.encode(text)
         if len(ids) < MIN_TOKENS:
-            raise ExportError(f"the text must have at least {MIN_TOKENS} tokens, got {len(ids)}: give a longer --eval-text")
+            raise ExportError(
+                f"the text must have at least {MIN_TOKENS} tokens, got {len(ids)}: give a longer --eval-text"
+            )
         return Probe((Passage(ids[:most], 1),), "the given text")
     if source.examples:
         passages = []
         for example in source.examples[:_EXAMPLES]:
-            prompt = codec.encode(codec.render([*example.messages]))
+            prompt = codec.encode(codec.render(example.chat))
             passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
         return Probe(tuple(passages), "the model's own evaluation")
     return Probe((Passage(_random_ids(config, most), 1),), "seeded random tokens")

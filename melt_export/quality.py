@@ -101,7 +101,7 @@ def exact_match(model: MeltModel, examples: Sequence[Example], loops: int) -> di
         right = dict.fromkeys(groups, 0)
         for example in examples:
             room = len(model.codec.encode(example.answer)) + _ANSWER_ROOM
-            result = model.generate(list(example.messages), loops=depth, max_new_tokens=room, temperature=0.0)
+            result = model.generate(example.chat, loops=depth, max_new_tokens=room, temperature=0.0)
             right[example.group] += result.text.strip() == example.answer
         asked = {group: sum(example.group == group for example in examples) for group in groups}
         table[str(depth)] = {group: right[group] / asked[group] for group in groups}

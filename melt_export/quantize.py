@@ -1,6 +1,6 @@
 """Rounds weight matrices to 4 or 8 bits in blocks, and back. Knows tensors, not models.
 
-Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8 and ``scales [N, blocks]`` float32.
+Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8, ``scales [N, blocks]`` float32.
 At 4 bits a zero point for each block, ``zeros [N, ceil(blocks / 2)]`` uint8; two values a byte, the first in the low
 nibble. At 8 bits the zero point is 128 everywhere. A weight is ``(code - zero) * scale``.
 """

@@ -6,7 +6,6 @@ layer is in memory.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from melt_export.formats import WeightFormat

@@ -142,13 +142,11 @@ def unpack(read: Read, form: WeightFormat) -> Tensor:
     return dequantize_blocks(read("packed").view(*scales.shape, -1), scales, zeros)
 
 
-def store_modules(
-    model: nn.Module, formats: dict[str, WeightFormat], dtype: torch.dtype, rounding: Rounding
-) -> None:
+def store_modules(model: nn.Module, formats: dict[str, WeightFormat], dtype: torch.dtype, rounding: Rounding) -> None:
     """Replaces every linear layer and the embedding of ``model`` by the module of its format, in place."""
     for name, form in formats.items():
         module = model.get_submodule(name)
-        outputs, inputs = module.weight.shape
+        outputs, inputs = tuple(module.weight.shape)
         if isinstance(module, nn.Embedding):
             made: nn.Module = (
                 BlockEmbedding(outputs, inputs, form, rounding) if form.bits else FloatEmbedding(outputs, inputs, dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from melt_export.bundle import export_bundle
+from melt_export.bundle import ExportOptions, export_bundle
 from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
 
 settings.register_profile("melt", deadline=None)  # machines differ; no test waits on time
@@ -60,15 +60,15 @@ BundleMaker = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
-    """Makes (once for each choice) the bundle of a random model; ``precision`` and configuration keys."""
+    """Makes (once for each choice) the bundle of a random model; ``precision``, ``layers`` and configuration keys."""
     made: dict[str, Path] = {}
 
-    def make(precision: str = "float32", **changes) -> Path:
-        key = f"{precision} {sorted(changes.items())}"
+    def make(precision: str = "float32", layers: dict[str, str] | None = None, **changes) -> Path:
+        key = f"{precision} {layers} {sorted(changes.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("bundle")
             checkpoint = save_checkpoint(random_model(**changes), folder / "checkpoint")
-            export_bundle(checkpoint, folder / "bundle", precision)
+            export_bundle(checkpoint, folder / "bundle", ExportOptions(precision, layers or {}))
             made[key] = folder / "bundle"
         return made[key]
 

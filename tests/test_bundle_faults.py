@@ -29,7 +29,7 @@ def test_not_json(bundle_copy):
 
 def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
     (bundle_copy / "head.onnx").unlink()
-    weights = bundle_copy / "loop.onnx.data"
+    weights = bundle_copy / "weights.data"
     weights.write_bytes(weights.read_bytes()[:-1])
     with (bundle_copy / "embed.onnx").open("ab") as stream:
         stream.write(b"x")
@@ -40,7 +40,7 @@ def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
     message = str(raised.value)
     for fault in (
         "head.onnx is missing",
-        "loop.onnx.data is truncated",
+        "weights.data is truncated",
         "embed.onnx is too large",
         "tokenizer.json was altered",
         "python export.py",
@@ -51,18 +51,21 @@ def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=2), "schema_version must be 1, got 2"),
-        (lambda m: m.pop("schema_version"), "schema_version must be 1, got None"),
+        (lambda m: m.update(schema_version=1), "schema_version must be 2, got 1"),
+        (lambda m: m.pop("schema_version"), "schema_version must be 2, got None"),
         (lambda m: m.update(extra=1), "extra is unknown"),
         (lambda m: m.pop("precision"), "precision is missing"),
-        (lambda m: m.update(precision="int3"), "precision must be one of float32, float16, got 'int3'"),
+        (lambda m: m.update(precision="int3"), "precision must be one of float32, float16, int8, int4, got 'int3'"),
         (lambda m: m["model"].update(layers="two"), "model.layers must be int, got 'two'"),
         (lambda m: m["model"].update(heads=0), "model.heads must be at least 1, got 0"),
         (lambda m: m["model"].pop("kv_heads"), "model.kv_heads is missing"),
         (lambda m: m["model"].update(cache_kind="many"), "cache_kind must be 'shared' or 'per_loop'"),
         (lambda m: m["graphs"].pop("loop"), "loop does not follow the contract"),
         (lambda m: m["graphs"]["head"]["inputs"][0].update(dtype="float16"), "head does not follow the contract"),
+        (lambda m: m["graphs"].update(other=m["graphs"]["head"]), "other does not follow the contract"),
         (lambda m: m["files"].pop("loop.onnx"), "loop.onnx is not listed"),
+        (lambda m: m["files"].pop("loop_int4.onnx"), "loop_int4.onnx is not listed"),
+        (lambda m: m["files"].pop("weights.data"), "weights.data is not listed"),
         (lambda m: m["files"].update({"../x": m["files"]["loop.onnx"]}), "'../x' leaves the bundle"),
         (lambda m: m["files"].update({"/etc/x": m["files"]["loop.onnx"]}), "'/etc/x' leaves the bundle"),
         (lambda m: m["files"].update({"a/../../x": m["files"]["loop.onnx"]}), "leaves the bundle"),
@@ -87,10 +90,10 @@ def test_several_manifest_faults_are_reported_at_once(bundle_copy):
 
 def test_graphs_of_another_model_are_refused(bundle_copy, random_bundle):
     """Files that fit the manifest's hashes, but not its contract."""
-    for name in ("loop.onnx", "loop.onnx.data"):
+    for name in ("loop.onnx", "weights.data"):
         shutil.copyfile(random_bundle() / name, bundle_copy / name)
     entries = json.loads((random_bundle() / MANIFEST_NAME).read_text())["files"]
-    edit_manifest(bundle_copy, lambda m: m["files"].update({k: entries[k] for k in ("loop.onnx", "loop.onnx.data")}))
+    edit_manifest(bundle_copy, lambda m: m["files"].update({k: entries[k] for k in ("loop.onnx", "weights.data")}))
     with pytest.raises(BundleError, match=r"loop.onnx: inputs .* differ from the manifest"):
         MeltModel.load(bundle_copy, device="cpu")
 

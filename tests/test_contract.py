@@ -3,12 +3,14 @@
 from collections import Counter
 
 import onnx
+import onnxruntime as ort
 import pytest
 
-from melt_runtime.contract import GRAPHS, graph_specs
+from melt_runtime.contract import KV_CACHES, graph_specs
 from melt_runtime.manifest import check_files, read_manifest
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
+TYPES |= {"int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8}
 TYPES |= {"int64": onnx.TensorProto.INT64, "int32": onnx.TensorProto.INT32}
 
 
@@ -25,14 +27,19 @@ def signature(values) -> list[tuple]:
         *(("float32", kind) for kind in ("elementwise", "mean", "last", "none")),
         ("float16", "elementwise"),
         ("float16", "none"),
+        ("int8", "elementwise"),
+        ("int4", "elementwise"),
+        ("int4", "none"),
     ],
 )
 def test_graphs_follow_the_contract(random_bundle, kind, precision):
     bundle = random_bundle(precision=precision, gate_kind=kind)
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    assert manifest.graphs == graph_specs(manifest.model, precision)
-    for name in GRAPHS:
+    kv_caches = ("float",) if precision == "float16" else KV_CACHES
+    assert manifest.kv_caches == kv_caches
+    assert manifest.graphs == graph_specs(manifest.model, manifest.dtype, kv_caches)
+    for name in manifest.graphs:
         graph = onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph
         for values, specs in (
             (graph.input, manifest.graphs[name].inputs),
@@ -41,24 +48,73 @@ def test_graphs_follow_the_contract(random_bundle, kind, precision):
             assert sorted(signature(values)) == sorted((t.name, TYPES[t.dtype], t.shape) for t in specs)
 
 
-def test_nothing_decomposes(random_bundle):
-    """Nodes of one MELT layer: norms and attention are single operators, and no shape is computed."""
-    graph = onnx.load(random_bundle() / "loop.onnx", load_external_data=False).graph
-    layers = 3
-    counts = Counter(node.op_type for node in graph.node)
-    assert counts == {
-        "SimplifiedLayerNormalization": 4 * layers + 1,
-        "MatMul": 9 * layers + 1,  # W_z, U_z, q, k, v, o, gate, up, down; the exit gate
-        "Add": 5 * layers + 1,  # b_z, W_z a + U_z h, a + z (h - a), two residuals; the exit gate's bias
-        "Sub": layers,
-        "Mul": 3 * layers,
-        "Sigmoid": 2 * layers,
-        "GroupQueryAttention": layers,
-    }
+LAYERS = 3
+PER_LAYER = {
+    "SimplifiedLayerNormalization": 2,
+    "SkipSimplifiedLayerNormalization": 2,
+    "GroupQueryAttention": 1,
+    "QuickGelu": 1,
+    "Sigmoid": 1,
+    "Sub": 1,
+    "Mul": 2,  # z (h - a); the MLP's product
+    "Add": 2,  # W_z a + U_z h; a + z (h - a)
+}
+"""Of a gated layer, whatever its precision, without its nine matrices."""
 
 
-def test_weights_stand_outside_the_graphs(random_bundle):
-    bundle = random_bundle()
-    for name in GRAPHS:
-        assert (bundle / f"{name}.onnx").stat().st_size < 200_000
-    assert read_manifest(bundle).weight_bytes == sum(path.stat().st_size for path in bundle.glob("*.data"))
+@pytest.mark.parametrize("graph", ["loop", "loop_int8", "loop_int4"])
+@pytest.mark.parametrize(
+    ("precision", "matrices"),
+    [
+        ("float32", {"FusedMatMul": 9 * LAYERS + 1, "Add": LAYERS + 1}),  # b_z and the exit gate's bias are added
+        ("int8", {"MatMulNBits": 9 * LAYERS, "FusedMatMul": 1, "Add": 1}),  # the exit gate stays float
+        ("int4", {"MatMulNBits": 9 * LAYERS, "FusedMatMul": 1, "Add": 1}),
+    ],
+)
+def test_nothing_decomposes(random_bundle, precision, matrices, graph):
+    """21 nodes in a quantized MELT layer: norms, residuals and attention are single operators, no shape is computed."""
+    nodes = onnx.load(random_bundle(precision) / f"{graph}.onnx", load_external_data=False).graph.node
+    expected = Counter({name: LAYERS * count for name, count in PER_LAYER.items()}) + Counter(matrices)
+    expected["SimplifiedLayerNormalization"] += 1  # the first layer has no residual to add
+    assert Counter(node.op_type for node in nodes) == expected
+    if precision != "float32":
+        assert len(nodes) == 21 * LAYERS + 3
+
+
+def test_onnx_runtime_leaves_the_graph_as_it_is(random_bundle, tmp_path):
+    """No cast, copy or reshape is added at load: what was exported is what runs."""
+    exported = onnx.load(random_bundle("int4") / "loop.onnx", load_external_data=False).graph.node
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(random_bundle("int4") / "loop.onnx", options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    assert Counter(n.op_type for n in optimized) == Counter(n.op_type for n in exported)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_matrices_multiply_integers(random_bundle, precision):
+    """Accuracy level 4 is two to three times as fast as any other."""
+    for name in ("loop", "head"):
+        for node in onnx.load(random_bundle(precision) / f"{name}.onnx", load_external_data=False).graph.node:
+            if node.op_type == "MatMulNBits":
+                attributes = {a.name: a.i for a in node.attribute}
+                assert (attributes["accuracy_level"], attributes["bits"]) == (4, int(precision[3:]))
+                assert attributes["block_size"] in (32, 64)  # K is 64 or 96 here
+
+
+def test_one_file_of_weights_holds_each_tensor_once(random_bundle):
+    bundle = random_bundle("int4", tie_word_embeddings=True)
+    assert [path.name for path in bundle.glob("*.data")] == ["weights.data"]
+    manifest = read_manifest(bundle)
+    assert manifest.weight_bytes == (bundle / "weights.data").stat().st_size
+    places: dict[str, set] = {}
+    for name in manifest.graphs:
+        path = bundle / f"{name}.onnx"
+        assert path.stat().st_size < 200_000
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert place["location"] == "weights.data"
+            places.setdefault(name, set()).add((int(place["offset"]), int(place["length"])))
+    assert places["embed"] == places["head"]  # tied: packed, scales, zeros
+    assert places["loop"] < places["loop_int8"]
+    assert sum(length for _, length in set().union(*places.values())) <= manifest.weight_bytes

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from melt_export import ExportError, ParityError, export_bundle
 from melt_export import bundle as bundle_module
-from melt_export.bundle import chat_template
 from melt_export.cli import main
+from melt_export.source import chat_template
 from melt_models import CheckpointError, load_checkpoint
 from melt_runtime.text import TextCodec
 
@@ -102,15 +102,14 @@ def test_an_existing_output_is_kept(checkpoint, tmp_path, capsys):
 def test_a_failed_verification_fails_the_export_and_names_the_place(checkpoint, tmp_path, monkeypatch):
     traced = bundle_module.trace_graph
 
-    def trace_another(name, model, spec, folder):
-        if name == "loop":
-            model.model.layers[1].gate.u_z.weight.data.mul_(1.01)
-        traced(name, model, spec, folder)
-        if name == "loop":
-            model.model.layers[1].gate.u_z.weight.data.div_(1.01)
+    def trace_another(name, module, spec):
+        graph = traced(name, module, spec)
+        if name == "loop":  # the second layer's gate adds where it should subtract
+            [node for node in graph.graph if node.op_type == "Sub"][1].op_type = "Add"
+        return graph
 
     monkeypatch.setattr(bundle_module, "trace_graph", trace_another)
-    with pytest.raises(ParityError, match=r"first differ in latent at layer 1, loop 2 of prefill from token 0"):
+    with pytest.raises(ParityError, match=r"first differ in latent at layer 1, loop 1 of prefill from token 0"):
         export_bundle(checkpoint, tmp_path / "made" / "out")
     assert list((tmp_path / "made").iterdir()) == []
 

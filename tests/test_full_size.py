@@ -3,25 +3,46 @@
 from collections import Counter
 
 import pytest
-import torch
 
-from melt_export.trace import model_shape, trace_program
-from melt_models import MeltCausalLM, MeltConfig
+from melt_export.formats import weight_formats
+from melt_export.trace import graph_modules, model_shape, trace_graph
+from melt_models.checkpoint import empty_model
+from melt_models.shapes import shape_config
 from melt_runtime.contract import graph_specs
 
 
 def test_published_shape_traces_without_weights():
-    with torch.device("meta"):
-        model = MeltCausalLM(MeltConfig()).eval()
+    config = shape_config("melt-1.6b")
+    model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     gates = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
     assert parameters == pytest.approx(1.636e9, rel=1e-3)  # arXiv 2605.07721
     assert gates == pytest.approx(0.2014e9, rel=1e-3)
-    model = model.to_empty(device="cpu")  # address space only: nothing is ever written to it
-    spec = graph_specs(model_shape(model), "float32")["loop"]
-    graph = trace_program("loop", model, spec).model.graph
+    module = graph_modules(config, weight_formats(model, "int4", {}), "float32")["loop"]
+    spec = graph_specs(model_shape(config), "float32")["loop"]
+    graph = trace_graph("loop", module, spec).graph
     assert [value.name for value in graph.inputs][:2] == ["hidden", "latent.0"]
     assert {value.name for value in graph.inputs} == {tensor.name for tensor in spec.inputs}
     assert {value.name for value in graph.outputs} == {tensor.name for tensor in spec.outputs}
     assert Counter(node.op_type for node in graph)["GroupQueryAttention"] == 24
-    assert len(list(graph)) == 25 * 24 + 3
+    assert len(list(graph)) == 21 * 24 + 3
+
+
+@pytest.mark.parametrize(("name", "billions"), [("ouro-1.4b", 1.434), ("ouro-2.6b", 2.667), ("smollm2-135m", 0.1345)])
+def test_published_shapes_have_their_parameters(name, billions):
+    model = empty_model(shape_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(billions * 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("melt-9b", "shape must be one of ouro-1.4b, ouro-2.6b, melt-1.6b, smollm2-135m, got 'melt-9b'"),
+        ("melt-1.6b:0", r"layers of shape melt-1.6b must be in \[1, 24\], got '0'"),
+        ("melt-1.6b:25", "got '25'"),
+        ("melt-1.6b:x", "got 'x'"),
+    ],
+)
+def test_unknown_shapes_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        shape_config(name)

@@ -8,11 +8,10 @@ from tolerances import PARITY, describe
 
 from melt_export.verify import verify_bundle
 from melt_models.modeling import KVCache
-from melt_runtime.contract import GRAPHS
-from melt_runtime.loop import LoopRunner, Sessions
+from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import read_manifest
-from melt_runtime.model import plan_state
-from melt_runtime.providers import choose_provider, make_session
+from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.providers import choose_provider
 from melt_runtime.state import State
 
 KINDS = ("elementwise", "scalar", "ema", "mean", "last", "none")
@@ -24,11 +23,16 @@ SHAPES = (
 MODELS = [(kind, {}) for kind in KINDS] + [(kind, shape) for kind in ("elementwise", "none") for shape in SHAPES]
 
 
-def open_runner(bundle, batch: int = 1, capacity: int = 128, chunk: int = 32, loops: int = 4) -> LoopRunner:
+def open_runner(
+    bundle, batch: int = 1, capacity: int = 128, chunk: int = 32, loops: int = 4, kv_cache="float"
+) -> LoopRunner:
     manifest = read_manifest(bundle)
-    provider = choose_provider("cpu", manifest.precision)
-    sessions = Sessions(*(make_session(bundle / f"{name}.onnx", provider) for name in GRAPHS))
-    return LoopRunner(sessions, State(plan_state(manifest, capacity, batch, chunk, loops), "cpu"))
+    sessions = open_sessions(bundle, manifest, choose_provider("cpu", manifest.dtype), kv_cache=kv_cache)
+    return LoopRunner(sessions, State(plan_state(manifest, capacity, batch, chunk, loops, kv_cache), "cpu"))
+
+
+def verify(bundle, model) -> dict:
+    return verify_bundle(bundle, read_manifest(bundle), model, draw_ids(13)[0].tolist())
 
 
 def draw_ids(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
@@ -44,7 +48,7 @@ def assert_close(actual, expected, precision: str = "float32") -> None:
 def test_every_tensor_after_every_loop(random_bundle, kind, shape):
     """Latent, keys, values, hidden, exit logit, logits; prefill of a chunk and a half, then 32 decoded tokens."""
     bundle = random_bundle(gate_kind=kind, **shape)
-    report = verify_bundle(bundle, random_model(gate_kind=kind, **shape), draw_ids(13)[0].tolist())
+    report = verify(bundle, random_model(gate_kind=kind, **shape))
     assert max(report["max_abs_error"].values()) <= PARITY["float32"], report
     assert report["greedy_tokens_equal"] == report["decode_tokens"]
     assert ("latent" in report["max_abs_error"]) == (kind not in ("none", "last"))
@@ -137,7 +141,7 @@ def test_binding_in_place_changes_no_bit(random_bundle):
 def test_float16_stays_near(random_bundle):
     bundle = random_bundle(precision="float16")
     model = random_model().half().float()
-    report = verify_bundle(bundle, model, draw_ids(13)[0].tolist())
+    report = verify(bundle, model)
     assert max(report["max_abs_error"].values()) <= PARITY["float16"], report
 
 

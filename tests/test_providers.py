@@ -36,7 +36,7 @@ def test_cuda_is_taken_where_it_can_run(monkeypatch):
             r"missing libcublas.so.13 \(from: pip install nvidia-cublas\)",
         ),
         ({"driver": "the NVIDIA driver finds no device"}, "float16", "finds no device"),
-        ({}, "float32", "takes float16, the bundle is float32: export it with --precision float16"),
+        ({}, "float32", "takes float16, the bundle's activations are float32: export it with --precision float16"),
     ],
 )
 def test_cuda_says_what_it_lacks_and_auto_says_why_it_took_the_cpu(monkeypatch, state, precision, reason):

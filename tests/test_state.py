@@ -30,15 +30,17 @@ OURO = ModelShape(24, 2048, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "s
 
 def plan(shape=SHAPE, **sizes) -> StatePlan:
     return StatePlan(
-        **{"shape": shape, "precision": "float32", "batch": 1, "capacity": 64, "chunk": 8, "loops": 4, **sizes}
+        **{"shape": shape, "dtype": "float32", "batch": 1, "capacity": 64, "chunk": 8, "loops": 4, **sizes}
     )
 
 
 @pytest.mark.parametrize("shape", [SHAPE, LOOPLM, replace(SHAPE, gate_kind="mean")])
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache"), [("float32", "float"), ("float16", "float"), ("float32", "int8"), ("float32", "int4")]
+)
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 8), (3, 2)])
-def test_the_plan_is_what_gets_allocated(shape, precision, batch, chunk):
-    sizes = plan(shape, precision=precision, batch=batch, chunk=chunk)
+def test_the_plan_is_what_gets_allocated(shape, dtype, kv_cache, batch, chunk):
+    sizes = plan(shape, dtype=dtype, kv_cache=kv_cache, batch=batch, chunk=chunk)
     assert State(sizes, "cpu").nbytes == sizes.total_bytes
 
 
@@ -47,6 +49,13 @@ def test_melt_state_is_the_same_for_every_depth_and_looplm_grows_with_it():
     one = plan(LOOPLM, loops=1)
     for loops in range(1, 17):
         assert plan(LOOPLM, loops=loops).cache_bytes == loops * one.cache_bytes
+
+
+def test_quantized_caches_are_a_quarter_and_an_eighth():
+    sizes = {kind: plan(kv_cache=kind).cache_bytes for kind in ("float", "int8", "int4")}
+    assert sizes["float"] == 4 * sizes["int8"] == 8 * sizes["int4"]
+    with pytest.raises(ValueError, match="kv_cache must be one of float, int8, int4, got 'int2'"):
+        plan(kv_cache="int2")
 
 
 def test_published_cache_sizes():

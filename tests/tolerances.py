@@ -1,7 +1,7 @@
 """Every tolerance of the tests, by level and type: largest absolute difference."""
 
 # L3: random weights, torch against ONNX Runtime, every tensor after every loop.
-PARITY = {"float32": 1e-4, "float16": 2e-2}
+PARITY = {"float32": 1e-4, "float16": 4e-2}
 
 # L4: logits of melt-tiny against the committed goldens, made on another machine.
 GOLDEN_LOGITS = 1e-3

@@ -7,6 +7,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EVALUATION_NAME = "evaluation.jsonl"
 
@@ -15,7 +16,7 @@ EVALUATION_NAME = "evaluation.jsonl"
 class Example:
     """A chat that ends with a user's message, the text that must follow, and the group that it counts for."""
 
-    messages: tuple[dict[str, str], ...]
+    chat: list[Any]
     answer: str
     group: str
 
@@ -33,7 +34,7 @@ def read_examples(folder: Path) -> tuple[Example, ...]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             values = json.loads(line)
-            examples.append(Example(tuple(values["messages"]), str(values["answer"]), str(values["group"])))
+            examples.append(Example(list(values["messages"]), str(values["answer"]), str(values["group"])))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} must be messages, answer and group: {error!r}") from error
     return tuple(examples)
@@ -41,5 +42,5 @@ def read_examples(folder: Path) -> tuple[Example, ...]:
 
 def write_examples(folder: Path, examples: tuple[Example, ...]) -> None:
     """Writes a checkpoint's evaluation."""
-    lines = [json.dumps({"messages": e.messages, "answer": e.answer, "group": e.group}) for e in examples]
+    lines = [json.dumps({"messages": e.chat, "answer": e.answer, "group": e.group}) for e in examples]
     (folder / EVALUATION_NAME).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

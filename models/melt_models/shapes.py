@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "melt-1.6b": {**_OURO, "gate_kind": "elementwise"},
     "smollm2-135m": {**_SMOLLM2, "gate_kind": "none"},
 }
-"""Ouro: arXiv 2510.25741; MELT: arXiv 2605.07721; SmolLM2-135M: its published ``config.json`` (norms here: four a layer)."""
+"""Ouro: arXiv 2510.25741; MELT: arXiv 2605.07721; SmolLM2-135M: its ``config.json`` (with our four norms a layer)."""
 
 
 def shape_config(name: str) -> MeltConfig:

@@ -5,6 +5,7 @@ speed depends on how many rows attention reads, not on what they hold.
 """
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import platform
@@ -193,20 +194,16 @@ def _cases(bundle: Path, manifest: Manifest, options: BenchOptions) -> list[Case
     missing = [kind for kind in options.kv_caches if kind not in manifest.kv_caches]
     if missing:
         raise ValueError(f"kv_caches must be of {', '.join(manifest.kv_caches)}, which {bundle} has, got {missing}")
-    shared = {"bundle": str(bundle), "loops": options.loops, "threads": options.threads}
+
+    def case(kind: str, kv_cache: KVCacheKind, tokens: int, batch: int = 1) -> Case:
+        return Case(str(bundle), kind, kv_cache, options.loops, tokens, batch, options.threads)
+
     cases = []
-    for kind in options.kv_caches:
-        cases.append(Case(kind="first token", tokens=min(FIRST_TOKEN_PROMPT, most), batch=1, kv_cache=kind, **shared))
-        cases += [
-            Case(kind="decode", tokens=position, batch=batch, kv_cache=kind, **shared)
-            for batch in options.batches
-            for position in options.positions
-        ]
-        cases += [
-            Case(kind="prefill", tokens=chunk, batch=1, kv_cache=kind, **shared)
-            for chunk in options.chunks
-            if chunk <= most
-        ]
+    for kv_cache in options.kv_caches:
+        cases.append(case("first token", kv_cache, min(FIRST_TOKEN_PROMPT, most)))
+        for batch in options.batches:
+            cases += [case("decode", kv_cache, position, batch) for position in options.positions]
+        cases += [case("prefill", kv_cache, chunk) for chunk in options.chunks if chunk <= most]
     return cases
 
 
@@ -259,6 +256,22 @@ def _measure(case: Case) -> list[Row]:
     return rows
 
 
+class _Clock:
+    """Notes when each loop ended; the first loop's time includes the embedding."""
+
+    def __init__(self) -> None:
+        self._stamps = [time.perf_counter()]
+
+    def __call__(self, loop_idx: int) -> None:
+        self._stamps.append(time.perf_counter())
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._stamps[0]
+
+    def loops(self) -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(self._stamps)]
+
+
 def _time_decode(runner: LoopRunner, position: int, loops: int) -> tuple[float, float]:
     """Median seconds of a step and of a loop, at ``position``."""
     state, batch = runner.state, runner.state.plan.batch
@@ -271,10 +284,10 @@ def _time_decode(runner: LoopRunner, position: int, loops: int) -> tuple[float, 
         state.advance(position, sequence, loops)
     steps, inner = [], []
     for _ in range(DECODE_STEPS):
-        stamps = [time.perf_counter()]
-        runner.decode([1] * batch, loops, observe=lambda _, stamps=stamps: stamps.append(time.perf_counter()))
-        steps.append(time.perf_counter() - stamps[0])
-        inner += [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+        clock = _Clock()
+        runner.decode([1] * batch, loops, observe=clock)
+        steps.append(clock.elapsed())
+        inner += clock.loops()
     return statistics.median(steps[1:]), statistics.median(inner[loops:])
 
 
@@ -284,10 +297,9 @@ def _time_prompt(runner: LoopRunner, tokens: int, loops: int) -> tuple[float, fl
     best, inner = float("inf"), float("inf")
     for _ in range(2):
         runner.state.reset()
-        stamps = [time.perf_counter()]
-        runner.prefill(ids, loops, observe=lambda _, stamps=stamps: stamps.append(time.perf_counter()))
-        seconds = time.perf_counter() - stamps[0]
+        clock = _Clock()
+        runner.prefill(ids, loops, observe=clock)
+        seconds = clock.elapsed()
         if seconds < best:
-            best = seconds
-            inner = statistics.median(later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False))
+            best, inner = seconds, statistics.median(clock.loops())
     return best, inner

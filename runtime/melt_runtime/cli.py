@@ -1,4 +1,4 @@
-"""Command line ``melt``: generate, chat, info, plan, bench, cache, doctor. Says what the package does, decides nothing."""
+"""Command line ``melt``: says what the package does, decides nothing."""
 
 import argparse
 import sys
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = _add(commands, "bench", cli_bench.run, "speed and memory by loops, position, chunk, batch", bundle=False)
     cli_bench.add_options(bench)
 
-    cache = _add(commands, "cache", _cache, "list the copies that make a second load fast, or delete them", bundle=False)
+    cache = _add(
+        commands, "cache", _cache, "list the copies that make a second load fast, or delete them", bundle=False
+    )
     cache.add_argument("--clear", action="store_true", help="delete them all; they are made again when needed")
 
     _add(commands, "doctor", _doctor, "what this machine can run, and what CUDA would lack", bundle=False)
@@ -114,7 +116,9 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--capacity", type=int, help="tokens of all turns (default: 2048, or the model's most)")
-    parser.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="how it is stored (default: %(default)s)")
+    parser.add_argument(
+        "--kv-cache", default="float", choices=KV_CACHES, help="how it is stored (default: %(default)s)"
+    )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

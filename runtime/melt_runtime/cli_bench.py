@@ -42,7 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         shown = ",".join(map(str, getattr(defaults, name)))
         parser.add_argument(f"--{name}", type=_numbers, metavar="N,N", help=f"{text} (default: {shown})")
-    parser.add_argument("--kv-cache", type=_names, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)")
+    parser.add_argument(
+        "--kv-cache", type=_names, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed and memory")
@@ -80,7 +82,17 @@ def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
         return bundle
     if any(importlib.util.find_spec(name) is None for name in ("torch", "melt_export")):
         raise ValueError("--shape needs the exporter: pip install 'melt-onnx[export]'")
-    command = [sys.executable, "-m", "melt_export.cli", "--shape", shape, "--precision", precision, "--out", str(bundle)]
+    command = [
+        sys.executable,
+        "-m",
+        "melt_export.cli",
+        "--shape",
+        shape,
+        "--precision",
+        precision,
+        "--out",
+        str(bundle),
+    ]
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
         raise ValueError(f"--shape {shape} could not be made: see the exporter's message above")

@@ -64,8 +64,8 @@ def _quality(quality: dict[str, Any]) -> list[str]:
     for kind, found in quality["kv_cache"].items():
         errors = ", ".join(f"{100 * error:.2g}" for error in found["hidden_error_by_loop"].values())
         lines += [
-            f"  {kind:<9} KV cache: perplexity {found['perplexity']:.4g}, KL divergence {found['kl']:.2g}, first choice equal "
-            f"{100 * found['greedy_agreement']:.1f} %",
+            f"  {kind:<9} KV cache: perplexity {found['perplexity']:.4g}, KL divergence {found['kl']:.2g}, first "
+            f"choice equal for {100 * found['greedy_agreement']:.1f} %",
             f"            error of the hidden state after each loop, %: {errors}",
         ]
         for loops, groups in found.get("exact_match", {}).items():

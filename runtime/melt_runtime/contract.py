@@ -28,8 +28,8 @@ cache are rewritten in place and the others are left alone; ``hidden`` and ``lat
 dependencies, before they are written. MELT binds the same cache at every loop, a LoopLM one cache per loop.
 With past tokens in the cache and C > 1, B must be 1 (a rule of GroupQueryAttention).
 
-loop_int8.onnx, loop_int4.onnx: the same loop over a quantized KV cache, with scales per channel inside. Only the types of
-the cache differ: int8 [B, Hk, S, dh], or uint8 [B, Hk, S, dh / 2] with two values a byte, the first in the low nibble.
+loop_int8.onnx, loop_int4.onnx: the same loop over a quantized KV cache, with scales per channel inside. Only the types
+of the cache differ: int8 [B, Hk, S, dh], or uint8 [B, Hk, S, dh / 2], two values a byte, the first in the low nibble.
 
 head.onnx: the normed value to logits.
 

@@ -49,8 +49,8 @@ class Manifest:
         model: shape of the model.
         precision: of the weights, one of ``PRECISIONS``.
         quantization: how they were rounded: layers by format, precision by pattern of layer name, rounding.
-        graphs: inputs and outputs of ``embed``, ``loop``, ``head``, and of the loops over quantized KV caches; the file is
-            ``{name}.onnx``. All graphs share one file of weights.
+        graphs: inputs and outputs of ``embed``, ``loop``, ``head``, and of the loops over quantized KV caches; the file
+            is ``{name}.onnx``. All graphs share one file of weights.
         files: every file of the bundle but the manifest, by its name relative to the folder.
         weight_bytes: bytes of weights that stay in memory while the model runs.
         streamed_bytes: bytes of matrices that one run of ``loop`` and of ``head`` reads whole: what decoding on a CPU

@@ -94,7 +94,9 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
     ):
         axes.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
     axes.set(xlabel="loops", ylabel="state, MB", ylim=(0, None))
-    axes.set_title(f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.state.cache_dtype}")
+    axes.set_title(
+        f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.state.cache_dtype}"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -201,7 +201,9 @@ def plan_state(
     shape = manifest.model
     if kv_cache not in manifest.kv_caches:
         offered = ", ".join(manifest.kv_caches)
-        raise ValueError(f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {kv_cache!r}")
+        raise ValueError(
+            f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {kv_cache!r}"
+        )
     capacity = min(DEFAULT_CAPACITY, shape.max_positions) if capacity is None else capacity
     return StatePlan(
         shape=shape,

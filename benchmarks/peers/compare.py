@@ -1,0 +1,156 @@
+"""The same work in melt-onnx, llama.cpp, ONNX Runtime GenAI and torch, taking turns in one run.
+
+    benchmarks/peers/install.sh
+    python benchmarks/peers/compare.py
+
+Every runtime has a process of its own and takes its turn in every round, so that a machine that drifts drifts for all.
+A token goes through the layers once. Ratios are ours over theirs in the same round, per parameter that the step reads:
+gates make our layers 16 % larger than a Llama's, and that counts against nobody.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from melt_export.bundle import ExportOptions, export_source
+from melt_export.source import random_source, tensor_shapes
+from melt_models.configuration import MeltConfig
+from melt_runtime.bench import machine, read_bandwidth
+
+WORK = Path("build/peers")
+PEERS = ("llama.cpp", "genai", "torch", "torch.compile")
+WIDE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+DEEP = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+MODELS = {
+    "4 layers of 2048, gated": (WIDE, "elementwise"),
+    "4 layers of 2048": (WIDE, "none"),
+    "30 layers of 576": (DEEP, "none"),
+}
+"""Shape, and our gate: a Llama has none."""
+POSITION, STEPS, PREFILL = 64, 16, 512
+
+
+class Worker:
+    """One runtime with one model, in a process."""
+
+    def __init__(self, runtime: str, model: Path, threads: int):
+        python = sys.executable if runtime == "melt-onnx" else str(WORK / "venv" / "bin" / "python")
+        command = [python, str(Path(__file__).parent / "worker.py"), runtime, str(model), str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True)
+        if self.process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"{runtime} could not load {model}: see its message above")
+
+    def ask(self, line: str) -> float:
+        """Milliseconds: the median of decoded tokens, or of the whole prompt."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return statistics.median(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> int:
+    """Prints a table for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each runtime (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    args = parser.parse_args()
+    print("; ".join(f"{name} {value}" for name, value in machine().items()), f"; {args.threads} threads")
+    figures = {}
+    for label, (shape, gate) in MODELS.items():
+        figures[label] = compare(label, shape, gate, args.rounds, args.threads)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"machine": machine(), "models": figures}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def compare(label: str, shape: dict, gate: str, rounds: int, threads: int) -> dict:
+    """Measures one shape in every runtime."""
+    folder, ours, theirs, streamed = make_models(label, shape, gate)
+    workers = {name: Worker(name, folder, threads) for name in ("melt-onnx", *PEERS)}
+    found: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in workers}
+    bandwidths = []
+    for turn in range(rounds + 1):
+        bandwidths.append(read_bandwidth(threads))
+        for name, worker in workers.items():
+            decode, prefill = worker.ask(f"decode {POSITION} {STEPS}"), worker.ask(f"prefill {PREFILL}")
+            if turn:  # the first turn warms up
+                found[name]["decode"].append(decode)
+                found[name]["prefill"].append(prefill)
+    for worker in workers.values():
+        worker.close()
+    reached = streamed / (statistics.median(found["melt-onnx"]["decode"]) / 1e3)
+    share = reached / statistics.median(bandwidths[1:])
+    print(f"\n### {label}\n\n{ours / 1e6:.1f} M parameters a step in melt-onnx, {theirs / 1e6:.1f} M in the others.")
+    print(f"Weights read in decoding: {reached / 1e9:.1f} GB/s, {100 * share:.0f} % of a plain loop's.\n")
+    print("| runtime | decode, ms | prefill of 512, ms | ours / theirs per parameter: decode | prefill |")
+    print("|---|---|---|---|---|")
+    for name, times in found.items():
+        cells = [f"{statistics.median(times[kind]):.2f}" for kind in ("decode", "prefill")]
+        for kind in ("decode", "prefill"):
+            mine = found["melt-onnx"][kind]
+            ratios = [(m / ours) / (t / theirs) for m, t in zip(mine, times[kind], strict=True)]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            cells.append("" if name == "melt-onnx" else spread)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return {"ours": ours, "theirs": theirs, "bandwidth_share": share, "milliseconds": found}
+
+
+def make_models(label: str, shape: dict, gate: str) -> tuple[Path, int, int, int]:
+    """Makes the model in every format; returns the folder, parameters a step (ours, theirs), our streamed bytes."""
+    folder = WORK / label.replace(" ", "-").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")
+    config = MeltConfig(**shape, gate_kind=gate, total_ut_steps=1, chunk_size=512)
+    if not (folder / "melt").is_dir():
+        options = ExportOptions(precision="int4", verified=False)
+        export_source(random_source(config), folder / "melt", options)
+    python = str(WORK / "venv" / "bin" / "python")
+    make = Path(__file__).parent / "make_models.py"
+    subprocess.run([python, str(make), str(folder / "shape.json"), str(folder)], check=True, stdout=sys.stderr)
+    manifest = json.loads((folder / "melt" / "manifest.json").read_text(encoding="utf-8"))
+    ours = _matrix_parameters(config)
+    theirs = _matrix_parameters(MeltConfig(**shape, gate_kind="none", total_ut_steps=1))
+    return folder, ours, theirs, sum(manifest["streamed_bytes"].values())
+
+
+def _matrix_parameters(config: MeltConfig) -> int:
+    """Parameters of the layers' matrices and the head: what a decoded token reads."""
+    shapes = tensor_shapes(config)
+    shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    return sum(
+        size[0] * size[1]
+        for name, size in shapes.items()
+        if len(size) == 2 and not name.startswith(("model.embed_tokens", "model.early_exit_gate"))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
