@@ -51,10 +51,16 @@ def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = 
 
 def dequantize_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """The float32 matrix [N, K] that ``quantize_blocks`` stands for; ``zeros`` is None at 8 bits."""
-    if zeros is None:
-        return ((packed.float() - 128) * scales[..., None]).flatten(1)
-    points = _split(zeros)[:, : scales.shape[1], None].float()
-    return ((_split(packed).float() - points) * scales[..., None]).flatten(1)
+    rows, blocks, width = packed.shape
+    restored = torch.empty(rows, blocks * width * (1 if zeros is None else 2))
+    step = max(1, _SLICE // restored.shape[1])
+    for start in range(0, rows, step):
+        here = slice(start, start + step)
+        codes, points = packed[here], torch.tensor(128)
+        if zeros is not None:
+            codes, points = _split(codes), _split(zeros[here])[:, :blocks, None]
+        restored[here] = ((codes.float() - points) * scales[here, :, None]).flatten(1)
+    return restored
 
 
 def _round_evenly(blocks: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -1,11 +1,12 @@
 """The torch model that a bundle is compared with, in float32, in bounded memory.
 
-A small model is loaded whole; of a large one each part is read when it computes and dropped after, so that at most one
-layer is in memory.
+A small model is loaded whole; of a large one each part is read when it computes and dropped after, all layers into the
+same memory.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from melt_export.formats import WeightFormat
@@ -22,16 +23,20 @@ WHOLE_BYTES = 1 << 30
 def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCausalLM:
     """A model in float32 whose tensors come from ``read``, by their names in a checkpoint."""
     model = empty_model(config)
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    parts = [("model.embed_tokens", model.model.embed_tokens), ("model.norm", model.model.norm)]
-    parts += [(f"model.layers.{layer_idx}", layer) for layer_idx, layer in enumerate(model.model.layers)]
-    parts += [("model.early_exit_gate", model.model.early_exit_gate), ("lm_head", model.lm_head)]
-    for name, part in parts:
-        if size <= WHOLE_BYTES:
-            _load(name, part, read)
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
+    room: dict[str, Tensor] = {}
+    parts: list[tuple[str, nn.Module, dict[str, Tensor] | None]] = [
+        *((f"model.layers.{idx}", layer, None if whole else room) for idx, layer in enumerate(model.model.layers)),
+        ("model.embed_tokens", model.model.embed_tokens, None),
+        ("model.norm", model.model.norm, None),
+        ("model.early_exit_gate", model.model.early_exit_gate, None),
+        ("lm_head", model.lm_head, None),
+    ]
+    for name, part, shared in parts:
+        if whole:
+            _load(part, name, read, shared)
         else:
-            part.register_forward_pre_hook(lambda module, _, name=name: _load(name, module, read))
-            part.register_forward_hook(lambda module, *_: _unload(module))
+            _stream(part, name, read, shared)
     return model
 
 
@@ -48,10 +53,26 @@ def bundle_reader(weights: WeightFile, formats: dict[str, WeightFormat], tied: b
     return read
 
 
-def _load(name: str, module: nn.Module, read: Callable[[str], Tensor]) -> None:
-    tensors = {key: read(f"{name}.{key}").float() for key in module.state_dict()}
+def _stream(module: nn.Module, name: str, read: Callable[[str], Tensor], room: dict[str, Tensor] | None) -> None:
+    """Loads a module's tensors whenever it runs, and forgets them after."""
+
+    def load(module: nn.Module, _: object) -> None:
+        _load(module, name, read, room)
+
+    def forget(module: nn.Module, *_: object) -> None:
+        module.to("meta")
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(forget)
+
+
+def _load(module: nn.Module, name: str, read: Callable[[str], Tensor], room: dict[str, Tensor] | None) -> None:
+    """Fills a module; with ``room``, in memory that it shares with the modules like it, one after another."""
+    tensors = {}
+    for key in module.state_dict():
+        tensor = read(f"{name}.{key}")
+        if room is None:
+            tensors[key] = tensor.float()
+        else:
+            tensors[key] = room.setdefault(key, torch.empty(tensor.shape)).copy_(tensor)
     module.load_state_dict(tensors, assign=True)
-
-
-def _unload(module: nn.Module) -> None:
-    module.to("meta")

@@ -80,21 +80,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each runtime (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s; torch.compile takes minutes to begin")
+    parser.add_argument("--models", type=int, nargs="*", default=[0, 1, 2], help="which (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()), f"; {args.threads} threads")
     figures = {}
-    for label, (shape, gate) in MODELS.items():
-        figures[label] = compare(label, shape, gate, args.rounds, args.threads)
+    for label in [list(MODELS)[number] for number in args.models]:
+        shape, gate = MODELS[label]
+        figures[label] = compare(label, shape, gate, args.rounds, args.threads, args.peers.split(","))
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine(), "models": figures}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def compare(label: str, shape: dict, gate: str, rounds: int, threads: int) -> dict:
+def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers: list[str]) -> dict:
     """Measures one shape in every runtime."""
     folder, ours, theirs, streamed = make_models(label, shape, gate)
-    workers = {name: Worker(name, folder, threads) for name in ("melt-onnx", *PEERS)}
+    workers = {name: Worker(name, folder, threads) for name in ("melt-onnx", *peers)}
     found: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in workers}
     bandwidths = []
     for turn in range(rounds + 1):
