@@ -7,7 +7,7 @@ RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
-.PHONY: demo test check setup melt-tiny clean
+.PHONY: demo test check bench setup melt-tiny clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -28,6 +28,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+## bench: speed and memory at the size of MELT-1.6B and Ouro-1.4B, random weights (about 15 minutes, 12 GB of disk)
+bench: $(VENV)/ready
+	$(BIN)/melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512 \
+		--json build/bench/bench.json --plot build/bench/bench.png
 
 ## melt-tiny: train the reference model again from its seed (about 40 minutes on 2 cores)
 melt-tiny: $(VENV)/ready

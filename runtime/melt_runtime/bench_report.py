@@ -83,6 +83,8 @@ def plot_rows(rows: list[Row], path: Path) -> None:
         axes[1][column].set(title=f"State {where}", ylabel="MB")
         for axis in (axes[0][column], axes[1][column]):
             axis.set(xlabel="loops" if key == "loops" else "tokens in the cache", ylim=(0, None))
+            if key == "loops":
+                axis.set_xticks(sorted({row.loops for row in chosen}))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

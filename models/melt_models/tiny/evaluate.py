@@ -1,8 +1,10 @@
 """Exact match of melt-tiny on held-out problems, by loops and hops.
 
     python -m melt_models.tiny.evaluate models/melt-tiny
+    python -m melt_models.tiny.evaluate models/melt-tiny --write-examples 16
 
-An answer counts when each of its tokens, the end-of-text token included, is the model's greedy choice.
+The second command writes ``evaluation.jsonl``, the examples that an export measures a bundle by. An answer counts when
+each of its tokens, the end-of-text token included, is the model's greedy choice.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from melt_models.checkpoint import load_checkpoint
+from melt_models.evaluation import Example, write_examples
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.tiny.data import ANSWER_TOKENS, Encoder
 from melt_models.tiny.task import MAX_HOPS, make_problem
@@ -73,6 +76,22 @@ def format_table(table: dict[int, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
+def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
+    """Held-out questions, ``count`` of each number of hops."""
+    rng = random.Random(seed)
+    examples: list[Example] = []
+    missing = dict.fromkeys(range(1, MAX_HOPS + 1), count)
+    while any(missing.values()):
+        problem = make_problem(rng, held_out=True, questions=1)
+        (question,) = problem.questions
+        if missing[question.hops]:
+            missing[question.hops] -= 1
+            user, assistant = problem.messages()
+            group = f"{question.hops} hop{'s' * (question.hops > 1)}"
+            examples.append(Example([user], assistant["content"], group))
+    return tuple(examples)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.evaluate", description=__doc__)
@@ -81,7 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=1, help="questions a context (default: %(default)s)")
     parser.add_argument("--chunk", type=int, help="tokens in parallel (default: the trained chunk)")
     parser.add_argument("--max-loops", type=int, default=6, help="depths 1 to this (default: %(default)s)")
+    parser.add_argument("--write-examples", type=int, metavar="N", help="write N questions of each number of hops")
     args = parser.parse_args(argv)
+    if args.write_examples is not None:
+        write_examples(args.checkpoint, draw_examples(args.write_examples))
+        return 0
     model = load_checkpoint(args.checkpoint)
     encoder = Encoder(AutoTokenizer.from_pretrained(args.checkpoint))
     chunk = args.chunk or model.config.chunk_size
