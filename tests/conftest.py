@@ -60,15 +60,17 @@ BundleMaker = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
-    """Makes (once for each choice) the bundle of a random model; ``precision``, ``layers`` and configuration keys."""
+    """Makes (once for each choice) the bundle of a random model, with its parity and quality where ``verified``."""
     made: dict[str, Path] = {}
 
-    def make(precision: str = "float32", layers: dict[str, str] | None = None, **changes) -> Path:
-        key = f"{precision} {layers} {sorted(changes.items())}"
+    def make(
+        precision: str = "float32", layers: dict[str, str] | None = None, verified: bool = False, **changes
+    ) -> Path:
+        key = f"{precision} {layers} {verified} {sorted(changes.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("bundle")
             checkpoint = save_checkpoint(random_model(**changes), folder / "checkpoint")
-            export_bundle(checkpoint, folder / "bundle", ExportOptions(precision, layers or {}))
+            export_bundle(checkpoint, folder / "bundle", ExportOptions(precision, layers or {}, verified=verified))
             made[key] = folder / "bundle"
         return made[key]
 

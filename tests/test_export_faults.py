@@ -1,5 +1,6 @@
 """Bad checkpoints, an existing output, an interrupted export: one clear error, nothing left behind."""
 
+import functools
 import json
 import os
 import shutil
@@ -118,7 +119,9 @@ def test_a_failed_verification_fails_the_export_and_names_the_place(checkpoint, 
 def test_interrupting_an_export_leaves_no_bundle(checkpoint, tmp_path, signum):
     made = tmp_path / "made"
     command = [sys.executable, str(ROOT / "export.py"), str(checkpoint), "--out", str(made / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # A shell that runs the tests in the background lets them ignore SIGINT; the export shall not inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=heed)
     while not list(made.glob(".out.*.partial/*")):  # until it has begun to write
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

@@ -35,18 +35,18 @@ def tiny_int4(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["elementwise", "scalar", "none"])
 def test_quantized_graphs_compute_what_torch_does_with_the_rounded_weights(random_bundle, precision, kind):
     """With unrounded activations the comparison is as close as at float32: nothing is packed in a wrong place."""
-    parity = read_manifest(random_bundle(precision, gate_kind=kind)).parity
+    parity = read_manifest(random_bundle(precision, verified=True, gate_kind=kind)).parity
     assert max(parity["max_abs_error"].values()) <= PARITY["float32"], parity
     assert parity["greedy_tokens_equal"] == parity["decode_tokens"]
 
 
 def test_mixed_precision_lies_between(random_bundle):
     bundles = {
-        "int4": random_bundle("int4"),
+        "int4": random_bundle("int4", verified=True),
         "mixed": random_bundle(
-            "int4", layers={"*.self_attn.*": "int8", "*.mlp.*": "int8", "model.layers.0.*": "float32"}
+            "int4", verified=True, layers={"*.self_attn.*": "int8", "*.mlp.*": "int8", "model.layers.0.*": "float32"}
         ),
-        "int8": random_bundle("int8"),
+        "int8": random_bundle("int8", verified=True),
     }
     manifests = {name: read_manifest(bundle) for name, bundle in bundles.items()}
     kinds = manifests["mixed"].quantization["formats"]
@@ -62,7 +62,7 @@ def last_error(manifest, kv_cache) -> float:
 
 def test_the_cost_is_stated_for_every_loop_and_every_kv_cache(random_bundle):
     for precision, limit in (("float32", 1e-5), ("int8", 0.1), ("int4", 0.6)):
-        quality = read_manifest(random_bundle(precision)).quality
+        quality = read_manifest(random_bundle(precision, verified=True)).quality
         assert quality["text"] == "seeded random tokens"
         assert set(quality["kv_cache"]) == {"float", "int8", "int4"}
         for kind, found in quality["kv_cache"].items():
@@ -71,7 +71,7 @@ def test_the_cost_is_stated_for_every_loop_and_every_kv_cache(random_bundle):
             assert 0 <= found["greedy_agreement"] <= 1
             assert 0 <= found["kl"] < (0.05 if kind == "float" and precision != "int4" else 5)
         assert max(quality["kv_cache"]["float"]["hidden_error_by_loop"].values()) < limit
-    quality = read_manifest(random_bundle("float32")).quality["kv_cache"]
+    quality = read_manifest(random_bundle("float32", verified=True)).quality["kv_cache"]
     assert 0 < quality["int8"]["hidden_error_by_loop"]["4"] < quality["int4"]["hidden_error_by_loop"]["4"]
 
 
