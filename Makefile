@@ -29,7 +29,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-## bench: speed and memory at the size of MELT-1.6B and Ouro-1.4B, random weights (about 10 minutes on 2 cores, 6 GB of disk)
+## bench: speed and memory at the size of MELT-1.6B and Ouro-1.4B, random weights (about 10 minutes on 2 cores, 8 GB of disk)
 bench: $(VENV)/ready
 	$(BIN)/melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512 \
 		--json build/bench/bench.json --plot build/bench/bench.png
