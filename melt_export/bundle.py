@@ -25,7 +25,7 @@ from melt_export.formats import WeightFormat, weight_formats
 from melt_export.probe import Probe, choose_probe
 from melt_export.quality import compare, exact_match, perplexity, trace_bundle, trace_reference
 from melt_export.quantize import ROUNDINGS, Rounding
-from melt_export.reference import WHOLE_BYTES, bundle_reader, reference_model
+from melt_export.reference import bundle_reader, fits_whole, reference_model
 from melt_export.source import ExportError, Source, checkpoint_source
 from melt_export.trace import graph_modules, model_shape, trace_graph
 from melt_export.variants import scale_keys, write_quantized_loop
@@ -33,7 +33,15 @@ from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
 from melt_models.checkpoint import empty_model
 from melt_runtime import MeltModel
-from melt_runtime.contract import KV_CACHES, PRECISIONS, GraphSpec, KVCacheKind, activation_dtype, graph_specs
+from melt_runtime.contract import (
+    KV_CACHES,
+    PRECISIONS,
+    GraphSpec,
+    KVCacheKind,
+    activation_dtype,
+    graph_specs,
+    loop_graph,
+)
 from melt_runtime.generation_config import GenerationConfig, write_generation_config
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import LoopRunner
@@ -152,9 +160,10 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
         write_manifest(folder, manifest)
         if options.verified:
             report("verifying against torch, loop by loop")
-            small = 4 * sum(parameter.numel() for parameter in empty_model(config).parameters()) <= WHOLE_BYTES
             rounded = reference_model(config, bundle_reader(weights, formats, config.tie_word_embeddings))
-            manifest = replace(manifest, parity=verify_bundle(folder, manifest, rounded, brief=not small))
+            manifest = replace(
+                manifest, parity=verify_bundle(folder, manifest, rounded, brief=not fits_whole(empty_model(config)))
+            )
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
             manifest = replace(manifest, quality=_measure_quality(folder, manifest, source, probe))
@@ -195,7 +204,7 @@ def _write_quantized_loops(
             scales = key_scales(keys, kind), value_scales(values, kind)
             for key, scale in zip(scale_keys(kind, layer_idx), scales, strict=True):
                 weights.add(key, torch.from_numpy(scale))
-        write_quantized_loop(folder, kind, specs[f"loop_{kind}"], weights)
+        write_quantized_loop(folder, kind, specs[loop_graph(kind)], weights)
 
 
 def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> dict[str, Any]:

@@ -64,11 +64,11 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
             prompt = codec.encode(codec.render(example.chat))
             passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
         return Probe(tuple(passages), "the model's own evaluation")
-    return Probe((Passage(_random_ids(config, most), 1),), "seeded random tokens")
+    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens")
 
 
-def _random_ids(config: MeltConfig, most: int) -> list[int]:
-    """At least one chunk and a half where that fits: every branch of prefill."""
-    length = min(config.chunk_size + config.chunk_size // 2 + 1, most)
+def random_ids(config: MeltConfig, chunk: int, most: int) -> list[int]:
+    """Token ids of one chunk and a half where that fits: every branch of prefill, whatever the model knows."""
+    length = min(chunk + chunk // 2 + 1, most)
     draw = random.Random(0)
     return [draw.randrange(config.vocab_size) for _ in range(length)]

@@ -23,7 +23,7 @@ WHOLE_BYTES = 1 << 30
 def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCausalLM:
     """A model in float32 whose tensors come from ``read``, by their names in a checkpoint."""
     model = empty_model(config)
-    whole = 4 * sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
+    whole = fits_whole(model)
     room: dict[str, Tensor] = {}
     parts: list[tuple[str, nn.Module, dict[str, Tensor] | None]] = [
         *((f"model.layers.{idx}", layer, None if whole else room) for idx, layer in enumerate(model.model.layers)),
@@ -38,6 +38,11 @@ def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCa
         else:
             _stream(part, name, read, shared)
     return model
+
+
+def fits_whole(model: nn.Module) -> bool:
+    """Whether a model's float32 weights are few enough to be held at once."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
 
 
 def bundle_reader(weights: WeightFile, formats: dict[str, WeightFormat], tied: bool) -> Callable[[str], Tensor]:

@@ -1,7 +1,8 @@
 """The modules of the traced graphs that own weights: each says which operator it is and what stands in the bundle.
 
-They are traced with empty weights, in address space only. ``pack`` makes the real ones from a checkpoint's tensors, one
-module at a time, so that an export never holds a model; ``unpack`` gives them back as the bundle rounded them.
+They are traced with empty weights, in address space only. Where the bundle's tensors are not the checkpoint's own,
+``pack`` makes them, one module at a time, so that an export never holds a model; ``unpack`` gives them back as the
+bundle rounded them.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,6 @@ class FloatLinear(nn.Module):
             _OPERATORS + "FusedMatMul", (x, self.weight), {"transB": 1}, dtype=x.dtype, shape=shape, version=1
         )
         return y if self.bias is None else y + self.bias
-
-    def pack(self, read: Read) -> dict[str, Tensor]:
-        """Casts weight and bias."""
-        return {name: read(name).to(parameter.dtype) for name, parameter in self.named_parameters()}
 
 
 class BlockLinear(nn.Module):
@@ -89,10 +86,6 @@ class FloatEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[B, C] -> [B, C, D]."""
         return nn.functional.embedding(ids, self.weight)
-
-    def pack(self, read: Read) -> dict[str, Tensor]:
-        """Casts the matrix."""
-        return {"weight": read("weight").to(self.weight.dtype)}
 
 
 class BlockEmbedding(nn.Module):

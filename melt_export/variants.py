@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from melt_export.weights import WeightFile
-from melt_runtime.contract import GraphSpec, KVCacheKind
+from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
 
 _INPUTS_BEFORE_SCALES = 12  # of GroupQueryAttention
 _BITS = {"int8": 8, "int4": 4}
@@ -49,7 +49,7 @@ def write_quantized_loop(folder: Path, kv_cache: KVCacheKind, spec: GraphSpec, w
             value.shape = ir.Shape(tensor.shape)
             value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
     weights.attach(model.graph, keys)
-    ir.save(model, folder / f"loop_{kv_cache}.onnx")
+    ir.save(model, folder / f"{loop_graph(kv_cache)}.onnx")
 
 
 def write_exact(path: Path, out: Path) -> None:

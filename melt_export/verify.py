@@ -6,7 +6,6 @@ unrounded activations here, so that the comparison is as close as at float32; wh
 ``melt_export.quality``.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from melt_export.probe import random_ids
 from melt_export.variants import write_exact
-from melt_models.configuration import MeltConfig
 from melt_models.modeling import KVCache, Layer, MeltCausalLM
 from melt_runtime.errors import MeltError
 from melt_runtime.loop import LoopRunner, Sessions
@@ -71,7 +70,7 @@ def verify_bundle(
     loops = min(config.total_ut_steps, _BRIEF_LOOPS) if brief else config.total_ut_steps
     chunk = min(config.chunk_size, _BRIEF_CHUNK) if brief else config.chunk_size
     steps = _BRIEF_STEPS if brief else DECODE_STEPS
-    prompt = _random_prompt(config, chunk) if prompt is None else prompt
+    prompt = random_ids(config, chunk, config.max_position_embeddings // 2) if prompt is None else prompt
     plan = plan_state(manifest, len(prompt) + steps, chunk=chunk)
     runner = LoopRunner(_exact_sessions(folder, manifest), State(plan, "cpu"))
     check = _Comparison(manifest.dtype)
@@ -110,13 +109,6 @@ def _exact_sessions(folder: Path, manifest: Manifest) -> Sessions:
         sessions[name] = make_session(exact, provider)
         exact.unlink()
     return Sessions(**sessions)
-
-
-def _random_prompt(config: MeltConfig, chunk: int) -> list[int]:
-    """Token ids of one chunk and a half: every branch of prefill, whatever the model knows."""
-    length = min(chunk + chunk // 2 + 1, config.max_position_embeddings // 2)
-    draw = random.Random(0)
-    return [draw.randrange(config.vocab_size) for _ in range(length)]
 
 
 class _Comparison:

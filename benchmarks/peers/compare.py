@@ -18,32 +18,21 @@ from pathlib import Path
 from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source, tensor_shapes
 from melt_models.configuration import MeltConfig
+from melt_models.shapes import SHAPES
 from melt_runtime.bench import machine, read_bandwidth
 
 WORK = Path("build/peers")
 PEERS = ("llama.cpp", "genai", "torch", "torch.compile")
-WIDE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 128,
-    "vocab_size": 256,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
-DEEP = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
+
+
+def llama_shape(name: str, **changes: int) -> dict:
+    """A published shape with the keys of a Llama configuration, for short contexts."""
+    shape = {key: value for key, value in SHAPES[name].items() if key not in ("total_ut_steps", "gate_kind")}
+    return {**shape, "max_position_embeddings": 2048, **changes}
+
+
+WIDE = llama_shape("melt-1.6b", num_hidden_layers=4, vocab_size=256)
+DEEP = llama_shape("smollm2-135m")
 MODELS = {
     "4 layers of 2048, gated": (WIDE, "elementwise"),
     "4 layers of 2048": (WIDE, "none"),

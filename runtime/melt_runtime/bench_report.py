@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 from melt_runtime.bench import Row
-from melt_runtime.memory import format_bytes
+from melt_runtime.memory import format_bytes, new_figure
 
 _COLUMNS = (
     "bundle",
@@ -60,12 +60,8 @@ def plot_rows(rows: list[Row], path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
     decoded = [row for row in rows if row.kind == "decode" and row.batch == min(r.batch for r in rows)]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = new_figure(11, 7)
     axes = figure.subplots(2, 2)
     deepest, furthest = max(row.loops for row in decoded), max(row.tokens for row in decoded)
     for column, key, fixed in ((0, "loops", furthest), (1, "tokens", deepest)):

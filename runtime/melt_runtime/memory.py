@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from melt_runtime.contract import KVCacheKind
 from melt_runtime.manifest import Manifest
@@ -81,12 +82,8 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
     depths = list(range(1, max(8, 2 * plan.state.loops) + 1))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for state, label, style in (
         (plan.per_loop, "a KV cache per loop (LoopLM)", "s--"),
@@ -100,6 +97,19 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, sizes in inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def resident_bytes() -> int:

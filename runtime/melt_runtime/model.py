@@ -12,21 +12,12 @@ from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
 from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
 from melt_runtime.prepacked import open_graph
-from melt_runtime.providers import Device, ProviderChoice, choose_provider, make_session
+from melt_runtime.providers import ORT_TYPES, Device, ProviderChoice, choose_provider, make_session
 from melt_runtime.session import Prompt, Session
 from melt_runtime.state import State, StatePlan
 from melt_runtime.text import TextCodec
 
 DEFAULT_CAPACITY = 2048
-
-_ORT_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int8": "tensor(int8)",
-    "uint8": "tensor(uint8)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-}
 
 
 class MeltModel:
@@ -224,6 +215,6 @@ def _check_signature(name: str, session: Any, spec: GraphSpec) -> None:
         ("outputs", session.get_outputs(), spec.outputs),
     ):
         found = {(value.name, value.type, tuple(value.shape)) for value in actual}
-        wanted = {(tensor.name, _ORT_TYPES[tensor.dtype], tensor.shape) for tensor in expected}
+        wanted = {(tensor.name, ORT_TYPES[tensor.dtype], tensor.shape) for tensor in expected}
         if found != wanted:
             raise BundleError(f"{name}.onnx: {side} {sorted(map(str, found ^ wanted))} differ from the manifest")

@@ -18,20 +18,12 @@ import onnxruntime as ort
 from melt_runtime.errors import BundleError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import WEIGHTS_NAME, Manifest
-from melt_runtime.providers import ProviderChoice, make_session, session_options
+from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session, session_options
 
 _GRAPH = "graph.onnx"
 _DATA = "graph.data"
 _MIN_EXTERNAL_BYTES = 1024
 _PROBED_CHUNKS = (1, 16)  # a decoded token and a prompt run different kernels
-_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
 _ROOM = 2.5  # bytes of disk that a copy may take, over those of its bundle's weights
 
 
@@ -70,9 +62,7 @@ def open_graph(
             )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     copy = cache.find(key)
-    if copy is None:
-        return make_session(path, choice, threads)
-    if not (copy / _GRAPH).is_file():
+    if copy is None or not (copy / _GRAPH).is_file():
         return make_session(path, choice, threads)
     try:
         return _open_copy(copy, choice, threads)
@@ -111,10 +101,11 @@ def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, chunk: in
     """Whether both graphs give the same bits for one chunk of random activations."""
     draw = np.random.default_rng(0)
     sizes = {"B": 1, "C": chunk, "S": chunk}
+    types = {name: np.dtype(dtype) for dtype, name in ORT_TYPES.items()}
     feeds = {}
     for value in original.get_inputs():
         shape = [sizes.get(size, size) for size in value.shape]
-        dtype = _TYPES[value.type]
+        dtype = types[value.type]
         floats = np.issubdtype(dtype, np.floating)
         feeds[value.name] = draw.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
     if "seqlens_k" in feeds:

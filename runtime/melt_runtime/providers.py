@@ -15,6 +15,16 @@ from melt_runtime.errors import BundleError, ProviderError
 Device = Literal["cpu", "cuda", "auto"]
 DEVICES: tuple[Device, ...] = ("cpu", "cuda", "auto")
 
+ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
+"""What ONNX Runtime calls numpy's types."""
+
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 # What libonnxruntime_providers_cuda.so links against, and where each comes from.
