@@ -6,11 +6,8 @@ tensor at a time.
 """
 
 import importlib.metadata
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from melt_export.calibrate import collect_rows, key_scales, value_scales
-from melt_export.formats import WeightFormat, weight_formats
+from melt_export.formats import BLOCKS, WeightFormat, weight_formats
 from melt_export.probe import Probe, choose_probe
 from melt_export.quality import compare, exact_match, perplexity, trace_bundle, trace_reference
 from melt_export.quantize import ROUNDINGS, Rounding
@@ -32,6 +29,8 @@ from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
 from melt_models.checkpoint import empty_model
+from melt_models.hub import checkpoint_folder
+from melt_models.staging import staged
 from melt_runtime import MeltModel
 from melt_runtime.contract import (
     KV_CACHES,
@@ -69,6 +68,7 @@ class ExportOptions:
     Attributes:
         precision: of the weights, one of ``PRECISIONS``; ``float16`` is that of activations and KV cache too.
         layers: precision by pattern of layer name, for layers that shall have another.
+        block: most weights that share a scale, one of ``BLOCKS``: fewer cost less quality, more bytes and time.
         rounding: how 4-bit scales are found, ``search`` or ``nearest``.
         text: what calibration and quality are measured on; default: the model's own evaluation, or random tokens.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
@@ -80,6 +80,7 @@ class ExportOptions:
 
     precision: str = "float32"
     layers: Mapping[str, str] = field(default_factory=dict)
+    block: int = BLOCKS[0]
     rounding: Rounding = "search"
     text: str | None = None
     verified: bool = True
@@ -97,32 +98,34 @@ class ExportOptions:
         return ("float",) if self.precision == "float16" else KV_CACHES
 
 
-def export_bundle(checkpoint: Path, out: Path, options: ExportOptions | None = None) -> Manifest:
-    """Exports a checkpoint folder to a bundle.
+def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | None = None) -> Manifest:
+    """Exports a checkpoint to a bundle.
 
     Args:
-        checkpoint: folder with ``config.json``, safetensors weights and ``tokenizer.json``; with ``evaluation.jsonl``
-            the manifest also says how many of its examples the bundle answers, by loops.
+        checkpoint: folder with ``config.json``, safetensors weights and ``tokenizer.json``, or the name of one on the
+            hub; with ``evaluation.jsonl`` the manifest also says how many of its examples the bundle answers, by loops.
         out: folder to make; it must not exist.
         options: default: ``float32``.
 
     Raises:
         ExportError: the output exists, the checkpoint has what the graphs cannot express, or a text is too short.
         FormatError: the precision does not fit the model.
-        CheckpointError: the checkpoint is incomplete or does not fit its configuration.
+        CheckpointError: the checkpoint cannot be found, is incomplete, damaged or does not fit its configuration.
         ParityError: the graphs do not compute what torch does.
     """
     _require_absent(out)
-    return export_source(checkpoint_source(checkpoint), out, options or ExportOptions())
+    return export_source(checkpoint_source(checkpoint_folder(str(checkpoint))), out, options or ExportOptions())
 
 
 def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest:
     """As ``export_bundle``, from an opened source."""
     _require_absent(out)
     config, precision, report = source.config, options.precision, options.report
-    formats = weight_formats(empty_model(config), precision, options.layers)
+    for note in source.notes:
+        report(f"note: {note}")
+    formats = weight_formats(empty_model(config), precision, options.layers, options.block)
     shape, dtype = model_shape(config), activation_dtype(precision)
-    with _staged(out) as folder:
+    with staged(out) as folder:
         write_text_files(source, folder)
         probe = choose_probe(source, folder, options.text)
         specs = graph_specs(shape, dtype, options.kv_caches)
@@ -240,19 +243,6 @@ def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[
 def _require_absent(out: Path) -> None:
     if out.exists():
         raise ExportError(f"{out} exists: choose another --out, or remove it first")
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``out`` at the end, or disappears."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text_files(source: Source, folder: Path) -> None:

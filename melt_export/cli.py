@@ -11,9 +11,14 @@ from types import FrameType
 from transformers.utils import logging as transformers_logging
 
 from melt_export.bundle import ExportOptions, export_bundle, export_source
+from melt_export.formats import BLOCKS
 from melt_export.quantize import ROUNDINGS
 from melt_export.source import random_source
 from melt_models import CheckpointError
+from melt_models.checkpoint import Checkpoint
+from melt_models.convert import looplm_to_melt
+from melt_models.families import KNOWN_TYPES
+from melt_models.hub import checkpoint_folder
 from melt_models.shapes import SHAPES, shape_config
 from melt_runtime import Manifest, MeltError
 from melt_runtime.contract import PRECISIONS
@@ -23,6 +28,9 @@ _EPILOG = """\
 examples:
   python export.py models/melt-tiny --out build/melt-tiny
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
+
+  python export.py ByteDance/Ouro-1.4B --out build/ouro --precision int4     from the hub: a LoopLM bundle
+  python export.py ByteDance/Ouro-1.4B --out build/melt-init --melt          a MELT checkpoint, to be trained
 
   python export.py CHECKPOINT --out build/small --precision int4 --eval-text book.txt
   python export.py CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
@@ -38,16 +46,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # the stages below are the progress
     try:
-        manifest = _export(args)
+        print(_make_checkpoint(args) if args.melt else _make_bundle(args))
     except (MeltError, CheckpointError, ValueError, OSError) as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; no bundle was written", file=sys.stderr)
+        print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(_summary(args.out, manifest))
     print(f"took {time.monotonic() - begin:.0f} s and at most {format_bytes(resident_bytes())} of memory")
     return 0
 
@@ -62,15 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "checkpoint", nargs="?", type=Path, help="folder with config.json, safetensors weights, tokenizer.json"
+        "checkpoint",
+        nargs="?",
+        help="folder with config.json, safetensors weights, tokenizer.json, or a name on the hub; "
+        f"model types: {', '.join(KNOWN_TYPES)}",
     )
     what.add_argument(
         "--shape", help=f"random weights of a published shape instead: {', '.join(SHAPES)}; NAME:4 takes 4 layers"
     )
-    parser.add_argument("--out", type=Path, required=True, help="bundle folder to make; it must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--melt",
+        action="store_true",
+        help="write no bundle but a MELT checkpoint: the LoopLM's weights and fresh gates, where training starts",
+    )
     parser.add_argument(
         "--precision",
-        default="float32",
+        default=ExportOptions.precision,
         choices=PRECISIONS,
         help="of the weights (default: %(default)s); float16 is that of activations and KV cache too",
     )
@@ -82,8 +97,15 @@ def _parser() -> argparse.ArgumentParser:
         help="another precision for layers whose name matches, such as '*.gate.*=int8'; may be given again",
     )
     parser.add_argument(
+        "--block",
+        type=int,
+        default=ExportOptions.block,
+        choices=BLOCKS,
+        help="most weights that share a scale (default: %(default)s); 32 costs a small model less quality",
+    )
+    parser.add_argument(
         "--rounding",
-        default="search",
+        default=ExportOptions.rounding,
         choices=ROUNDINGS,
         help="how 4-bit scales are found: searched, or from the largest weight (default: %(default)s)",
     )
@@ -97,18 +119,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(args: argparse.Namespace) -> Manifest:
+def _make_checkpoint(args: argparse.Namespace) -> str:
+    """Writes a MELT checkpoint; returns what was made."""
+    for name in ("precision", "layer", "block", "rounding", "eval_text"):
+        if getattr(args, name) != _parser().get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
+    if args.checkpoint is None:
+        raise ValueError("--melt needs a checkpoint: --shape has none")
+    checkpoint = Checkpoint(checkpoint_folder(args.checkpoint))
+    for note in checkpoint.notes:
+        print(f"note: {note}", file=sys.stderr)
+    checkpoint.require_finite()
+    config = looplm_to_melt(checkpoint, args.out)
+    return (
+        f"{args.out}: a MELT checkpoint of {config.num_hidden_layers} layers with fresh gates "
+        f"(bias {config.gate_bias_init:g}); it answers like its LoopLM only after training"
+    )
+
+
+def _make_bundle(args: argparse.Namespace) -> str:
+    """Writes a bundle; returns what was made."""
     options = ExportOptions(
         precision=args.precision,
         layers=dict(map(_layer, args.layer)),
+        block=args.block,
         rounding=args.rounding,
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
         report=lambda line: print(line, file=sys.stderr),
     )
     if args.shape is not None:
-        return export_source(random_source(shape_config(args.shape)), args.out, options)
-    return export_bundle(args.checkpoint, args.out, options)
+        manifest = export_source(random_source(shape_config(args.shape)), args.out, options)
+    else:
+        manifest = export_bundle(args.checkpoint, args.out, options)
+    return _summary(args.out, manifest)
 
 
 def _layer(text: str) -> tuple[str, str]:

@@ -86,11 +86,12 @@ class LoopGraph(nn.Module):
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
         loop_idx: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
         """One loop; ``latents`` is empty where the gate has no latent state.
 
         Returns:
-            ``hidden_out``, ``latent_out`` and ``present_key`` and ``present_value`` of every layer, ``exit_logit``.
+            ``hidden_out``, ``latent_out`` and ``present_key`` and ``present_value`` of every layer, ``exit_logit``
+            (None without an exit gate).
         """
         latents_out, keys, values = [], [], []
         lengths = (seqlens_k, total_sequence_length)
@@ -109,9 +110,12 @@ class LoopGraph(nn.Module):
             last = layer_idx + 1 == len(self.layers)
             following = self.norm if last else self.layers[layer_idx + 1].input_layernorm
             a, hidden = self._add_norm(following, hidden, fed)
-        return a, latents_out, keys, values, self.early_exit_gate(a)
+        exit_logit = None if self.early_exit_gate is None else self.early_exit_gate(a)
+        return a, latents_out, keys, values, exit_logit
 
-    def _norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+    def _norm(self, norm: RMSNorm | nn.Identity, x: Tensor) -> Tensor:
+        if isinstance(norm, nn.Identity):
+            return x
         attributes = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
         return torch.onnx.ops.symbolic(
             "SimplifiedLayerNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=1

@@ -29,9 +29,10 @@ def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCa
         *((f"model.layers.{idx}", layer, None if whole else room) for idx, layer in enumerate(model.model.layers)),
         ("model.embed_tokens", model.model.embed_tokens, None),
         ("model.norm", model.model.norm, None),
-        ("model.early_exit_gate", model.model.early_exit_gate, None),
         ("lm_head", model.lm_head, None),
     ]
+    if config.exit_gate:
+        parts.append(("model.early_exit_gate", model.model.early_exit_gate, None))
     for name, part, shared in parts:
         if whole:
             _load(part, name, read, shared)

@@ -34,6 +34,7 @@ class Source:
         tokenizer: content of ``tokenizer.json``.
         chat_template: a Jinja template, self-contained; empty where there is none.
         examples: the model's own evaluation; empty where it has none.
+        notes: what of the published files was corrected or passed over, a sentence each.
     """
 
     config: MeltConfig
@@ -41,13 +42,16 @@ class Source:
     tokenizer: str
     chat_template: str
     examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
 
 
 def checkpoint_source(folder: Path) -> Source:
     """Opens a checkpoint folder and finds what would fail late, before any long work begins.
 
+    Every weight is read once: a damaged one would only show as a model that answers nonsense.
+
     Raises:
-        CheckpointError: the checkpoint is incomplete or does not fit its configuration.
+        CheckpointError: the checkpoint is incomplete, damaged or does not fit its configuration.
         ExportError: it has what the graphs cannot express.
     """
     checkpoint = Checkpoint(folder)
@@ -63,8 +67,11 @@ def checkpoint_source(folder: Path) -> Source:
             faults.append(f"{TOKENIZER_NAME} has token id {highest}, but vocab_size is {config.vocab_size}")
     if faults:
         raise ExportError(f"{folder} cannot be exported:\n  " + "\n  ".join(faults))
+    examples = read_examples(folder)
+    checkpoint.require_finite()
     text = tokenizer.read_text(encoding="utf-8")
-    return Source(config, checkpoint.read, text, chat_template(folder), read_examples(folder))
+    template = chat_template(folder, config, Tokenizer.from_str(text))
+    return Source(config, checkpoint.read, text, template, examples, checkpoint.notes)
 
 
 def random_source(config: MeltConfig, seed: int = 0) -> Source:
@@ -90,16 +97,33 @@ def tensor_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
 
 
-def chat_template(checkpoint: Path) -> str:
-    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top."""
-    settings_path, template_path = checkpoint / "tokenizer_config.json", checkpoint / CHAT_TEMPLATE_NAME
+def chat_template(folder: Path, config: MeltConfig, tokenizer: Tokenizer) -> str:
+    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top.
+
+    Args:
+        folder: the checkpoint's.
+        config: its token ids say what ``bos_token``, ``eos_token`` and ``pad_token`` are.
+        tokenizer: gives their texts.
+    """
+    settings_path, template_path = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE_NAME
     settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
     stored = settings.get("chat_template") or ""
     text = template_path.read_text(encoding="utf-8") if template_path.is_file() else stored
-    named = [name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in text]
-    values = {name: settings.get(name) or "" for name in named}
-    values = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+    values = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if name in text:
+            written = settings.get(name) or ""
+            written = written["content"] if isinstance(written, dict) else written
+            values[name] = _special_token(name, config, tokenizer) or written
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
+
+
+def _special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | None:
+    """The text of a special token by the configuration's id; of several that end a text the first."""
+    ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+    token = ids.get(name)
+    token = token[0] if isinstance(token, list) else token
+    return None if token is None else tokenizer.id_to_token(token)
 
 
 def _token_ids(tokenizer: Path) -> list[int]:

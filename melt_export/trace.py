@@ -59,6 +59,7 @@ def model_shape(config: MeltConfig) -> ModelShape:
         gate_kind=config.gate_kind,
         cache_kind=config.cache_kind,
         has_latent=config.has_latent,
+        has_exit_gate=config.exit_gate,
     )
 
 
@@ -131,7 +132,8 @@ def _results(name: str, spec: GraphSpec) -> tuple:
     if name != "loop":
         return tuple(names)
     families = (_family(names, family) for family in ("latent_out", "present_key", "present_value"))
-    return ("hidden_out", *families, "exit_logit")
+    exit_logit = "exit_logit" if "exit_logit" in names else None
+    return ("hidden_out", *families, exit_logit)
 
 
 def _family(names: list[str], family: str) -> list[str]:

@@ -154,8 +154,9 @@ class _Comparison:
             error = self.compare("hidden", actual_hidden, hidden, place)
             name = str(loop_idx + 1)
             self.hidden_by_loop[name] = max(error, self.hidden_by_loop.get(name, 0.0))
-            exit_logit = reference.model.early_exit_gate(hidden)[:, 0]
-            self.compare("exit_logit", state.exit_logit.read()[: len(ids)], exit_logit, place)
+            exit_gate = reference.model.early_exit_gate
+            if exit_gate is not None and state.exit_logit is not None:
+                self.compare("exit_logit", state.exit_logit.read()[: len(ids)], exit_gate(hidden)[:, 0], place)
 
         if len(ids) == 1:
             actual_logits = runner.decode(ids, loops, observe=compare)[0]

@@ -51,8 +51,8 @@ def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=1), "schema_version must be 2, got 1"),
-        (lambda m: m.pop("schema_version"), "schema_version must be 2, got None"),
+        (lambda m: m.update(schema_version=1), "schema_version must be 3, got 1"),
+        (lambda m: m.pop("schema_version"), "schema_version must be 3, got None"),
         (lambda m: m.update(extra=1), "extra is unknown"),
         (lambda m: m.pop("precision"), "precision is missing"),
         (lambda m: m.update(precision="int3"), "precision must be one of float32, float16, int8, int4, got 'int3'"),

@@ -18,7 +18,7 @@ from melt_export import ExportError, ParityError, export_bundle
 from melt_export import bundle as bundle_module
 from melt_export.cli import main
 from melt_export.source import chat_template
-from melt_models import CheckpointError, load_checkpoint
+from melt_models import CheckpointError, MeltConfig, load_checkpoint
 from melt_runtime.text import TextCodec
 
 
@@ -57,7 +57,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(checkpoint):
     ("changes", "message"),
     [
         ({"colour": "red"}, r"unknown configuration keys \['colour'\]"),
-        ({"model_type": "llama"}, "model_type must be 'melt', got 'llama'"),
+        ({"model_type": "gpt2"}, "model_type must be one of melt, ouro, llama, got 'gpt2'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
@@ -128,7 +128,7 @@ def test_interrupting_an_export_leaves_no_bundle(checkpoint, tmp_path, signum):
     os.kill(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip().endswith("error: interrupted; no bundle was written")
+    assert errors.strip().endswith("error: interrupted; nothing was written")
     assert list(made.iterdir()) == []
 
 
@@ -153,9 +153,9 @@ def test_chat_templates_become_self_contained(tmp_path):
         "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json"))
+    tokenizer, config = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")), MeltConfig()
     messages = [{"role": "user", "content": "hi"}]
-    assert TextCodec(tokenizer, chat_template(tmp_path)).render(messages) == "<s>hi</s>"
+    assert TextCodec(tokenizer, chat_template(tmp_path, config, tokenizer)).render(messages) == "<s>hi</s>"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert chat_template(tmp_path) == "{{ messages[0].content }}"
-    assert chat_template(tmp_path / "nowhere") == ""
+    assert chat_template(tmp_path, config, tokenizer) == "{{ messages[0].content }}"
+    assert chat_template(tmp_path / "nowhere", config, tokenizer) == ""

@@ -23,9 +23,10 @@ SHAPE = ModelShape(
     gate_kind="elementwise",
     cache_kind="shared",
     has_latent=True,
+    has_exit_gate=True,
 )
 LOOPLM = replace(SHAPE, gate_kind="none", cache_kind="per_loop", has_latent=False)
-OURO = ModelShape(24, 2048, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "shared", True)
+OURO = ModelShape(24, 2048, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "shared", True, True)
 
 
 def plan(shape=SHAPE, **sizes) -> StatePlan:

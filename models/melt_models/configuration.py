@@ -13,6 +13,10 @@ GateKind = Literal["none", "elementwise", "scalar", "ema", "mean", "last"]
 GATE_KINDS: tuple[str, ...] = get_args(GateKind)
 """``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3)."""
 
+NormPlacement = Literal["sandwich", "pre"]
+NORM_PLACEMENTS: tuple[str, ...] = get_args(NormPlacement)
+"""``sandwich``: before and after attention and MLP (Ouro); ``pre``: before them only (Llama)."""
+
 _LATENT_KINDS = ("elementwise", "scalar", "ema", "mean")
 
 
@@ -31,6 +35,8 @@ class MeltConfig(PreTrainedConfig):
             LoopLM near ``z = 0``.
         gate_ema: the fixed ``z`` of gate kind ``ema``.
         early_exit_threshold: cumulative exit probability at which a LoopLM may stop.
+        norm_placement: where a layer has norms, ``sandwich`` or ``pre``.
+        exit_gate: whether the model has an exit gate; a model without loops has none.
 
     Raises:
         ValueError: a value outside its rule, or a key that is not part of the configuration.
@@ -61,6 +67,8 @@ class MeltConfig(PreTrainedConfig):
     gate_kind: str = "elementwise"
     gate_bias_init: float = -4.0
     gate_ema: float = 0.2
+    norm_placement: str = "sandwich"
+    exit_gate: bool = True
 
     default_theta = 1e6
 
@@ -102,6 +110,8 @@ class MeltConfig(PreTrainedConfig):
             faults.append(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.gate_kind not in GATE_KINDS:
             faults.append(f"gate_kind must be one of {', '.join(GATE_KINDS)}, got {self.gate_kind!r}")
+        if self.norm_placement not in NORM_PLACEMENTS:
+            faults.append(f"norm_placement must be one of {', '.join(NORM_PLACEMENTS)}, got {self.norm_placement!r}")
         if not 0.0 <= self.gate_ema <= 1.0:
             faults.append(f"gate_ema must be in [0, 1], got {self.gate_ema}")
         if self.hidden_act != "silu":

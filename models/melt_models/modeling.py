@@ -135,7 +135,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer with sandwich norms; the gate stands between the input norm and keys and values."""
+    """One layer; the gate stands between the input norm and keys and values.
+
+    The norms whose names end in ``_2`` are those that close the sandwich; with norms before only, they do nothing.
+    """
 
     def __init__(self, config: MeltConfig):
         super().__init__()
@@ -143,8 +146,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         norm = (config.hidden_size, config.rms_norm_eps)
-        self.input_layernorm, self.input_layernorm_2 = RMSNorm(*norm), RMSNorm(*norm)
-        self.post_attention_layernorm, self.post_attention_layernorm_2 = RMSNorm(*norm), RMSNorm(*norm)
+        closing = RMSNorm if config.norm_placement == "sandwich" else nn.Identity
+        self.input_layernorm, self.input_layernorm_2 = RMSNorm(*norm), closing(*norm)
+        self.post_attention_layernorm, self.post_attention_layernorm_2 = RMSNorm(*norm), closing(*norm)
 
     def forward(
         self, x: Tensor, latent: Tensor | None, past: "KeyValue | None", frame: "Frame", loop_idx: int
@@ -200,7 +204,7 @@ class MeltOutput(ModelOutput):
         loss: mean cross entropy of the next token over labels that are not -100, last loop, scalar.
         logits: last loop, [B, L, V].
         loop_hidden_states: normed value after every loop, T tensors [B, L, D].
-        exit_logits: exit gate before the sigmoid, [B, L, T].
+        exit_logits: exit gate before the sigmoid, [B, L, T]; None where the model has no exit gate.
         past_key_values: the cache after these tokens.
     """
 
@@ -239,7 +243,7 @@ class MeltBackbone(MeltPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1) if config.exit_gate else None
         self.post_init()
 
     def forward_chunk(self, input_ids: Tensor, loops: int, cache: KVCache) -> list[Tensor]:
@@ -270,14 +274,16 @@ class MeltBackbone(MeltPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor, loops: int, chunk_size: int, cache: KVCache
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Processes ``input_ids`` [B, L] chunk after chunk.
 
         Returns:
-            Normed values after every loop, T tensors [B, L, D], and exit logits [B, L, T].
+            Normed values after every loop, T tensors [B, L, D], and exit logits [B, L, T], None without an exit gate.
         """
         chunks = [self.forward_chunk(ids, loops, cache) for ids in input_ids.split(chunk_size, dim=1)]
         states = tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+        if self.early_exit_gate is None:
+            return states, None
         return states, torch.cat([self.early_exit_gate(state) for state in states], dim=-1)
 
 

@@ -21,7 +21,7 @@ loop.onnx: ONE loop over all layers, and the norm that closes it. Run it T times
     out  hidden_out [B, C, D] float
          latent_out.{layer} [B, C, D] float       (only with a latent state)
          present_key.{layer}, present_value.{layer} [B, Hk, S, dh] float
-         exit_logit [B, C, 1] float               the exit gate before its sigmoid
+         exit_logit [B, C, 1] float               the exit gate before its sigmoid (only where the model has one)
 
 Every output of the loop but ``exit_logit`` may be bound to the very buffer of its input: rows [start, start + C) of the
 cache are rewritten in place and the others are left alone; ``hidden`` and ``latent`` are read, through data
@@ -40,7 +40,7 @@ head.onnx: the normed value to logits.
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of ``manifest.json`` and of this contract; a reader refuses any other."""
 
 PRECISIONS = ("float32", "float16", "int8", "int4")
@@ -62,6 +62,8 @@ class ModelShape:
         trained_chunk: tokens processed in parallel in training, the default of prefill.
         max_positions: longest sequence that the rotary tables cover.
         cache_kind: ``shared``, one KV cache for all loops (MELT), or ``per_loop`` (LoopLM).
+        has_latent: whether the gate has a latent state.
+        has_exit_gate: whether the model says at every loop if it is done.
     """
 
     layers: int
@@ -76,6 +78,7 @@ class ModelShape:
     gate_kind: str
     cache_kind: CacheKind
     has_latent: bool
+    has_exit_gate: bool
 
     @property
     def has_loop_idx(self) -> bool:
@@ -172,5 +175,6 @@ def _loop_spec(shape: ModelShape, dtype: str, kv_cache: KVCacheKind, hidden: tup
     inputs.append(TensorSpec("total_sequence_length", "int32", ()))
     if shape.has_loop_idx:
         inputs.append(TensorSpec("loop_idx", "int64", ()))
-    outputs.append(TensorSpec("exit_logit", dtype, ("B", "C", 1)))
+    if shape.has_exit_gate:
+        outputs.append(TensorSpec("exit_logit", dtype, ("B", "C", 1)))
     return GraphSpec(tuple(inputs), tuple(outputs))

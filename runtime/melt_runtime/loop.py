@@ -192,7 +192,8 @@ class LoopRunner:
         _bind_input(loop, "total_sequence_length", state.total_length, ())
         if state.loop_idx is not None:
             _bind_input(loop, "loop_idx", state.loop_idx, ())
-        _bind_output(loop, "exit_logit", state.exit_logit, (batch, chunk, 1))
+        if state.exit_logit is not None:
+            _bind_output(loop, "exit_logit", state.exit_logit, (batch, chunk, 1))
         return loop
 
 

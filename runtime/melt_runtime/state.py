@@ -97,7 +97,7 @@ class StatePlan:
     def work_bytes(self) -> int:
         """Bytes of everything else that a step touches."""
         latents = self.shape.layers if self.shape.has_latent else 0
-        floats = self.rows * ((1 + latents) * self.shape.hidden_size + 1)
+        floats = self.rows * ((1 + latents) * self.shape.hidden_size + self.shape.has_exit_gate)
         logits = 4 * self.batch * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
         ids = 8 * (self.batch + self.chunk)
@@ -150,7 +150,7 @@ class State:
         caches: ``caches[set][layer]`` is (keys, values), each of the plan's ``cache_shape``.
         hidden: [rows, D].
         latent: [N, rows, D], None where the gate has no latent state.
-        exit_logit: [rows].
+        exit_logit: [rows], None where the model has no exit gate.
         logits: of each sequence's last token, [B, V] float32, on the host.
         loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
         lengths: tokens in the cache of each sequence, [B].
@@ -172,7 +172,7 @@ class State:
         self.hidden = Buffer((plan.rows, shape.hidden_size), dtype, device)
         latent_shape = (shape.layers, plan.rows, shape.hidden_size)
         self.latent = Buffer(latent_shape, dtype, device) if shape.has_latent else None
-        self.exit_logit = Buffer((plan.rows,), dtype, device)
+        self.exit_logit = Buffer((plan.rows,), dtype, device) if shape.has_exit_gate else None
         self.logits = Buffer((plan.batch, shape.vocab_size), "float32", "cpu")
         self.step_ids = Buffer((plan.batch, 1), "int64", device)
         self.step_last_row = Buffer((plan.batch,), "int32", device)
@@ -188,9 +188,9 @@ class State:
     def nbytes(self) -> int:
         """Bytes allocated, counted buffer by buffer."""
         buffers = [buffer for cache in self.caches for pair in cache for buffer in pair]
-        buffers += [self.hidden, self.exit_logit, self.logits, self.step_ids, self.step_last_row]
+        buffers += [self.hidden, self.logits, self.step_ids, self.step_last_row]
         buffers += [self.chunk_ids, self.chunk_last_row, self.total_length]
-        buffers += [buffer for buffer in (self.latent, self.loop_idx) if buffer is not None]
+        buffers += [buffer for buffer in (self.latent, self.exit_logit, self.loop_idx) if buffer is not None]
         return sum(buffer.nbytes for buffer in buffers) + self.lengths.nbytes + self.starts.nbytes
 
     def room(self, sequence: int = 0) -> int:

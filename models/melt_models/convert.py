@@ -1,0 +1,91 @@
+"""Makes a MELT checkpoint with fresh gates out of a LoopLM checkpoint: where the two-phase training starts.
+
+The LoopLM's weights are copied file by file; only the gates are made, in the type of the other weights. With the gates'
+initial bias a converted model starts near ``z = 0``, where a MELT layer is a LoopLM layer.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from melt_models.checkpoint import INDEX_NAME, Checkpoint, CheckpointError, empty_model
+from melt_models.configuration import GateKind, MeltConfig
+from melt_models.modeling import MeltCausalLM
+from melt_models.staging import staged
+
+GATES_NAME = "model-gates.safetensors"
+_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_WEIGHTS = ("*.safetensors", INDEX_NAME, "config.json")
+
+
+def looplm_to_melt(checkpoint: Checkpoint, out: Path, gate_kind: GateKind = "elementwise", seed: int = 0) -> MeltConfig:
+    """Writes a MELT checkpoint.
+
+    Args:
+        checkpoint: a LoopLM.
+        out: folder to make; it must not exist.
+        gate_kind: how the latent state will be updated.
+        seed: of the gates' small random weights.
+
+    Returns:
+        The configuration of the new checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is not a LoopLM, or ``out`` exists.
+    """
+    if checkpoint.config.gate_kind != "none":
+        raise CheckpointError(
+            f"{checkpoint.folder} is a MELT checkpoint already (gate_kind {checkpoint.config.gate_kind}): "
+            "only a LoopLM gets new gates"
+        )
+    if checkpoint.config.total_ut_steps == 1:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no loops (total_ut_steps 1): a gate has nothing to update; give a LoopLM"
+        )
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another --out, or remove it first")
+    own = {"gate_kind": gate_kind, "architectures": [MeltCausalLM.__name__]}
+    config = MeltConfig(**{**_own_values(checkpoint.config), **own})
+    with staged(out) as folder:
+        config.save_pretrained(folder)
+        _copy_texts(checkpoint.folder, folder)
+        places = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
+        for name in sorted(set(places.values())):
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+        dtype = next(iter(checkpoint.tensors.values())).dtype
+        gates = new_gates(config, getattr(torch, _TYPES[dtype]), seed)
+        if gates:
+            save_file(gates, folder / GATES_NAME, metadata={"format": "pt"})
+        places |= dict.fromkeys(gates, GATES_NAME)
+        index = {"metadata": {}, "weight_map": places}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return config
+
+
+def new_gates(config: MeltConfig, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """Initial weights of every gate by name; empty for kinds that have none."""
+    model = empty_model(config)
+    gates: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer_idx, layer in enumerate(model.model.layers):
+            gate = layer.gate.to_empty(device="cpu")
+            gate.apply(model._init_weights)
+            gates |= {f"model.layers.{layer_idx}.gate.{n}": tensor.to(dtype) for n, tensor in gate.state_dict().items()}
+            layer.gate.to("meta")
+    return gates
+
+
+def _own_values(config: MeltConfig) -> dict:
+    """The configuration's values without what names its former class."""
+    return {name: value for name, value in config.to_diff_dict().items() if name not in ("architectures", "model_type")}
+
+
+def _copy_texts(source: Path, target: Path) -> None:
+    """Copies everything but weights and configuration: tokenizer, chat template, evaluation, licence, card."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,131 @@
+"""L1/L3: a LoopLM checkpoint becomes a MELT checkpoint with fresh gates."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MELT_TINY, ROOT
+from published import OURO, ouro_forward, ouro_tensors, write_ouro
+
+from melt_export.bundle import export_bundle
+from melt_export.cli import main
+from melt_models import CheckpointError, load_checkpoint
+from melt_models import convert as convert_module
+from melt_models.checkpoint import Checkpoint
+from melt_models.convert import looplm_to_melt
+
+
+@pytest.fixture(scope="module")
+def looplm(tmp_path_factory):
+    return write_ouro(tmp_path_factory.mktemp("ouro"), 2)
+
+
+def test_export_melt_writes_a_checkpoint_that_loads_and_exports(looplm, tmp_path, capsys):
+    out = tmp_path / "melt"
+    assert main([str(looplm), "--out", str(out), "--melt"]) == 0
+    said = capsys.readouterr()
+    assert "a MELT checkpoint of 3 layers with fresh gates (bias -4)" in said.out
+    assert "note: the special token ids of Ouro's published files" in said.err
+    values = json.loads((out / "config.json").read_text())
+    assert (values["model_type"], values["gate_kind"], values["eos_token_id"]) == ("melt", "elementwise", 2)
+    assert values["architectures"] == ["MeltCausalLM"]
+    made = Checkpoint(out)
+    assert made.notes == ()
+    for name, tensor in ouro_tensors(OURO).items():
+        assert torch.equal(made.read(name), tensor), name
+    gates = [name for name in made.tensors if ".gate." in name]
+    assert len(gates) == 3 * OURO["num_hidden_layers"]
+    assert all(made.read(name).dtype == torch.bfloat16 for name in gates)
+    assert (out / "tokenizer.json").read_bytes() == (looplm / "tokenizer.json").read_bytes()
+    manifest = export_bundle(out, tmp_path / "bundle")
+    assert manifest.model.cache_kind == "shared"
+
+
+@torch.no_grad()
+def test_closed_gates_compute_the_looplm(looplm, tmp_path):
+    """In one chunk, where the caches are the same too."""
+    looplm_to_melt(Checkpoint(looplm), tmp_path / "melt")
+    model = load_checkpoint(tmp_path / "melt").float()
+    for layer in model.model.layers:
+        layer.gate.w_z.bias.fill_(-1e9)
+    ids = list(range(40, 60))
+    logits, _ = ouro_forward(ouro_tensors(OURO), OURO, ids)
+    torch.testing.assert_close(model(torch.tensor([ids])).logits[0], logits[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("scalar", 9), ("mean", 0)])
+def test_other_gates(looplm, tmp_path, kind, gates):
+    config = looplm_to_melt(Checkpoint(looplm), tmp_path / "melt", gate_kind=kind)
+    assert config.gate_kind == kind
+    assert sum(".gate." in name for name in Checkpoint(tmp_path / "melt").tensors) == gates
+
+
+def test_the_seed_decides_the_gates(looplm, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        looplm_to_melt(Checkpoint(looplm), tmp_path / name, seed=seed)
+    a, b, c = ((tmp_path / name / "model-gates.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_what_is_no_looplm_is_refused(looplm, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a MELT checkpoint already \(gate_kind elementwise\)"):
+        looplm_to_melt(Checkpoint(MELT_TINY), tmp_path / "out")
+    once = write_ouro(tmp_path / "once", total_ut_steps=1)
+    with pytest.raises(CheckpointError, match="has no loops"):
+        looplm_to_melt(Checkpoint(once), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists: choose another --out"):
+        looplm_to_melt(Checkpoint(looplm), looplm)
+
+
+def test_a_full_disk_leaves_nothing(looplm, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        looplm_to_melt(Checkpoint(looplm), tmp_path / "made" / "melt")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "int4"], "--precision is for bundles"),
+        (["--layer", "*=int8"], "--layer is for bundles"),
+        (["--eval-text", "x.txt"], "--eval-text is for bundles"),
+    ],
+)
+def test_options_of_bundles_are_refused(looplm, tmp_path, capsys, options, message):
+    assert main([str(looplm), "--out", str(tmp_path / "out"), "--melt", *options]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+    assert main(["--shape", "melt-1.6b:1", "--out", str(tmp_path / "out"), "--melt"]) == 1
+    assert "--melt needs a checkpoint" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(looplm, tmp_path, monkeypatch):
+    """A hub cache in which ``somebody/ouro-small`` was downloaded before, and no network."""
+    snapshot = tmp_path / "hub" / "models--somebody--ouro-small" / "snapshots" / "abc"
+    shutil.copytree(looplm, snapshot)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path):
+    command = [sys.executable, str(ROOT / "export.py"), "--melt", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "somebody/ouro-small"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model-gates.safetensors").is_file()
+    done = subprocess.run([*command[:-1], "other", "somebody/unknown"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: somebody/unknown is not a folder here, and could not be fetched from https:")
+    assert str(tmp_path / "hub") in done.stderr
+    assert not (tmp_path / "other").exists()

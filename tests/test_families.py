@@ -1,0 +1,232 @@
+"""L3: published checkpoints of other families: Ouro against its equations, Llama against transformers; and faults."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import MELT_TINY
+from published import OURO, ouro_forward, ouro_tensors, write_ouro
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from melt_export.bundle import ExportOptions, export_bundle
+from melt_export.source import ExportError, checkpoint_source
+from melt_models import CheckpointError, MeltConfig, load_checkpoint
+from melt_models.checkpoint import Checkpoint
+from melt_models.families import read_llama, read_ouro
+from melt_runtime import MeltModel
+
+IDS = [5, 700, 3, 3, 250, 17, 42, 0, 99, 511, 8, 640]
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def ouro(tmp_path_factory):
+    return write_ouro(tmp_path_factory.mktemp("ouro") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def ouro_bundle(ouro):
+    lines = []
+    export_bundle(ouro, ouro.parent / "bundle", ExportOptions(report=lines.append))
+    return ouro.parent / "bundle", lines
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_ouro_follows_its_equations(tmp_path, shards, kv_heads):
+    """Logits and exit gate after every loop, whatever the chunk: a LoopLM's chunks do not change its numbers."""
+    values = {**OURO, "num_key_value_heads": kv_heads}
+    tensors = ouro_tensors(values)
+    model = load_checkpoint(write_ouro(tmp_path, shards, tensors, num_key_value_heads=kv_heads)).float()
+    logits, exits = ouro_forward(tensors, values, IDS)
+    for chunk in (len(IDS), 5, 1):
+        out = model(torch.tensor([IDS]), chunk_size=chunk)
+        for loop_idx, expected in enumerate(logits):
+            torch.testing.assert_close(model.lm_head(out.loop_hidden_states[loop_idx])[0], expected, **TOLERANCE)
+        torch.testing.assert_close(out.exit_logits[0].sigmoid(), torch.stack(exits, -1), **TOLERANCE)
+
+
+def test_an_ouro_bundle_follows_its_equations(ouro_bundle):
+    """The exported graphs, driven in chunks and token by token: a cache for every loop."""
+    folder, _ = ouro_bundle
+    logits, exits = ouro_forward(ouro_tensors(OURO), OURO, IDS)
+    model = MeltModel.load(folder, device="cpu", capacity=64, chunk=4)
+    assert model.manifest.model.cache_kind == "per_loop"
+    runner = model.session.runner
+    given: list[float] = []
+    actual = runner.prefill(IDS[:8], 4)
+    np.testing.assert_allclose(actual, logits[-1][7], **TOLERANCE)
+    for position in range(8, len(IDS)):
+        given.clear()
+        observe = lambda _: given.append(runner.state.exit_logit.read()[0])  # noqa: E731
+        actual = runner.decode([IDS[position]], 4, observe=observe)[0]
+        np.testing.assert_allclose(actual, logits[-1][position], **TOLERANCE)
+        lambdas = 1 / (1 + np.exp(-np.array(given)))
+        np.testing.assert_allclose(lambdas, [float(gate[position]) for gate in exits], **TOLERANCE)
+
+
+def test_ouros_wrong_token_ids_are_corrected_and_said(ouro_bundle):
+    folder, lines = ouro_bundle
+    assert [line for line in lines if line.startswith("note: the special token ids")]
+    assert json.loads((folder / "generation_config.json").read_text())["stop_ids"] == [2]
+    config = Checkpoint(folder.parent / "checkpoint").config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+
+
+def test_right_token_ids_are_left_alone(tmp_path):
+    checkpoint = Checkpoint(write_ouro(tmp_path, bos_token_id=7, eos_token_id=8, pad_token_id=0))
+    assert checkpoint.notes == ()
+    assert (checkpoint.config.bos_token_id, checkpoint.config.eos_token_id) == (7, 8)
+
+
+def test_the_chat_template_gets_the_corrected_tokens(tmp_path):
+    """Ouro's tokenizer_config.json names <|endoftext|> as its end of text, as its config.json does."""
+    folder = write_ouro(tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    end = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")).id_to_token(2)
+    assert checkpoint_source(folder).chat_template.startswith(f'{{%- set eos_token = "{end}" -%}}')
+
+
+def save_llama(folder, tied=True, **changes) -> LlamaForCausalLM:
+    """A random Llama, as transformers saves it, with melt-tiny's tokenizer."""
+    torch.manual_seed(0)
+    shape = {
+        **{"vocab_size": 703, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "initializer_range": 0.1},
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, "tie_word_embeddings": tied, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((MELT_TINY / "tokenizer.json").read_bytes())
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_llama_is_a_model_with_one_loop(tmp_path, tied):
+    theirs = save_llama(tmp_path / "llama", tied)
+    ours = load_checkpoint(tmp_path / "llama")
+    assert (ours.config.total_ut_steps, ours.config.norm_placement, ours.config.exit_gate) == (1, "pre", False)
+    ids = torch.tensor([IDS])
+    expected = theirs(ids).logits
+    out = ours(ids, chunk_size=5)
+    torch.testing.assert_close(out.logits, expected, **TOLERANCE)
+    assert out.exit_logits is None
+    manifest = export_bundle(tmp_path / "llama", tmp_path / "bundle")
+    assert "exit_logit" not in {tensor.name for tensor in manifest.graphs["loop"].outputs}
+    model = MeltModel.load(tmp_path / "bundle", device="cpu", capacity=96, chunk=7)
+    runner = model.session.runner
+    assert model.state_bytes == runner.state.plan.total_bytes
+    np.testing.assert_allclose(runner.prefill(IDS, 1), expected[0, -1], **TOLERANCE)
+    options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    greedy = theirs.generate(ids, max_new_tokens=40, **options)
+    tokens = [int(runner.state.logits.read().argmax())]
+    while len(tokens) < 40:
+        tokens.append(int(runner.decode([tokens[-1]], 1)[0].argmax()))
+    assert tokens == greedy[0, len(IDS) :].tolist()
+
+
+def test_older_files_of_llama_load(tmp_path):
+    """``rope_theta`` outside ``rope_parameters``, a tied head stored once more, rotary frequencies as weights."""
+    model = save_llama(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"rope_theta": 5000.0, "rope_scaling": None, "rope_parameters": None, "trained_by": "someone"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.config.rope_theta == 5000.0
+    assert checkpoint.notes == (
+        "keys of config.json that mean nothing here are passed over: trained_by",
+        "tensors that the model does not use are passed over: lm_head.weight, "
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type must be one of melt, ouro, llama, got 'mamba'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling must be none or 'default', got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "got 'llama3': this kind is not implemented"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window must be none, got 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "must all be 'full_attention', got sliding_attent"),
+        ({"total_ut_steps": None}, "total_ut_steps is missing"),
+        ({"hidden_size": None, "vocab_size": None}, "vocab_size is missing; hidden_size is missing"),
+        ({"attention_bias": True}, "attention_bias must be False, got True"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantized \(gptq\)"),
+        ({"total_ut_steps": 0}, "total_ut_steps must be at least 1, got 0"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"intermediate_size": 97}, r"mlp.gate_proj.weight has shape \[96, 64\], expected \[97, 64\]"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(tmp_path, changes, message):
+    folder = write_ouro(tmp_path / "checkpoint", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        export_bundle(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_window_that_is_switched_off_is_none(tmp_path):
+    assert Checkpoint(write_ouro(tmp_path, sliding_window=4096, use_sliding_window=False)).config.total_ut_steps == 4
+
+
+def test_damaged_weights_are_found_before_anything_is_made(tmp_path):
+    tensors = ouro_tensors(OURO)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4:6] = torch.nan
+    tensors["lm_head.weight"][0, 0] = -torch.inf
+    folder = write_ouro(tmp_path / "checkpoint", 2, tensors)
+    with pytest.raises(CheckpointError, match="is damaged, fetch it again") as error:
+        export_bundle(folder, tmp_path / "out")
+    assert "model.layers.1.mlp.up_proj.weight: 2 of 6144 weights are infinite or not a number" in str(error.value)
+    assert "lm_head.weight: 1 of 44992 weights" in str(error.value)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_quantized_tensors_are_refused(tmp_path):
+    tensors = ouro_tensors(OURO)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="lm_head.weight has type F8_E4M3, expected one of F32, BF16, F16"):
+        Checkpoint(write_ouro(tmp_path, tensors=tensors))
+
+
+def test_missing_shards_are_named(tmp_path):
+    folder = write_ouro(tmp_path, 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing weight files: model-00002-of-00003.safetensors"):
+        Checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match="is not an index of shards"):
+        Checkpoint(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    tensors = ouro_tensors({**OURO, "vocab_size": 300})
+    folder = write_ouro(tmp_path / "checkpoint", tensors=tensors, vocab_size=300)
+    with pytest.raises(ExportError, match="tokenizer.json has token id [0-9]+, but vocab_size is 300"):
+        export_bundle(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("read", [read_ouro, read_llama])
+def test_readers_report_all_faults_at_once(read):
+    with pytest.raises(ValueError, match="rms_norm_eps is missing") as error:
+        read({"sliding_window": 8, "rope_scaling": {"type": "linear"}})
+    assert str(error.value).count(";") >= 8
+
+
+def test_placement_and_exit_gate_are_part_of_the_configuration():
+    with pytest.raises(ValueError, match="norm_placement must be one of sandwich, pre, got 'post'"):
+        MeltConfig(norm_placement="post")
