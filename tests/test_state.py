@@ -13,6 +13,7 @@ from melt_runtime.state import State, StatePlan
 SHAPE = ModelShape(
     layers=3,
     hidden_size=32,
+    intermediate_size=48,
     heads=4,
     kv_heads=2,
     head_dim=16,
@@ -26,7 +27,7 @@ SHAPE = ModelShape(
     has_exit_gate=True,
 )
 LOOPLM = replace(SHAPE, gate_kind="none", cache_kind="per_loop", has_latent=False)
-OURO = ModelShape(24, 2048, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "shared", True, True)
+OURO = ModelShape(24, 2048, 5632, 16, 16, 128, 49152, 65536, 4, 500, "elementwise", "shared", True, True)
 
 
 def plan(shape=SHAPE, **sizes) -> StatePlan:

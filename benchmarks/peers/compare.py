@@ -22,12 +22,13 @@ from melt_models.shapes import SHAPES
 from melt_runtime.bench import machine, read_bandwidth
 
 WORK = Path("build/peers")
+OUR_KEYS = ("total_ut_steps", "gate_kind", "norm_placement", "exit_gate")
 PEERS = ("llama.cpp", "genai", "torch", "torch.compile")
 
 
 def llama_shape(name: str, **changes: int) -> dict:
     """A published shape with the keys of a Llama configuration, for short contexts."""
-    shape = {key: value for key, value in SHAPES[name].items() if key not in ("total_ut_steps", "gate_kind")}
+    shape = {key: value for key, value in SHAPES[name].items() if key not in OUR_KEYS}
     return {**shape, "max_position_embeddings": 2048, **changes}
 
 

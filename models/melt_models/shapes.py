@@ -32,9 +32,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "ouro-1.4b": {**_OURO, "gate_kind": "none"},
     "ouro-2.6b": {**_OURO, "gate_kind": "none", "num_hidden_layers": 48},
     "melt-1.6b": {**_OURO, "gate_kind": "elementwise"},
-    "smollm2-135m": {**_SMOLLM2, "gate_kind": "none"},
+    "smollm2-135m": {**_SMOLLM2, "gate_kind": "none", "norm_placement": "pre", "exit_gate": False},
 }
-"""Ouro: arXiv 2510.25741; MELT: arXiv 2605.07721; SmolLM2-135M: its ``config.json`` (with our four norms a layer)."""
+"""Ouro: arXiv 2510.25741; MELT: arXiv 2605.07721; SmolLM2-135M: its ``config.json``."""
 
 
 def shape_config(name: str) -> MeltConfig:

@@ -68,6 +68,7 @@ class ModelShape:
 
     layers: int
     hidden_size: int
+    intermediate_size: int
     heads: int
     kv_heads: int
     head_dim: int
