@@ -122,7 +122,8 @@ def plot(points: list[Point], path: Path) -> None:
         for loops, style in zip(LOOPS, ("-", "--", "-.", ":"), strict=True):
             line = [point for point in own if point.loops == loops]
             xs = [point.context for point in line]
-            axes[0].plot(xs, [p.peak / 1e9 for p in line], f"o{style}", color=colour, label=f"{bundle}, {loops} loop{'s' if loops > 1 else ''}")
+            label = f"{bundle}, loops {loops}"
+            axes[0].plot(xs, [p.peak / 1e9 for p in line], f"o{style}", color=colour, label=label)
         longest = [p for p in own if p.context == CONTEXTS[2]]
         axes[1].plot([p.loops for p in longest], [p.peak / 1e9 for p in longest], "o-", color=colour, label=bundle)
         axes[1].plot([p.loops for p in longest], [p.plan / 1e9 for p in longest], "x", color="black")

@@ -28,8 +28,8 @@ from melt_runtime.state import Array, State
 
 TOLERANCES = {"float32": 1e-4, "float16": 4e-2, "quantized": 5e-4}
 """Largest difference allowed, as a fraction of the tensor's largest magnitude where that exceeds 1: by activation type,
-and for quantized weights, whose products are summed block by block. Over 4 loops float16 activations reach 2 % of a key;
-over 30 layers of a language model quantized weights reached 1.1e-4 of one."""
+and for quantized weights, whose products are summed block by block. Over 4 loops float16 activations reach 2 % of a
+key; over 30 layers of a language model quantized weights reached 1.1e-4 of one."""
 
 DECODE_STEPS = 32
 
