@@ -7,7 +7,7 @@ RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
-.PHONY: demo demo-smollm2 test test-large check bench setup melt-tiny clean
+.PHONY: demo demo-smollm2 test test-large test-cuda check bench setup melt-tiny clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -37,6 +37,10 @@ test: $(VENV)/ready
 ## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
 test-large: $(VENV)/ready
 	$(BIN)/pytest -m large
+
+## test-cuda: what needs a GPU and the CUDA libraries (see: melt doctor)
+test-cuda: $(VENV)/ready
+	$(BIN)/pytest -m cuda
 
 ## check: format, lint, types
 check: $(VENV)/ready

@@ -7,6 +7,7 @@ tensor at a time.
 
 import importlib.metadata
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from melt_export.quality import compare, exact_match, perplexity, trace_bundle, 
 from melt_export.quantize import ROUNDINGS, Rounding
 from melt_export.reference import bundle_reader, fits_whole, reference_model
 from melt_export.source import ExportError, Source, checkpoint_source
-from melt_export.trace import graph_modules, model_shape, trace_graph
+from melt_export.trace import graph_modules, model_shape, sampling_modules, trace_graph
 from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
@@ -33,13 +34,16 @@ from melt_models.hub import checkpoint_folder
 from melt_models.staging import staged
 from melt_runtime import MeltModel
 from melt_runtime.contract import (
+    ACTIVATIONS,
     KV_CACHES,
     PRECISIONS,
+    PROVIDERS,
     GraphSpec,
     KVCacheKind,
     activation_dtype,
     graph_specs,
     loop_graph,
+    offered_kv_caches,
 )
 from melt_runtime.generation_config import GenerationConfig, write_generation_config
 from melt_runtime.load_cache import LoadCache
@@ -66,11 +70,13 @@ class ExportOptions:
     """How to make a bundle.
 
     Attributes:
-        precision: of the weights, one of ``PRECISIONS``; ``float16`` is that of activations and KV cache too.
+        precision: of the weights, one of ``PRECISIONS``; a float type is that of activations and KV cache too.
         layers: precision by pattern of layer name, for layers that shall have another.
         block: most weights that share a scale, one of ``BLOCKS``: fewer cost less quality, more bytes and time.
         rounding: how 4-bit scales are found, ``search`` or ``nearest``.
         text: what calibration and quality are measured on; default: the model's own evaluation, or random tokens.
+        activations: type of activations and KV cache, one of ``ACTIVATIONS``; default: as the precision asks, float32
+            for integers. ``float16`` and ``bfloat16`` are for CUDA.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
         report: told of each stage.
 
@@ -83,6 +89,7 @@ class ExportOptions:
     block: int = BLOCKS[0]
     rounding: Rounding = "search"
     text: str | None = None
+    activations: str | None = None
     verified: bool = True
     report: Report = field(default=lambda _: None)
 
@@ -93,9 +100,14 @@ class ExportOptions:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
+    def dtype(self) -> str:
+        """Type of activations."""
+        return activation_dtype(self.precision) if self.activations is None else self.activations
+
+    @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
-        """Kinds of KV cache to make a loop for: quantized ones run on float32 activations."""
-        return ("float",) if self.precision == "float16" else KV_CACHES
+        """Kinds of KV cache to make a loop for."""
+        return offered_kv_caches(self.dtype)
 
 
 def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | None = None) -> Manifest:
@@ -123,8 +135,8 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
     config, precision, report = source.config, options.precision, options.report
     for note in source.notes:
         report(f"note: {note}")
-    formats = weight_formats(empty_model(config), precision, options.layers, options.block)
-    shape, dtype = model_shape(config), activation_dtype(precision)
+    formats = weight_formats(empty_model(config), precision, options.layers, options.block, options.activations)
+    shape, dtype = model_shape(config), options.dtype
     with staged(out) as folder:
         write_text_files(source, folder)
         probe = choose_probe(source, folder, options.text)
@@ -138,11 +150,17 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             report(f"packing the weights of {name}.onnx")
             streamed[name] = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
+        if "greedy" in specs:
+            for name, module in sampling_modules(config).items():
+                report(f"tracing {name}.onnx")
+                ir.save(trace_graph(name, module, specs[name]), folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
             precision=precision,
+            activations=dtype,
+            providers=PROVIDERS[dtype],
             quantization=_describe(formats, options),
-            graphs={name: specs[name] for name in modules},
+            graphs={name: spec for name, spec in specs.items() if (folder / f"{name}.onnx").is_file()},
             files={},
             weight_bytes=0,
             streamed_bytes={name: streamed[name] for name in ("loop", "head")},
@@ -161,7 +179,11 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             weight_bytes=(folder / WEIGHTS_NAME).stat().st_size,
         )
         write_manifest(folder, manifest)
-        if options.verified:
+        if options.verified and "cpu" not in manifest.providers:
+            report("verifying the same graphs in float32: this machine's processor cannot run them as they are")
+            manifest = replace(manifest, parity=_verify_twin(source, out, options))
+            write_manifest(folder, manifest)
+        elif options.verified:
             report("verifying against torch, loop by loop")
             rounded = reference_model(config, bundle_reader(weights, formats, config.tie_word_embeddings))
             manifest = replace(
@@ -177,7 +199,7 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
 
 def open_runner(folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float") -> LoopRunner:
     """A driver over a bundle on the CPU, in chunks of its trained size."""
-    sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.dtype), kv_cache=kv_cache)
+    sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
     plan = plan_state(manifest, capacity, kv_cache=kv_cache)
     return LoopRunner(sessions, State(plan, "cpu"))
 
@@ -208,6 +230,17 @@ def _write_quantized_loops(
             for key, scale in zip(scale_keys(kind, layer_idx), scales, strict=True):
                 weights.add(key, torch.from_numpy(scale))
         write_quantized_loop(folder, kind, specs[loop_graph(kind)], weights)
+
+
+def _verify_twin(source: Source, out: Path, options: ExportOptions) -> dict[str, Any]:
+    """Parity of the same graphs in float32, from weights rounded as the bundle's are; in a folder that disappears."""
+    dtype = getattr(torch, options.dtype)
+    rounded = replace(source, read=lambda name: source.read(name).to(dtype).float(), notes=())
+    precision = "float32" if options.precision in ACTIVATIONS else options.precision
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
+        options = replace(options, precision=precision, activations=None, report=lambda _: None)
+        twin = export_source(rounded, Path(place) / "twin", options)
+    return {**twin.parity, "activations": "float32"}
 
 
 def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from melt_models.families import KNOWN_TYPES
 from melt_models.hub import checkpoint_folder
 from melt_models.shapes import SHAPES, shape_config
 from melt_runtime import Manifest, MeltError
-from melt_runtime.contract import PRECISIONS
+from melt_runtime.contract import ACTIVATIONS, PRECISIONS
 from melt_runtime.memory import format_bytes, resident_bytes
 
 _EPILOG = """\
@@ -87,7 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         default=ExportOptions.precision,
         choices=PRECISIONS,
-        help="of the weights (default: %(default)s); float16 is that of activations and KV cache too",
+        help="of the weights (default: %(default)s); a float type is that of activations and KV cache too",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="type of activations and KV cache; float16 and bfloat16 make a bundle for CUDA (default: as --precision, "
+        "float32 for integers)",
     )
     parser.add_argument(
         "--layer",
@@ -121,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _make_checkpoint(args: argparse.Namespace) -> str:
     """Writes a MELT checkpoint; returns what was made."""
-    for name in ("precision", "layer", "block", "rounding", "eval_text"):
+    for name in ("precision", "activations", "layer", "block", "rounding", "eval_text"):
         if getattr(args, name) != _parser().get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
     if args.checkpoint is None:
@@ -143,6 +149,7 @@ def _make_bundle(args: argparse.Namespace) -> str:
         precision=args.precision,
         layers=dict(map(_layer, args.layer)),
         block=args.block,
+        activations=args.activations,
         rounding=args.rounding,
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
@@ -168,11 +175,15 @@ def _summary(out: Path, manifest: Manifest) -> str:
     if not manifest.parity:
         return f"{line}, not compared with torch"
     parity, quality = manifest.parity, manifest.quality
+    line += (
+        f", largest difference from torch {max(parity['max_abs_error'].values()):.1e}, "
+        f"{parity['greedy_tokens_equal']} of {parity['decode_tokens']} greedy tokens equal"
+    )
+    if not quality:
+        return f"{line} (the same graphs in float32: no {manifest.activations} here); quality not measured"
     cost = quality["kv_cache"]["float"]
     return (
-        f"{line}, largest difference from torch {max(parity['max_abs_error'].values()):.1e}, "
-        f"{parity['greedy_tokens_equal']} of {parity['decode_tokens']} greedy tokens equal\n"
-        f"beside float32, on {quality['text']}: perplexity {cost['perplexity']:.4g} against "
+        f"{line}\nbeside float32, on {quality['text']}: perplexity {cost['perplexity']:.4g} against "
         f"{quality['perplexity_of_float32']:.4g}, KL divergence {cost['kl']:.2g}, first choice equal for "
         f"{100 * cost['greedy_agreement']:.1f} % of {quality['tokens']} tokens"
     )

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from melt_runtime.contract import PRECISIONS, activation_dtype
+from melt_runtime.contract import ACTIVATIONS, PRECISIONS, activation_dtype
 from melt_runtime.errors import MeltError
 
 BLOCKS = (128, 64, 32, 16)
@@ -37,7 +37,11 @@ class WeightFormat:
 
 
 def weight_formats(
-    model: nn.Module, precision: str, layers: Mapping[str, str], block: int = BLOCKS[0]
+    model: nn.Module,
+    precision: str,
+    layers: Mapping[str, str],
+    block: int = BLOCKS[0],
+    activations: str | None = None,
 ) -> dict[str, WeightFormat]:
     """Decides the format of every linear layer and of the embedding.
 
@@ -47,18 +51,25 @@ def weight_formats(
         layers: precision by pattern of module name (``*.gate.*``, ``model.layers.0.*``, ``lm_head``); of several that
             match, the last counts.
         block: most weights that share a scale, one of ``BLOCKS``.
+        activations: type of activations, which float weights have too; default: as the precision asks.
 
     Returns:
         Formats by module name. A tied head has its embedding's.
 
     Raises:
-        ValueError: an unknown precision or block.
+        ValueError: an unknown precision, activation type or block.
         FormatError: a pattern that matches nothing, a float type other than the bundle's, or a row length that no
             block divides.
     """
     if block not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {block}")
-    dtype = activation_dtype(precision)
+    dtype = activation_dtype(precision) if activations is None else activations
+    if dtype not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {dtype!r}")
+    if precision in ACTIVATIONS and precision != dtype:
+        raise ValueError(
+            f"activations must be {precision}, as the weights are, got {dtype!r}: only integers take another"
+        )
     shapes = {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()

@@ -1,6 +1,6 @@
 """Rounds weight matrices to 4 or 8 bits in blocks, and back. Knows tensors, not models.
 
-Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8, ``scales [N, blocks]`` float32.
+Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8, ``scales [N, blocks]`` float.
 At 4 bits a zero point for each block, ``zeros [N, ceil(blocks / 2)]`` uint8; two values a byte, the first in the low
 nibble. At 8 bits the zero point is 128 everywhere. A weight is ``(code - zero) * scale``.
 """
@@ -17,7 +17,9 @@ _SLICE = 1 << 19  # elements rounded at a time: the search stays in the processo
 _SHRINK = torch.linspace(1.0, 1.45, 8).tolist()  # the span of a block's weights, over what its codes span
 
 
-def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = "search") -> dict[str, Tensor]:
+def quantize_blocks(
+    weight: Tensor, bits: int, block: int, rounding: Rounding = "search", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Rounds a matrix.
 
     Args:
@@ -26,6 +28,7 @@ def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = 
         block: weights that share a scale.
         rounding: ``nearest`` takes scale and zero point from the smallest and largest weight; ``search`` tries narrower
             spans that clip them, and refits the scale by least squares. 8 bits gain nothing and are not searched.
+        dtype: of the scales.
 
     Returns:
         ``packed``, ``scales``, and at 4 bits ``zeros``.
@@ -44,9 +47,9 @@ def quantize_blocks(weight: Tensor, bits: int, block: int, rounding: Rounding = 
             codes[here], scales[here], zeros[here] = _round_span(piece, _SHRINK if rounding == "search" else [1.0])
     codes, scales = codes.view(rows, width // block, block), scales.view(rows, width // block)
     if bits == 8:
-        return {"packed": codes, "scales": scales}
+        return {"packed": codes, "scales": scales.to(dtype)}
     zeros = torch.nn.functional.pad(zeros.view(rows, width // block), (0, width // block % 2))
-    return {"packed": _pair(codes), "scales": scales, "zeros": _pair(zeros)}
+    return {"packed": _pair(codes), "scales": scales.to(dtype), "zeros": _pair(zeros)}
 
 
 def dequantize_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

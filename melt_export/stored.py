@@ -41,15 +41,17 @@ class FloatLinear(nn.Module):
 class BlockLinear(nn.Module):
     """``x W^T + b`` with W rounded in blocks."""
 
-    def __init__(self, outputs: int, inputs: int, bias: bool, form: WeightFormat, rounding: Rounding):
+    def __init__(
+        self, outputs: int, inputs: int, bias: bool, form: WeightFormat, rounding: Rounding, dtype: torch.dtype
+    ):
         super().__init__()
         self.form, self.rounding = form, rounding
         self.outputs, self.inputs = outputs, inputs
         blocks = inputs // form.block
         self.register_buffer("packed", torch.empty(outputs, blocks, form.block * form.bits // 8, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(outputs, blocks))
+        self.register_buffer("scales", torch.empty(outputs, blocks, dtype=dtype))
         self.register_buffer("zeros", _empty_zeros(outputs, blocks, form))
-        self.register_buffer("bias", torch.empty(outputs) if bias else None)
+        self.register_buffer("bias", torch.empty(outputs, dtype=dtype) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -72,8 +74,8 @@ class BlockLinear(nn.Module):
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the weight."""
-        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
-        return tensors if self.bias is None else tensors | {"bias": read("bias").float()}
+        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding, self.scales.dtype)
+        return tensors if self.bias is None else tensors | {"bias": read("bias").to(self.bias.dtype)}
 
 
 class FloatEmbedding(nn.Module):
@@ -91,11 +93,11 @@ class FloatEmbedding(nn.Module):
 class BlockEmbedding(nn.Module):
     """Rows of a matrix rounded in blocks; a tied head's ``BlockLinear`` has the same bytes."""
 
-    def __init__(self, tokens: int, width: int, form: WeightFormat, rounding: Rounding):
+    def __init__(self, tokens: int, width: int, form: WeightFormat, rounding: Rounding, dtype: torch.dtype):
         super().__init__()
         self.form, self.rounding, self.width = form, rounding, width
         self.register_buffer("packed", torch.empty(tokens, width * form.bits // 8, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(tokens, width // form.block))
+        self.register_buffer("scales", torch.empty(tokens, width // form.block, dtype=dtype))
         self.register_buffer("zeros", _empty_zeros(tokens, width // form.block, form))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -110,14 +112,14 @@ class BlockEmbedding(nn.Module):
             _OPERATORS + "GatherBlockQuantized",
             (self.packed, ids, self.scales, self.zeros),
             attributes,
-            dtype=torch.float32,
+            dtype=self.scales.dtype,
             shape=(*ids.shape, self.width),
             version=1,
         )
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the matrix."""
-        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding)
+        tensors = quantize_blocks(read("weight"), self.form.bits, self.form.block, self.rounding, self.scales.dtype)
         return tensors | {"packed": tensors["packed"].flatten(1)}
 
 
@@ -130,7 +132,7 @@ def unpack(read: Read, form: WeightFormat) -> Tensor:
     """The float32 weight [N, K] of a packed module, as the bundle rounded it."""
     if not form.bits:
         return read("weight").float()
-    scales = read("scales")
+    scales = read("scales").float()
     zeros = read("zeros") if form.bits == 4 else None
     return dequantize_blocks(read("packed").view(*scales.shape, -1), scales, zeros)
 
@@ -142,12 +144,14 @@ def store_modules(model: nn.Module, formats: dict[str, WeightFormat], dtype: tor
         outputs, inputs = tuple(module.weight.shape)
         if isinstance(module, nn.Embedding):
             made: nn.Module = (
-                BlockEmbedding(outputs, inputs, form, rounding) if form.bits else FloatEmbedding(outputs, inputs, dtype)
+                BlockEmbedding(outputs, inputs, form, rounding, dtype)
+                if form.bits
+                else FloatEmbedding(outputs, inputs, dtype)
             )
         else:
             bias = module.bias is not None
             made = (
-                BlockLinear(outputs, inputs, bias, form, rounding)
+                BlockLinear(outputs, inputs, bias, form, rounding, dtype)
                 if form.bits
                 else FloatLinear(outputs, inputs, bias, dtype)
             )

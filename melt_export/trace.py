@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from melt_export.formats import WeightFormat
 from melt_export.graphs import EmbedGraph, HeadGraph, LoopGraph
 from melt_export.quantize import Rounding
+from melt_export.sampling import GreedyGraph, SampleGraph
 from melt_export.stored import store_modules
 from melt_models.checkpoint import empty_model
 from melt_models.configuration import MeltConfig
@@ -44,6 +45,11 @@ def graph_modules(
     return {name: module.eval().to_empty(device="cpu") for name, module in modules.items()}
 
 
+def sampling_modules(config: MeltConfig) -> dict[str, nn.Module]:
+    """The modules of ``greedy`` and ``sample``, which own no weights."""
+    return {"greedy": GreedyGraph(), "sample": SampleGraph(config.vocab_size)}
+
+
 def model_shape(config: MeltConfig) -> ModelShape:
     """What the runtime must know of a model."""
     return ModelShape(
@@ -68,11 +74,12 @@ def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
     """Traces one graph.
 
     Args:
-        name: ``embed``, ``loop`` or ``head``.
-        module: one of ``graph_modules``.
+        name: ``embed``, ``loop``, ``head``, ``greedy`` or ``sample``.
+        module: one of ``graph_modules`` or ``sampling_modules``.
         spec: the contract's inputs and outputs of this graph.
     """
-    symbols = {symbol: torch.export.Dim(symbol) for symbol in _EXAMPLE_SIZES}
+    used = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    symbols = {symbol: torch.export.Dim(symbol) for symbol in used}
     examples = {t.name: _example(t) for t in spec.inputs}
     dimensions = {t.name: {i: symbols[d] for i, d in enumerate(t.shape) if isinstance(d, str)} for t in spec.inputs}
     arguments = _arguments(name, spec)
@@ -104,11 +111,11 @@ def _name_dimensions(graph: ir.Graph, spec: GraphSpec) -> None:
 
 
 def _drop_unused_outputs(graph: ir.Graph) -> None:
-    """Leaves out what a node could give and nobody reads, so that it is not computed."""
+    """Leaves out what a fused operator could give and nobody reads, so that it is not computed."""
     wanted = set(graph.outputs)
     for node in graph:
-        for value in node.outputs:
-            if len(node.outputs) > 1 and not value.uses() and value not in wanted:
+        for value in node.outputs[1:] if node.domain == "com.microsoft" else ():
+            if not value.uses() and value not in wanted:
                 value.name = ""
 
 

@@ -74,7 +74,8 @@ def verify_bundle(
     prompt = random_ids(config, chunk, config.max_position_embeddings // 2) if prompt is None else prompt
     plan = plan_state(manifest, len(prompt) + steps, chunk=chunk)
     runner = LoopRunner(_exact_sessions(folder, manifest), State(plan, "cpu"))
-    check = _Comparison(TOLERANCES["quantized" if _is_quantized(manifest) else manifest.dtype])
+    exact = TOLERANCES[manifest.activations]
+    check = _Comparison(max(exact, TOLERANCES["quantized"]) if _is_quantized(manifest) else exact)
     cache = KVCache(reference.config)
     logits, expected = np.empty(0), torch.empty(0)
     for start in range(0, len(prompt), chunk):
@@ -100,7 +101,7 @@ def verify_bundle(
 
 def _exact_sessions(folder: Path, manifest: Manifest) -> Sessions:
     """The bundle's graphs; quantized ones with unrounded activations."""
-    provider = choose_provider("cpu", manifest.dtype)
+    provider = choose_provider("cpu", manifest.activations)
     if not _is_quantized(manifest):
         return open_sessions(folder, manifest, provider)
     sessions = {"embed": make_session(folder / "embed.onnx", provider)}

@@ -20,9 +20,17 @@ _PAGE = 4096  # large tensors begin on a page of memory, so that they can be map
 _LINE = 64
 
 
+_STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type
+
+
+def onnx_type(name: str) -> ir.DataType:
+    """The type of a tensor by its name in torch, which is numpy's where numpy has it."""
+    return ir.DataType.BFLOAT16 if name == "bfloat16" else ir.DataType.from_numpy(np.dtype(name))
+
+
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor stands: offset in bytes, shape, numpy type name."""
+    """Where a tensor stands: offset in bytes, shape, type name."""
 
     offset: int
     shape: tuple[int, ...]
@@ -31,7 +39,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(_STORED_AS.get(self.dtype, self.dtype)).itemsize
 
 
 class WeightFile:
@@ -45,18 +53,21 @@ class WeightFile:
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Appends one tensor."""
-        values = tensor.contiguous().numpy()
+        tensor = tensor.contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        values = tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
         align = _PAGE if values.nbytes >= _PAGE else _LINE
         with self._path.open("ab") as stream:
             stream.write(b"\0" * (-stream.tell() % align))
-            self.entries[key] = Entry(stream.tell(), tuple(values.shape), values.dtype.name)
+            self.entries[key] = Entry(stream.tell(), tuple(values.shape), dtype)
             stream.write(values.data)
 
     def read(self, key: str) -> Tensor:
         """Reads one tensor back."""
         entry = self.entries[key]
-        values = np.fromfile(self._path, entry.dtype, math.prod(entry.shape), offset=entry.offset)
-        return torch.from_numpy(values.reshape(entry.shape))
+        stored = np.dtype(_STORED_AS.get(entry.dtype, entry.dtype))
+        values = np.fromfile(self._path, stored, math.prod(entry.shape), offset=entry.offset)
+        return torch.from_numpy(values.reshape(entry.shape)).view(getattr(torch, entry.dtype))
 
     def add_module(self, module: nn.Module, origin: str, read: Callable[[str], Tensor]) -> dict[str, str]:
         """Packs what a module itself owns, unless it stands here already.
@@ -86,7 +97,7 @@ class WeightFile:
         """
         for name, key in keys.items():
             value, entry = graph.initializers[name], self.entries[key]
-            dtype = ir.DataType.from_numpy(np.dtype(entry.dtype))
+            dtype = onnx_type(entry.dtype)
             assert value.dtype == dtype, f"{name} is {value.dtype}, stored as {dtype}"
             assert math.prod(value.shape) == math.prod(entry.shape), f"{name} is {value.shape}, stored as {entry.shape}"
             value.const_value = ir.ExternalTensor(

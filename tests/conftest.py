@@ -64,13 +64,18 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
     made: dict[str, Path] = {}
 
     def make(
-        precision: str = "float32", layers: dict[str, str] | None = None, verified: bool = False, **changes
+        precision: str = "float32",
+        layers: dict[str, str] | None = None,
+        verified: bool = False,
+        activations: str | None = None,
+        **changes,
     ) -> Path:
-        key = f"{precision} {layers} {verified} {sorted(changes.items())}"
+        key = f"{precision} {layers} {verified} {activations} {sorted(changes.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("bundle")
             checkpoint = save_checkpoint(random_model(**changes), folder / "checkpoint")
-            export_bundle(checkpoint, folder / "bundle", ExportOptions(precision, layers or {}, verified=verified))
+            options = ExportOptions(precision, layers or {}, activations=activations, verified=verified)
+            export_bundle(checkpoint, folder / "bundle", options)
             made[key] = folder / "bundle"
         return made[key]
 

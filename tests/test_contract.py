@@ -38,7 +38,7 @@ def test_graphs_follow_the_contract(random_bundle, kind, precision):
     check_files(bundle, manifest)
     kv_caches = ("float",) if precision == "float16" else KV_CACHES
     assert manifest.kv_caches == kv_caches
-    assert manifest.graphs == graph_specs(manifest.model, manifest.dtype, kv_caches)
+    assert manifest.graphs == graph_specs(manifest.model, manifest.activations, kv_caches)
     for name in manifest.graphs:
         graph = onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph
         for values, specs in (

@@ -27,7 +27,7 @@ def open_runner(
     bundle, batch: int = 1, capacity: int = 128, chunk: int = 32, loops: int = 4, kv_cache="float"
 ) -> LoopRunner:
     manifest = read_manifest(bundle)
-    sessions = open_sessions(bundle, manifest, choose_provider("cpu", manifest.dtype), kv_cache=kv_cache)
+    sessions = open_sessions(bundle, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
     return LoopRunner(sessions, State(plan_state(manifest, capacity, batch, chunk, loops, kv_cache), "cpu"))
 
 

@@ -25,8 +25,11 @@ ALLOWED = {
 FLOORS = (
     {"errors", "contract"},
     {"manifest", "generation_config"},
-    {"state", "providers", "load_cache"},
-    {"sampler", "text", "loop", "prepacked"},
+    {"cuda", "load_cache"},
+    {"providers"},
+    {"state"},
+    {"sampler", "text", "device_sampler", "prepacked"},
+    {"loop"},
     {"generate"},
     {"session"},
     {"model"},

@@ -8,6 +8,7 @@ Example::
     print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
 """
 
+from melt_runtime.cuda import CudaOptions
 from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
@@ -19,6 +20,7 @@ from melt_runtime.text import Message
 __all__ = [
     "BundleError",
     "CapacityError",
+    "CudaOptions",
     "GenerationConfig",
     "GenerationResult",
     "GenerationStream",

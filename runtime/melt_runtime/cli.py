@@ -10,6 +10,7 @@ from typing import Any
 from melt_runtime import cli_bench
 from melt_runtime.cli_info import describe_bundle
 from melt_runtime.contract import KV_CACHES
+from melt_runtime.cuda import CudaOptions
 from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
 from melt_runtime.generation_config import GenerationConfig
@@ -114,7 +115,8 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, help=f"default: {defaults.repetition_penalty}")
     parser.add_argument("--seed", type=int, help="repeat a random choice")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:1 (default: %(default)s)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="on CUDA: capture a token's steps and replay them")
     parser.add_argument("--capacity", type=int, help="tokens of all turns (default: 2048, or the model's most)")
     parser.add_argument(
         "--kv-cache", default="float", choices=KV_CACHES, help="how it is stored (default: %(default)s)"
@@ -149,7 +151,12 @@ def _load(args: argparse.Namespace, verbose: bool) -> MeltModel:
             file=sys.stderr,
         )
     model = MeltModel.load(
-        args.bundle, device=args.device, capacity=args.capacity, loops=args.loops, kv_cache=args.kv_cache
+        args.bundle,
+        device=args.device,
+        capacity=args.capacity,
+        loops=args.loops,
+        kv_cache=args.kv_cache,
+        cuda=CudaOptions(graphs=args.cuda_graphs),
     )
     if verbose:
         print(f"device: {model.provider.device} ({model.provider.reason})", file=sys.stderr)

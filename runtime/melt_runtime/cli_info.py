@@ -25,7 +25,8 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
         f"chunk       {shape.trained_chunk} tokens in parallel in prefill",
         f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding['formats'])})",
         *(f"            layers {pattern}: {precision}" for pattern, precision in rounding["layers"].items()),
-        f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.dtype}",
+        f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.activations}",
+        f"made for    {', '.join(manifest.providers)}",
         f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}",
         *_parity(manifest.parity),
         *_quality(manifest.quality),
@@ -50,6 +51,8 @@ def _parity(parity: dict[str, Any]) -> list[str]:
     ]
     lines += [f"            {name:<11} {error:.1e}" for name, error in parity["max_abs_error"].items()]
     lines.append(f"            greedy tokens equal: {parity['greedy_tokens_equal']} of {parity['decode_tokens']}")
+    if "activations" in parity:
+        lines.append("            of the same graphs in float32, where these could not run")
     return lines
 
 

@@ -1,8 +1,7 @@
 """The graphs' inputs and outputs, in one place: the exporter writes them, the runtime checks and binds them.
 
 Letters: N layers, B batch, C tokens processed in parallel, D hidden size, H query heads, Hk key/value heads, dh head
-size, S cache capacity in tokens, V vocabulary. ``float`` is the bundle's activation type: float16 for a bundle of that
-precision, else float32.
+size, S cache capacity in tokens, V vocabulary. ``float`` is the bundle's activation type.
 
 embed.onnx: token ids to the state before the first loop.
 
@@ -35,6 +34,14 @@ head.onnx: the normed value to logits.
 
     in   hidden [B, C, D] float
     out  logits [B, C, V] float32
+
+greedy.onnx, sample.onnx, only in bundles for CUDA: logits to the next token, without a copy of them to the host.
+
+    in   logits [B, 1, V] float32
+         temperature [], top_p [] float32, top_k [] int64   (sample only; V tokens: no top-k)
+         uniform [B, 1] float32                   drawn by the host from [0, 1) (sample only)
+    out  ids [B, 1] int64                         what embed.onnx reads next
+         token [B, 1] int32                       the same for the host; -1 where a logit is not a number
 """
 
 from dataclasses import dataclass
@@ -43,8 +50,12 @@ from typing import Literal
 SCHEMA_VERSION = 3
 """Of ``manifest.json`` and of this contract; a reader refuses any other."""
 
-PRECISIONS = ("float32", "float16", "int8", "int4")
-"""Of weights. Integers are rounded in blocks and run on float32 activations."""
+PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
+"""Of weights. Floats are those of the activations; integers are rounded in blocks."""
+ACTIVATIONS = ("float32", "float16", "bfloat16")
+"""Types of hidden states, latent states and the unquantized KV cache."""
+PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
+"""Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
 Dimension = int | str
 CacheKind = Literal["shared", "per_loop"]
@@ -105,8 +116,13 @@ class GraphSpec:
 
 
 def activation_dtype(precision: str) -> str:
-    """Type of hidden states, latent states and the unquantized KV cache."""
-    return "float16" if precision == "float16" else "float32"
+    """Activation type that weights of a precision have where nothing else is said."""
+    return precision if precision in ACTIVATIONS else "float32"
+
+
+def offered_kv_caches(activations: str) -> tuple[KVCacheKind, ...]:
+    """Kinds of KV cache that bundles of an activation type have a loop for."""
+    return KV_CACHES if activations == "float32" else ("float",)
 
 
 def loop_graph(kv_cache: KVCacheKind) -> str:
@@ -122,7 +138,7 @@ def cache_tensor(shape: ModelShape, dtype: str, kv_cache: KVCacheKind) -> tuple[
 
 
 def graph_specs(shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...] = ("float",)) -> dict[str, GraphSpec]:
-    """The contract of a bundle's graphs: embed, a loop for each kind of KV cache, head.
+    """The contract of a bundle's graphs: embed, a loop for each kind of KV cache, head; for CUDA greedy and sample.
 
     Args:
         shape: the model.
@@ -142,7 +158,20 @@ def graph_specs(shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...
             (TensorSpec("hidden", dtype, hidden),),
             (TensorSpec("logits", "float32", ("B", "C", shape.vocab_size)),),
         ),
+        **(_sampling_specs(shape) if PROVIDERS[dtype][0] == "cuda" else {}),
     }
+
+
+def _sampling_specs(shape: ModelShape) -> dict[str, GraphSpec]:
+    logits = TensorSpec("logits", "float32", ("B", 1, shape.vocab_size))
+    outputs = (TensorSpec("ids", "int64", ("B", 1)), TensorSpec("token", "int32", ("B", 1)))
+    scalars = (
+        TensorSpec("temperature", "float32", ()),
+        TensorSpec("top_k", "int64", ()),
+        TensorSpec("top_p", "float32", ()),
+    )
+    uniform = TensorSpec("uniform", "float32", ("B", 1))
+    return {"greedy": GraphSpec((logits,), outputs), "sample": GraphSpec((logits, *scalars, uniform), outputs)}
 
 
 def cache_names(layer_idx: int) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -5,7 +5,7 @@ import platform
 
 import onnxruntime as ort
 
-from melt_runtime.providers import cuda_obstacle, missing_cuda_libraries
+from melt_runtime.cuda import cuda_obstacle, missing_libraries
 
 _PACKAGES = ("melt-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "jinja2")
 
@@ -23,7 +23,7 @@ def diagnose() -> str:
     lines.append("device='cpu'      can run")
     obstacle = cuda_obstacle()
     lines.append(f"device='cuda'     {'can run' if obstacle is None else 'cannot run'}")
-    missing = missing_cuda_libraries()
+    missing = missing_libraries()
     lines += [f"  missing {library}: {source}" for library, source in missing.items()]
     if obstacle is not None and not missing:
         lines.append(f"  {obstacle}")

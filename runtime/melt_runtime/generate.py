@@ -141,15 +141,15 @@ class GenerationStream(Iterator[str]):
         return self._result
 
     def _run(self) -> Iterator[str]:
-        sampler, history = Sampler(self._config), self._history
+        history = self._history
+        prefill, decode = self._choosers()
         self._require_turn()
         started = time.perf_counter()
-        logits = self._runner.prefill(self._prompt[self._kept :], self._loops)
+        token = prefill(self._prompt[self._kept :])
         prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
         new_ids: list[int] = []
         finish: FinishReason = "length"
         while True:
-            token = sampler.choose(logits, history.ids)
             new_ids.append(token)
             history.ids.append(token)
             if token in self._config.stop_ids:
@@ -164,7 +164,7 @@ class GenerationStream(Iterator[str]):
                 break
             self._require_turn()
             started = time.perf_counter()
-            logits = self._runner.decode([token], self._loops)[0]
+            token = decode(token)
             decode_seconds += time.perf_counter() - started
         if piece := self._stops.flush():
             yield piece
@@ -184,6 +184,19 @@ class GenerationStream(Iterator[str]):
             state_bytes=self._runner.state.nbytes,
         )
         self._on_end(self._result)
+
+    def _choosers(self) -> tuple[Callable[[Sequence[int]], int], Callable[[int], int]]:
+        """What runs the prompt, and what runs a token, each up to the next token: drawn on the device where its sampler
+        does what the settings ask for, else on the host."""
+        runner, loops, history = self._runner, self._loops, self._history
+        if runner.sampler is not None and runner.sampler.can_draw(self._config):
+            runner.sampler.start(self._config)
+            return lambda ids: runner.prefill_and_draw(ids, loops), lambda token: runner.decode_and_draw(token, loops)
+        sampler = Sampler(self._config)
+        return (
+            lambda ids: sampler.choose(runner.prefill(ids, loops), history.ids),
+            lambda token: sampler.choose(runner.decode([token], loops)[0], history.ids),
+        )
 
     def _require_turn(self) -> None:
         """Refuses to go on over a cache that holds another turn."""

@@ -1,17 +1,18 @@
 """The loop driver: embeds a chunk, runs the loop graph over it T times in place, advances.
 
-Buffers are bound by address, so a step feeds no arrays: token ids and lengths go in, logits of the last position come
-out. Knows token ids, not text.
+Buffers are bound by address, so a step feeds no arrays: token ids and lengths go in; logits of the last position come
+out, or on a device the token that was drawn from them there. Knows token ids, not text.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime as ort
 
 from melt_runtime.contract import ModelShape, cache_names, latent_names
+from melt_runtime.device_sampler import DeviceSampler
 from melt_runtime.errors import TokenError
 from melt_runtime.state import Array, Buffer, State
 
@@ -19,34 +20,81 @@ Observer = Callable[[int], None]
 """Called after every loop with its index, while the state holds that loop's values; for verification."""
 
 
+_NOT_CAPTURED = -1  # what ONNX Runtime takes for a run that is no CUDA graph
+
+
 @dataclass(frozen=True)
 class Sessions:
-    """The three graphs, opened on one provider."""
+    """The graphs, opened on one provider.
+
+    Attributes:
+        greedy: chooses tokens on the device; None on the CPU.
+        sample: likewise.
+        replayed: whether steps are captured as CUDA graphs.
+        graph_ids: numbers for captured graphs, each given once.
+    """
 
     embed: ort.InferenceSession
     loop: ort.InferenceSession
     head: ort.InferenceSession
+    greedy: ort.InferenceSession | None = None
+    sample: ort.InferenceSession | None = None
+    replayed: bool = False
+    graph_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A graph with its buffers, ready to run."""
+
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    options: ort.RunOptions | None
+
+    def run(self) -> None:
+        """Runs it; what it gives lies in the buffers."""
+        self.session.run_with_iobinding(self.binding, self.options)
 
 
 @dataclass(frozen=True)
 class Binding:
-    """The state's buffers bound for one step shape [batch, chunk]; the loop has one binding per cache set."""
+    """The state's buffers bound for one step shape [batch, chunk].
 
-    batch: int
-    chunk: int
-    embed: ort.IOBinding
-    loops: tuple[ort.IOBinding, ...]
-    head: ort.IOBinding
+    Attributes:
+        embed: token ids to the state before the first loop.
+        loops: one for each cache set.
+        head: to the logits on the host.
+        device_head: to the logits on the device, for the sampler there; None on the CPU.
+    """
+
+    embed: Bound
+    loops: tuple[Bound, ...]
+    head: Bound
+    device_head: Bound | None
 
 
 class LoopRunner:
-    """Drives the graphs over one state."""
+    """Drives the graphs over one state.
+
+    Attributes:
+        sessions: the graphs.
+        state: the buffers.
+        sampler: chooses tokens on the device; None on the CPU, and for several sequences.
+    """
 
     def __init__(self, sessions: Sessions, state: State):
         self.sessions = sessions
         self.state = state
-        self._step = self._bind(state.plan.batch, 1, 0, state.step_ids, state.step_last_row)
+        self.sampler: DeviceSampler | None = None
+        if sessions.greedy is not None and sessions.sample is not None and state.plan.batch == 1:
+            place = (state.device, state.step_ids.device_id)
+            self.sampler = DeviceSampler(sessions.greedy, sessions.sample, state.plan.shape.vocab_size, *place)
+            self._draws = self.sampler.bind(state.step_ids)
+        self._drawn: int | None = None  # the token that the device put into step_ids itself
+        self._step = self._bind(state.plan.batch, 1, 0, state.step_ids, state.step_last_row, captured=True)
         self._chunk = {0: self._bind_chunk(state.plan.chunk, 0)}
+        if sessions.replayed:
+            self._capture()
 
     def prefill(
         self,
@@ -73,6 +121,24 @@ class LoopRunner:
             ValueError: ``loops`` or ``chunk`` outside its rule.
             CapacityError: the ids do not fit; nothing was computed.
         """
+        binding = self._prefill(ids, loops, chunk, sequence, observe)
+        binding.head.run()
+        logits: Array = self._logits()[sequence]
+        return logits
+
+    def prefill_and_draw(self, ids: Sequence[int], loops: int) -> int:
+        """As ``prefill``, and draws the next token on the device with the sampler's settings.
+
+        Raises:
+            NumericalError: the logits hold NaN.
+            TokenError, ValueError, CapacityError: as for ``prefill``.
+        """
+        return self._draw(self._prefill(ids, loops, None, 0, None))
+
+    def _prefill(
+        self, ids: Sequence[int], loops: int, chunk: int | None, sequence: int, observe: Observer | None
+    ) -> Binding:
+        """Everything up to the head; returns the last chunk's binding."""
         state, plan = self.state, self.state.plan
         chunk = plan.chunk if chunk is None else chunk
         if not 1 <= chunk <= plan.chunk:
@@ -91,9 +157,7 @@ class LoopRunner:
             state.total_length.write(np.array([end], dtype=np.int32))
             self._run_loops(binding, loops, observe)
             state.advance(len(piece), sequence, loops)
-        self.sessions.head.run_with_iobinding(binding.head)
-        logits: Array = self._logits()[sequence]
-        return logits
+        return binding
 
     def decode(self, ids: Sequence[int], loops: int, observe: Observer | None = None) -> Array:
         """Appends one token to every sequence of the batch; they may have different lengths.
@@ -116,23 +180,66 @@ class LoopRunner:
         state.require_loops(loops, int(state.lengths.max()))
         for sequence in range(batch):
             state.require_room(1, sequence)
-        state.step_ids.write(tokens[:, None])
-        state.step_last_row.write(state.lengths.astype(np.int32))
-        state.total_length.write(np.array([state.lengths.max() + 1], dtype=np.int32))
-        self._run_loops(self._step, loops, observe)
-        for sequence in range(batch):
-            state.advance(1, sequence, loops)
-        self.sessions.head.run_with_iobinding(self._step.head)
+        self._decode(tokens, loops, observe)
+        self._step.head.run()
         return self._logits()
 
+    def decode_and_draw(self, token: int, loops: int) -> int:
+        """As ``decode`` for one sequence, and draws the next token on the device with the sampler's settings.
+
+        A token that the device drew is there already and is not sent again.
+
+        Raises:
+            NumericalError: the logits hold NaN.
+            TokenError, ValueError, CapacityError: as for ``prefill``.
+        """
+        self.state.require_loops(loops, int(self.state.lengths.max()))
+        self.state.require_room(1)
+        self._decode(check_ids([token], self.state.plan.shape), loops, None)
+        return self._draw(self._step)
+
+    def _decode(self, tokens: Array, loops: int, observe: Observer | None) -> None:
+        """Everything up to the head."""
+        state = self.state
+        if len(tokens) > 1 or tokens[0] != self._drawn:
+            state.step_ids.write(tokens[:, None])
+        self._drawn = None
+        state.step_last_row.write(state.lengths.astype(np.int32))
+        # A captured graph holds the length that it was captured with.
+        longest = state.plan.capacity if self.sessions.replayed else state.lengths.max() + 1
+        state.total_length.write(np.array([longest], dtype=np.int32))
+        self._run_loops(self._step, loops, observe)
+        for sequence in range(state.plan.batch):
+            state.advance(1, sequence, loops)
+
+    def _draw(self, binding: Binding) -> int:
+        assert self.sampler is not None
+        assert binding.device_head is not None
+        binding.device_head.run()
+        self._drawn = self.sampler.draw(self._draws)
+        return self._drawn
+
     def _run_loops(self, binding: Binding, loops: int, observe: Observer | None) -> None:
-        self.sessions.embed.run_with_iobinding(binding.embed)
+        binding.embed.run()
         for loop_idx in range(loops):
             if self.state.loop_idx is not None:
                 self.state.loop_idx.write(np.array([loop_idx]))
-            self.sessions.loop.run_with_iobinding(binding.loops[self.state.plan.cache_set(loop_idx)])
+            binding.loops[self.state.plan.cache_set(loop_idx)].run()
             if observe is not None:
                 observe(loop_idx)
+
+    def _capture(self) -> None:
+        """Captures a decoded token's graphs while the state is empty: ONNX Runtime runs each more than once for that,
+        and a loop in place that runs again goes on from its own result."""
+        state = self.state
+        state.step_ids.write(np.zeros(state.step_ids.shape, dtype=np.int64))
+        state.step_last_row.write(np.zeros(state.step_last_row.shape, dtype=np.int32))
+        state.total_length.write(np.array([state.plan.capacity], dtype=np.int32))
+        if state.loop_idx is not None:
+            state.loop_idx.write(np.array([0]))
+        for bound in (self._step.embed, *self._step.loops, self._step.device_head):
+            if bound is not None:
+                bound.run()
 
     def _logits(self) -> Array:
         return self.state.logits.value.numpy()  # type: ignore[no-any-return]
@@ -148,24 +255,43 @@ class LoopRunner:
     def _bind_chunk(self, chunk: int, sequence: int) -> Binding:
         return self._bind(1, chunk, sequence, self.state.chunk_ids, self.state.chunk_last_row)
 
-    def _bind(self, batch: int, chunk: int, sequence: int, ids: Buffer, last_row: Buffer) -> Binding:
+    def _bind(
+        self, batch: int, chunk: int, sequence: int, ids: Buffer, last_row: Buffer, captured: bool = False
+    ) -> Binding:
         """Binds every tensor of a step over ``batch`` sequences from ``sequence`` on."""
-        state, shape = self.state, self.state.plan.shape
+        state, shape, sessions = self.state, self.state.plan.shape, self.sessions
         hidden = (batch, chunk, shape.hidden_size)
-        embed = self.sessions.embed.io_binding()
-        _bind_input(embed, "ids", ids, (batch, chunk))
-        _bind_output(embed, "hidden", state.hidden, hidden)
+        embed = sessions.embed.io_binding()
+        ids.bind_input(embed, "ids", (batch, chunk))
+        state.hidden.bind_output(embed, "hidden", hidden)
         if state.latent is not None:
-            _bind_output(embed, "latent", state.latent, (shape.layers, *hidden))
+            state.latent.bind_output(embed, "latent", (shape.layers, *hidden))
         loops = tuple(
             self._bind_loop(cache_set, hidden, sequence, last_row) for cache_set in range(state.plan.cache_sets)
         )
-        head = self.sessions.head.io_binding()
         last = (chunk - 1) * shape.hidden_size  # of a chunk only the last position is needed
-        _bind_input(head, "hidden", state.hidden, (batch, 1, shape.hidden_size), last)
+        head, device_head = sessions.head.io_binding(), sessions.head.io_binding()
+        for binding in (head, device_head):
+            state.hidden.bind_input(binding, "hidden", (batch, 1, shape.hidden_size), last)
         logits = (batch, 1, shape.vocab_size)
-        _bind_output(head, "logits", state.logits, logits, sequence * shape.vocab_size)
-        return Binding(batch, chunk, embed, loops, head)
+        state.logits.bind_output(head, "logits", logits, sequence * shape.vocab_size)
+        if self.sampler is not None:
+            self.sampler.logits.bind_output(device_head, "logits")
+        return Binding(
+            Bound(sessions.embed, embed, self._run_options(captured)),
+            tuple(Bound(sessions.loop, loop, self._run_options(captured)) for loop in loops),
+            Bound(sessions.head, head, self._run_options(False)),
+            None if self.sampler is None else Bound(sessions.head, device_head, self._run_options(captured)),
+        )
+
+    def _run_options(self, captured: bool) -> ort.RunOptions | None:
+        """Tells ONNX Runtime which captured graph a binding is, where graphs are captured."""
+        if not self.sessions.replayed:
+            return None
+        options = ort.RunOptions()
+        number = next(self.sessions.graph_ids) if captured else _NOT_CAPTURED
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        return options
 
     def _bind_loop(
         self, cache_set: int, hidden: tuple[int, int, int], sequence: int, last_row: Buffer
@@ -174,26 +300,26 @@ class LoopRunner:
         state, shape = self.state, self.state.plan.shape
         batch, chunk, width = hidden
         loop = self.sessions.loop.io_binding()
-        _bind_input(loop, "hidden", state.hidden, hidden)
-        _bind_output(loop, "hidden_out", state.hidden, hidden)
+        state.hidden.bind_input(loop, "hidden", hidden)
+        state.hidden.bind_output(loop, "hidden_out", hidden)
         cache_shape = (batch, *state.plan.cache_shape[1:])
         first_row = sequence * int(np.prod(cache_shape[1:]))
         for layer_idx in range(shape.layers):
             if state.latent is not None:
                 name_in, name_out = latent_names(layer_idx)
                 offset = layer_idx * batch * chunk * width
-                _bind_input(loop, name_in, state.latent, hidden, offset)
-                _bind_output(loop, name_out, state.latent, hidden, offset)
+                state.latent.bind_input(loop, name_in, hidden, offset)
+                state.latent.bind_output(loop, name_out, hidden, offset)
             pairs = zip(cache_names(layer_idx), state.caches[cache_set][layer_idx], strict=True)
             for (name_in, name_out), buffer in pairs:
-                _bind_input(loop, name_in, buffer, cache_shape, first_row)
-                _bind_output(loop, name_out, buffer, cache_shape, first_row)
-        _bind_input(loop, "seqlens_k", last_row, (batch,))
-        _bind_input(loop, "total_sequence_length", state.total_length, ())
+                buffer.bind_input(loop, name_in, cache_shape, first_row)
+                buffer.bind_output(loop, name_out, cache_shape, first_row)
+        last_row.bind_input(loop, "seqlens_k", (batch,))
+        state.total_length.bind_input(loop, "total_sequence_length", ())
         if state.loop_idx is not None:
-            _bind_input(loop, "loop_idx", state.loop_idx, ())
+            state.loop_idx.bind_input(loop, "loop_idx", ())
         if state.exit_logit is not None:
-            _bind_output(loop, "exit_logit", state.exit_logit, (batch, chunk, 1))
+            state.exit_logit.bind_output(loop, "exit_logit", (batch, chunk, 1))
         return loop
 
 
@@ -212,15 +338,3 @@ def check_ids(ids: Sequence[int], shape: ModelShape) -> Array:
     if unknown.size:
         raise TokenError(f"token ids must be in [0, {shape.vocab_size}), got {sorted(set(unknown.tolist()))[:8]}")
     return tokens.astype(np.int64)
-
-
-def _bind_input(binding: ort.IOBinding, name: str, buffer: Buffer, shape: Sequence[int], offset: int = 0) -> None:
-    binding.bind_input(name, *_place(buffer, shape, offset))
-
-
-def _bind_output(binding: ort.IOBinding, name: str, buffer: Buffer, shape: Sequence[int], offset: int = 0) -> None:
-    binding.bind_output(name, *_place(buffer, shape, offset))
-
-
-def _place(buffer: Buffer, shape: Sequence[int], offset: int) -> tuple[Any, ...]:
-    return buffer.device, 0, buffer.dtype.type, list(shape), buffer.address(offset)

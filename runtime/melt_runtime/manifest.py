@@ -10,14 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
 from melt_runtime.contract import (
+    ACTIVATIONS,
     KV_CACHES,
     PRECISIONS,
+    PROVIDERS,
     SCHEMA_VERSION,
     GraphSpec,
     KVCacheKind,
     ModelShape,
     TensorSpec,
-    activation_dtype,
     graph_specs,
     loop_graph,
 )
@@ -48,6 +49,8 @@ class Manifest:
     Attributes:
         model: shape of the model.
         precision: of the weights, one of ``PRECISIONS``.
+        activations: type of hidden states, latent states and the unquantized KV cache, one of ``ACTIVATIONS``.
+        providers: devices that the bundle was made for, the best one first.
         quantization: how they were rounded: layers by format, precision by pattern of layer name, rounding.
         graphs: inputs and outputs of ``embed``, ``loop``, ``head``, and of the loops over quantized KV caches; the file
             is ``{name}.onnx``. All graphs share one file of weights.
@@ -63,6 +66,8 @@ class Manifest:
 
     model: ModelShape
     precision: str
+    activations: str
+    providers: tuple[str, ...]
     quantization: dict[str, Any]
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
@@ -71,11 +76,6 @@ class Manifest:
     producer: dict[str, str]
     parity: dict[str, Any]
     quality: dict[str, Any]
-
-    @property
-    def dtype(self) -> str:
-        """Activation type."""
-        return activation_dtype(self.precision)
 
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
@@ -168,6 +168,8 @@ def _parse_manifest(values: dict[str, Any], faults: list[str]) -> Manifest | Non
     return Manifest(
         model=ModelShape(**model),
         precision=parsed["precision"],
+        activations=parsed["activations"],
+        providers=tuple(parsed["providers"]),
         quantization=parsed["quantization"],
         graphs={name: graph for name, graph in graphs.items() if graph},
         files={name: FileEntry(**entry) for name, entry in files.items() if entry},
@@ -221,8 +223,15 @@ def _check_values(manifest: Manifest) -> list[str]:
         faults.append(f"model.cache_kind must be 'shared' or 'per_loop', got {shape.cache_kind!r}")
     if manifest.precision not in PRECISIONS:
         faults.append(f"precision must be one of {', '.join(PRECISIONS)}, got {manifest.precision!r}")
+    if manifest.activations not in ACTIVATIONS:
+        faults.append(f"activations must be one of {', '.join(ACTIVATIONS)}, got {manifest.activations!r}")
+    elif manifest.providers != PROVIDERS[manifest.activations]:
+        faults.append(
+            f"providers must be {list(PROVIDERS[manifest.activations])} for {manifest.activations} activations, got "
+            f"{list(manifest.providers)}"
+        )
     if not faults:
-        expected = graph_specs(shape, manifest.dtype, manifest.kv_caches)
+        expected = graph_specs(shape, manifest.activations, manifest.kv_caches)
         faults += [
             f"graphs: {name} does not follow the contract"
             for name in sorted(expected.keys() | manifest.graphs.keys() | {"loop"})

@@ -41,12 +41,8 @@ class MemoryPlan:
 
     @property
     def activation_bytes(self) -> int:
-        """Intermediate results while a whole chunk is processed, about: 6 rows of the MLP and 12 hidden states a token.
-
-        Measured, not derived: ONNX Runtime decides what it holds at once, and its arena does not return it.
-        """
-        shape = self.state.shape
-        return self.state.rows * 4 * (6 * shape.intermediate_size + 12 * shape.hidden_size)
+        """Intermediate results while a whole chunk is processed, about."""
+        return self.state.activation_bytes
 
     @property
     def process_bytes(self) -> int:

@@ -1,23 +1,26 @@
 """``MeltModel``: a loaded bundle. The door through which applications come in."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
-from melt_runtime.errors import BundleError
+from melt_runtime.cuda import CudaOptions, free_memory
+from melt_runtime.errors import BundleError, ProviderError
 from melt_runtime.generate import GenerationResult, GenerationStream
 from melt_runtime.generation_config import GenerationConfig, read_generation_config
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
 from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
 from melt_runtime.prepacked import open_graph
-from melt_runtime.providers import ORT_TYPES, Device, ProviderChoice, choose_provider, make_session
+from melt_runtime.providers import ORT_TYPES, ProviderChoice, choose_provider, make_session
 from melt_runtime.session import Prompt, Session
 from melt_runtime.state import State, StatePlan
 from melt_runtime.text import TextCodec
 
 DEFAULT_CAPACITY = 2048
+_LIBRARY_ROOM = 256 << 20
 
 
 class MeltModel:
@@ -52,19 +55,21 @@ class MeltModel:
     def load(
         cls,
         bundle: str | Path,
-        device: Device = "auto",
+        device: str = "auto",
         capacity: int | None = None,
         chunk: int | None = None,
         loops: int | None = None,
         threads: int | None = None,
         kv_cache: KVCacheKind = "float",
         cache: LoadCache | None = None,
+        cuda: CudaOptions | None = None,
     ) -> "MeltModel":
         """Loads a bundle and allocates its state.
 
         Args:
             bundle: folder written by ``export.py``.
-            device: ``cpu``, ``cuda``, or ``auto``, which takes CUDA where it can run and says why in ``provider``.
+            device: ``cpu``, ``cuda``, ``cuda:1`` for another than the first, or ``auto``, which takes CUDA where it can
+                run and says why in ``provider``.
             capacity: tokens that prompt and answers of a session may take together; default: 2048, or as many
                 positions as the model has where those are fewer.
             chunk: tokens processed in parallel in prefill; default: as in training.
@@ -74,16 +79,19 @@ class MeltModel:
             kv_cache: how keys and values are stored. ``int8`` and ``int4`` take a quarter and an eighth of float32's
                 memory and read less of it per token, at the cost that ``manifest.quality`` states.
             cache: folder that makes the next load of a large bundle fast; default: the user's.
+            cuda: how a CUDA device is used: graphs, TF32, a limit of its memory.
 
         Raises:
             BundleError: the bundle is missing, damaged or not for this version.
-            ProviderError: the device cannot run here.
+            ProviderError: the device cannot run here or has too little memory, or the bundle is for another.
             ValueError: a size outside its rule.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
         plan = plan_state(manifest, capacity, chunk=chunk, loops=loops, kv_cache=kv_cache)
-        provider = choose_provider(device, manifest.dtype)
+        provider = choose_provider(device, manifest.activations, cuda)
+        require_memory(provider, manifest, plan)
+        provider = with_memory_limit(provider, manifest, plan)
         cache = LoadCache() if cache is None else cache
         check_bundle(folder, manifest, cache)
         codec = TextCodec.read(folder)
@@ -98,7 +106,8 @@ class MeltModel:
 
     def new_session(self) -> Session:
         """A conversation with a state of its own, over the same weights."""
-        return Session(self._sessions, State(self._plan, self.provider.device), self.codec, self.defaults)
+        state = State(self._plan, self.provider.device, self.provider.device_id)
+        return Session(self._sessions, state, self.codec, self.defaults)
 
     def reset(self) -> None:
         """Forgets what the model's own session holds."""
@@ -145,6 +154,31 @@ def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
             cache.remember(folder, manifest)
 
 
+def require_memory(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> None:
+    """Refuses a CUDA device whose free memory does not hold weights and state.
+
+    Raises:
+        ProviderError: says what is needed, what is free and what to lower.
+    """
+    free = free_memory(provider.device_id) if provider.device == "cuda" else None
+    needed = manifest.weight_bytes + plan.total_bytes
+    if free is not None and free < needed:
+        raise ProviderError(
+            f"CUDA device {provider.device_id} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed "
+            f"({manifest.weight_bytes / 1e9:.2f} of weights, {plan.total_bytes / 1e9:.2f} of state): lower capacity "
+            f"(now {plan.capacity}), or export to fewer bits"
+        )
+
+
+def with_memory_limit(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> ProviderChoice:
+    """Bounds the arenas of a CUDA device where the caller did not: weights, four times the intermediate results that a
+    CPU was seen to take, and room for the libraries' own work."""
+    if provider.device != "cuda" or provider.cuda.memory_limit is not None:
+        return provider
+    limit = manifest.weight_bytes + 4 * plan.activation_bytes + _LIBRARY_ROOM
+    return replace(provider, cuda=replace(provider.cuda, memory_limit=limit))
+
+
 def open_sessions(
     folder: Path,
     manifest: Manifest,
@@ -173,7 +207,12 @@ def open_sessions(
         else:
             opened[role] = open_graph(folder, name, manifest, provider, threads, cache)
         _check_signature(name, opened[role], manifest.graphs[name])
-    return Sessions(**opened)
+    for name in ("greedy", "sample") if provider.device == "cuda" else ():
+        # Never captured: their token goes to the host, which a captured graph could not do.
+        plain = replace(provider, cuda=replace(provider.cuda, graphs=False))
+        opened[name] = make_session(folder / f"{name}.onnx", plain, threads)
+        _check_signature(name, opened[name], manifest.graphs[name])
+    return Sessions(**opened, replayed=provider.device == "cuda" and provider.cuda.graphs)
 
 
 def plan_state(
@@ -198,7 +237,7 @@ def plan_state(
     capacity = min(DEFAULT_CAPACITY, shape.max_positions) if capacity is None else capacity
     return StatePlan(
         shape=shape,
-        dtype=manifest.dtype,
+        dtype=manifest.activations,
         batch=batch,
         capacity=capacity,
         # A prompt longer than the capacity does not fit, so neither does a chunk.

@@ -1,23 +1,22 @@
 """Execution providers: which one runs, why, and the sessions it runs in. Knows nothing of language models."""
 
-import ctypes
-import sys
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnxruntime as ort
 
+from melt_runtime.contract import PROVIDERS
+from melt_runtime.cuda import PROVIDER, CudaOptions, cuda_obstacle
 from melt_runtime.errors import BundleError, ProviderError
 
-Device = Literal["cpu", "cuda", "auto"]
-DEVICES: tuple[Device, ...] = ("cpu", "cuda", "auto")
+DeviceKind = Literal["cpu", "cuda"]
+DEVICES = ("cpu", "cuda", "auto")
 
 ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
     "int8": "tensor(int8)",
     "uint8": "tensor(uint8)",
     "int64": "tensor(int64)",
@@ -25,16 +24,7 @@ ORT_TYPES = {
 }
 """What ONNX Runtime calls numpy's types."""
 
-_CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
-# What libonnxruntime_providers_cuda.so links against, and where each comes from.
-_CUDA_LIBRARIES = {
-    "libcuda.so.1": "the NVIDIA driver",
-    "libcudart.so.{major}": "pip install nvidia-cuda-runtime",
-    "libcublas.so.{major}": "pip install nvidia-cublas",
-    "libcublasLt.so.{major}": "pip install nvidia-cublas",
-    "libcurand.so.10": "pip install nvidia-curand",
-}
 
 
 @dataclass(frozen=True)
@@ -44,81 +34,67 @@ class ProviderChoice:
     Attributes:
         device: ``cpu`` or ``cuda``.
         reason: why, in one line.
+        device_id: which of several CUDA devices.
+        cuda: how it is used.
     """
 
-    device: Literal["cpu", "cuda"]
+    device: DeviceKind
     reason: str
+    device_id: int = 0
+    cuda: CudaOptions = field(default_factory=CudaOptions)
 
     @property
-    def providers(self) -> list[str]:
+    def name(self) -> str:
+        """What ONNX Runtime calls the provider."""
+        return PROVIDER if self.device == "cuda" else _CPU
+
+    @property
+    def providers(self) -> list[Any]:
         """What the sessions are asked to run on."""
-        return [_CUDA] if self.device == "cuda" else [_CPU]
+        if self.device == "cpu":
+            return [_CPU]
+        return [(PROVIDER, self.cuda.provider_options(self.device_id))]
 
 
-def choose_provider(device: Device, dtype: str) -> ProviderChoice:
-    """Decides where to run a bundle of some activation type.
+def choose_provider(device: str, activations: str, cuda: CudaOptions | None = None) -> ProviderChoice:
+    """Decides where to run a bundle.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1`` for another than the first, or ``auto``.
+        activations: type of the bundle's activations.
+        cuda: how to use a CUDA device.
 
     Raises:
-        ValueError: ``device`` is none of ``cpu``, ``cuda``, ``auto``.
-        ProviderError: ``cuda`` was asked for and cannot run here.
+        ValueError: ``device`` is none of these.
+        ProviderError: the bundle was made for another device, or ``cuda`` was asked for and cannot run here.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-    if device == "cpu":
+    kind, colon, number = device.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, or cuda:N, got {device!r}")
+    device_id, made_for = int(number or 0), PROVIDERS[activations]
+    if kind == "cpu":
+        if "cpu" not in made_for:
+            raise ProviderError(_mismatch("cpu", activations))
         return ProviderChoice("cpu", "device='cpu' was asked for")
-    obstacle = cuda_obstacle() or _type_obstacle(dtype)
+    obstacle = _mismatch("cuda", activations) if "cuda" not in made_for else cuda_obstacle(device_id)
     if obstacle is None:
-        return ProviderChoice("cuda", "the CUDA execution provider can run here")
-    if device == "cuda":
-        raise ProviderError(f"device='cuda' cannot run here: {obstacle}; use device='cpu', or see: melt doctor")
+        options = CudaOptions() if cuda is None else cuda
+        return ProviderChoice("cuda", "the CUDA execution provider can run here", device_id, options)
+    if kind == "cuda":
+        raise ProviderError(f"device={device!r} cannot run here: {obstacle}; use device='cpu', or see: melt doctor")
+    if "cpu" not in made_for:
+        raise ProviderError(f"{_mismatch('cpu', activations)}; and CUDA cannot run here: {obstacle}")
     return ProviderChoice("cpu", f"CUDA cannot run here: {obstacle}")
 
 
-def cuda_obstacle() -> str | None:
-    """What keeps the CUDA execution provider from running, in one line; None where nothing is known to."""
-    if _CUDA not in ort.get_available_providers():
-        return "this onnxruntime was built without CUDA (pip uninstall onnxruntime; pip install 'melt-onnx[cuda]')"
-    missing = missing_cuda_libraries()
-    if missing:
-        return "missing " + ", ".join(f"{library} (from: {source})" for library, source in missing.items())
-    return _driver_obstacle()
-
-
-def missing_cuda_libraries() -> dict[str, str]:
-    """Shared libraries that the CUDA provider needs and the loader cannot find, with where each comes from.
-
-    Checked on Linux only; elsewhere the answer is empty and opening a session decides. A build without CUDA needs none.
-    """
-    if sys.platform != "linux" or _CUDA not in ort.get_available_providers():
-        return {}
-    with redirect_stdout(StringIO()):  # it prints what it cannot find; we say it ourselves
-        ort.preload_dlls()
-    major = ort.cuda_version.split(".")[0]
-    missing = {}
-    for pattern, source in _CUDA_LIBRARIES.items():
-        library = pattern.format(major=major)
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            missing[library] = source
-    return missing
-
-
-def _driver_obstacle() -> str | None:
-    """Asks the driver for a device; the libraries alone prove none."""
-    if sys.platform != "linux":
-        return None
-    driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status:
-        return f"the NVIDIA driver answers with error {status}"
-    return None if count.value else "the NVIDIA driver finds no device"
-
-
-def _type_obstacle(dtype: str) -> str | None:
-    if dtype == "float16":
-        return None
-    return f"its attention takes float16, the bundle's activations are {dtype}: export it with --precision float16"
+def _mismatch(device: DeviceKind, activations: str) -> str:
+    """Says what a bundle was made for, and the command that makes the right one."""
+    right = "--precision int4" if device == "cpu" else "--precision int4 --activations float16"
+    made_for = " or ".join(PROVIDERS[activations])
+    return (
+        f"this bundle was made for {made_for} ({activations} activations), not for {device}: "
+        f"make another with python export.py CHECKPOINT --out BUNDLE {right}"
+    )
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
@@ -163,6 +139,6 @@ def make_session(
         session = ort.InferenceSession(path, options, providers=choice.providers)
     except Exception as error:  # ONNX Runtime has no common base class below Exception
         raise BundleError(f"ONNX Runtime cannot load {path.name} on {choice.device}: {error}") from error
-    if session.get_providers()[0] != choice.providers[0]:
-        raise ProviderError(f"{path.name} was asked to run on {choice.providers[0]}, runs on {session.get_providers()}")
+    if session.get_providers()[0] != choice.name:
+        raise ProviderError(f"{path.name} was asked to run on {choice.name}, runs on {session.get_providers()}")
     return session

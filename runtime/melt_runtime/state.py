@@ -5,8 +5,9 @@ loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,8 +15,17 @@ from numpy.typing import NDArray
 
 from melt_runtime.contract import KV_CACHES, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.errors import CapacityError
+from melt_runtime.providers import DeviceKind
 
 Array = NDArray[Any]
+
+_STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type; the bits are the same
+_BFLOAT16 = 16  # ONNX's number of the type
+
+
+def stored_type(dtype: str) -> np.dtype[Any]:
+    """Numpy's type of a tensor's elements, or the one that has room for them."""
+    return np.dtype(_STORED_AS.get(dtype, dtype))
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class StatePlan:
 
     Attributes:
         shape: the model.
-        dtype: activation type, ``float32`` or ``float16``.
+        dtype: activation type.
         batch: sequences B.
         capacity: tokens S that the cache holds for each sequence.
         chunk: most tokens C processed in parallel in prefill.
@@ -91,7 +101,7 @@ class StatePlan:
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
         elements = 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape)
-        return elements * np.dtype(self.cache_dtype).itemsize
+        return elements * stored_type(self.cache_dtype).itemsize
 
     @property
     def work_bytes(self) -> int:
@@ -110,17 +120,35 @@ class StatePlan:
         return self.cache_bytes + self.work_bytes
 
     @property
+    def activation_bytes(self) -> int:
+        """Intermediate results while a whole chunk is processed, about: 6 rows of the MLP and 12 hidden states a token.
+
+        Measured in float32 on a CPU, not derived: ONNX Runtime decides what it holds at once, and its arena keeps it.
+        """
+        return self.rows * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
+
+    @property
     def _itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+        return stored_type(self.dtype).itemsize
 
 
 class Buffer:
-    """A device tensor that stays where it is; slices of it are bound by address."""
+    """A device tensor that stays where it is; slices of it are bound by address.
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: Literal["cpu", "cuda"]):
-        self.dtype = np.dtype(dtype)
-        self.device = device
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, 0)
+    Attributes:
+        dtype: numpy's type of its elements; bfloat16 is held as uint16.
+        element_type: what ONNX Runtime is told.
+        device: where it lies.
+        device_id: which of several.
+        value: the memory.
+        shape: its sizes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: DeviceKind, device_id: int = 0):
+        self.dtype = stored_type(dtype)
+        self.element_type: Any = _BFLOAT16 if dtype == "bfloat16" else self.dtype.type
+        self.device, self.device_id = device, device_id
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, device_id)
         self.shape = shape
 
     @property
@@ -131,6 +159,22 @@ class Buffer:
     def address(self, offset: int = 0) -> int:
         """Address of the element ``offset`` (counted in elements, row-major)."""
         return int(self.value.data_ptr()) + offset * self.dtype.itemsize
+
+    def bind_input(
+        self, binding: ort.IOBinding, name: str, shape: Sequence[int] | None = None, offset: int = 0
+    ) -> None:
+        """Binds ``shape`` (default: all of it) from the element ``offset`` on as an input."""
+        binding.bind_input(name, *self._place(shape, offset))
+
+    def bind_output(
+        self, binding: ort.IOBinding, name: str, shape: Sequence[int] | None = None, offset: int = 0
+    ) -> None:
+        """As ``bind_input``, as an output."""
+        binding.bind_output(name, *self._place(shape, offset))
+
+    def _place(self, shape: Sequence[int] | None, offset: int) -> tuple[Any, ...]:
+        sizes = list(self.shape if shape is None else shape)
+        return self.device, self.device_id, self.element_type, sizes, self.address(offset)
 
     def write(self, values: Array) -> None:
         """Copies ``values``, of the buffer's own shape and type, to the device."""
@@ -158,28 +202,29 @@ class State:
         depth: loops that the cached tokens of a LoopLM went through, None while there are none.
     """
 
-    def __init__(self, plan: StatePlan, device: Literal["cpu", "cuda"]):
+    def __init__(self, plan: StatePlan, device: DeviceKind, device_id: int = 0):
         shape, dtype = plan.shape, plan.dtype
         self.plan = plan
         self.device = device
+        place = (device, device_id)
         self.caches = [
             [
-                (Buffer(plan.cache_shape, plan.cache_dtype, device), Buffer(plan.cache_shape, plan.cache_dtype, device))
+                (Buffer(plan.cache_shape, plan.cache_dtype, *place), Buffer(plan.cache_shape, plan.cache_dtype, *place))
                 for _ in range(shape.layers)
             ]
             for _ in range(plan.cache_sets)
         ]
-        self.hidden = Buffer((plan.rows, shape.hidden_size), dtype, device)
+        self.hidden = Buffer((plan.rows, shape.hidden_size), dtype, *place)
         latent_shape = (shape.layers, plan.rows, shape.hidden_size)
-        self.latent = Buffer(latent_shape, dtype, device) if shape.has_latent else None
-        self.exit_logit = Buffer((plan.rows,), dtype, device) if shape.has_exit_gate else None
+        self.latent = Buffer(latent_shape, dtype, *place) if shape.has_latent else None
+        self.exit_logit = Buffer((plan.rows,), dtype, *place) if shape.has_exit_gate else None
         self.logits = Buffer((plan.batch, shape.vocab_size), "float32", "cpu")
-        self.step_ids = Buffer((plan.batch, 1), "int64", device)
-        self.step_last_row = Buffer((plan.batch,), "int32", device)
-        self.chunk_ids = Buffer((1, plan.chunk), "int64", device)
-        self.chunk_last_row = Buffer((1,), "int32", device)
+        self.step_ids = Buffer((plan.batch, 1), "int64", *place)
+        self.step_last_row = Buffer((plan.batch,), "int32", *place)
+        self.chunk_ids = Buffer((1, plan.chunk), "int64", *place)
+        self.chunk_last_row = Buffer((1,), "int32", *place)
         self.total_length = Buffer((1,), "int32", "cpu")
-        self.loop_idx = Buffer((1,), "int64", device) if shape.has_loop_idx else None
+        self.loop_idx = Buffer((1,), "int64", *place) if shape.has_loop_idx else None
         self.depth: int | None = None
         self.lengths = np.zeros(plan.batch, dtype=np.int64)
         self.starts = np.zeros((plan.batch, plan.capacity), dtype=np.bool_)

@@ -1,0 +1,162 @@
+"""L3 without a GPU: ONNX Runtime's real CUDA provider over a fake CUDA runtime. What runs where, and what a step calls.
+
+Every graph is opened with the fall to the CPU switched off, so a node without a CUDA kernel fails the load, and a copy
+between devices inside a graph would stand among the counted ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import onnxruntime as ort
+import pytest
+from conftest import ROOT
+
+FAKE = ROOT / "tests" / "fakecuda"
+sys.path.insert(0, str(FAKE))
+import fake_libraries  # noqa: E402 (lies beside this file, not in a package)
+
+pytestmark = pytest.mark.skipif(
+    fake_libraries.obstacle() is not None, reason=f"no fake CUDA: {fake_libraries.obstacle()}"
+)
+
+LAYERS = 2
+BUNDLES = {
+    "float16": {"precision": "float16"},
+    "bfloat16": {"precision": "bfloat16"},
+    "int4": {"precision": "int4", "activations": "float16"},
+    "int8": {"precision": "int8", "activations": "float16"},
+    "int4 bfloat16": {"precision": "int4", "activations": "bfloat16"},
+    "LoopLM": {"precision": "float16", "gate_kind": "none"},
+    "mean gate": {"precision": "float16", "gate_kind": "mean"},
+}
+# Launches and matrix products (cuBLAS) of one loop over two layers, and of everything before and after the loops.
+PER_LOOP = {
+    "float16": (28, 19),
+    "bfloat16": (28, 19),
+    "int4": (46, 1),
+    "int8": (46, 1),
+    "int4 bfloat16": (46, 1),
+    "LoopLM": (16, 15),
+    "mean gate": (24, 15),
+}
+BESIDE = {"float16": (4, 1), "bfloat16": (4, 1), "int4": (5, 1), "int8": (5, 1), "int4 bfloat16": (5, 1)}
+BESIDE |= {"LoopLM": (2, 1), "mean gate": (4, 1)}
+# What chooses the token: copies in, copies out, copies on the device, launches.
+CHOICE = {"host": (2, 1, 0, 0), "greedy": (1, 1, 2, 7), "sample": (2, 1, 6, 30)}
+BYTES_IN = {"host": 12, "greedy": 4, "sample": 8}
+VOCABULARY = 703
+
+
+@pytest.fixture(scope="session")
+def fake_cuda():
+    return fake_libraries.build(ROOT / "build" / "fakecuda" / ort.__version__)
+
+
+@pytest.fixture(scope="session")
+def counts(fake_cuda, random_bundle):
+    """Counts by bundle and by whether graphs are captured, each taken once in a process of its own."""
+    taken: dict[tuple[str, bool], dict[str, dict[str, int]]] = {}
+
+    def take(name: str, graphs: bool = False) -> dict[str, dict[str, int]]:
+        if (name, graphs) not in taken:
+            bundle = random_bundle(**BUNDLES[name], num_hidden_layers=LAYERS)
+            out = run(fake_cuda, str(FAKE / "worker.py"), str(bundle), *(["graphs"] if graphs else []))
+            found = json.loads(out)
+            assert found["providers"][0] == "CUDAExecutionProvider"
+            taken[name, graphs] = found["counts"]
+        return taken[name, graphs]
+
+    return take
+
+
+def run(fake_cuda, *command: str) -> str:
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_cuda)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("choice", CHOICE)
+@pytest.mark.parametrize("name", BUNDLES)
+def test_what_a_token_calls(counts, name, choice):
+    """No allocation. In: the position; where the host chooses the token, where one is drawn a number. Out: 4 bytes."""
+    to_device, to_host, on_device, choosing = CHOICE[choice]
+    for loops in (1, 2, 4):
+        # The loop's number is told to the gate that averages over loops.
+        told = loops if name == "mean gate" else 0
+        assert counts(name)[f"{choice} {loops}"] | {"synchronizations": 0} == {
+            "allocations": 0,
+            "frees": 0,
+            "to_device": to_device + told,
+            "to_host": to_host,
+            "on_device": on_device,
+            "launches": BESIDE[name][0] + choosing + loops * PER_LOOP[name][0],
+            "products": BESIDE[name][1] + loops * PER_LOOP[name][1],
+            "graph_launches": 0,
+            "synchronizations": 0,
+            "bytes_to_device": BYTES_IN[choice] + 8 * told,
+            "bytes_to_host": 4 * VOCABULARY if choice == "host" else 4,
+            "bytes_allocated": 0,
+        }
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "int4", "LoopLM"])
+def test_captured_graphs_are_one_launch_a_loop(counts, name):
+    for choice, (to_device, to_host, _, choosing) in CHOICE.items():
+        for loops in (1, 2, 4):
+            found = counts(name, graphs=True)[f"{choice} {loops}"]
+            head = 0 if choice == "host" else 1  # logits for the host leave the device, so that head is not captured
+            assert found["graph_launches"] == loops + 1 + head, (choice, loops)
+            assert found["allocations"] == 0
+            assert (found["to_device"], found["to_host"]) == (to_device, to_host)
+            if choice != "host":
+                assert (found["launches"], found["products"]) == (choosing, 0)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["float16", "int4 bfloat16"])
+def test_two_hundred_tokens_do_not_grow(counts, name, graphs):
+    grown = counts(name, graphs)["growth"]
+    assert (grown["allocations"], grown["bytes_allocated"], grown["frees"]) == (0, 0, 0)
+    assert grown["bytes_to_host"] == 4 * 200
+    assert grown["bytes_to_device"] == 8 * 200
+
+
+STATE_BYTES = """
+import sys
+from melt_runtime import MeltModel
+for loops in (1, 4, 16):
+    model = MeltModel.load(sys.argv[1], device="cuda", capacity=128, loops=loops)
+    state = model.session.state
+    assert model.state_bytes == state.plan.total_bytes
+    options = model.session.runner.sessions.loop.get_provider_options()["CUDAExecutionProvider"]
+    limit = model.manifest.weight_bytes + 4 * state.plan.activation_bytes + (256 << 20)
+    assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (str(limit), "kSameAsRequested")
+    assert {state.caches[0][0][0].value.device_name(), state.hidden.value.device_name()} == {"cuda"}
+    print(model.state_bytes)
+"""
+
+
+def test_state_lies_on_the_device_and_is_the_same_for_every_depth(fake_cuda, random_bundle):
+    for name in ("float16", "bfloat16"):
+        bundle = random_bundle(**BUNDLES[name], num_hidden_layers=LAYERS)
+        assert len(set(run(fake_cuda, "-c", STATE_BYTES, str(bundle)).split())) == 1
+
+
+REFUSED = """
+import sys
+from melt_runtime import MeltModel, ProviderError
+try:
+    MeltModel.load(sys.argv[1], device=sys.argv[2])
+except ProviderError as error:
+    print(error)
+"""
+
+
+def test_a_bundle_for_the_cpu_and_a_device_too_many_are_refused(fake_cuda, random_bundle):
+    said = run(fake_cuda, "-c", REFUSED, str(random_bundle()), "cuda")
+    assert "was made for cpu (float32 activations), not for cuda" in said
+    said = run(fake_cuda, "-c", REFUSED, str(random_bundle(**BUNDLES["float16"], num_hidden_layers=LAYERS)), "cuda:3")
+    assert "device 3 does not exist: there are devices 0 to 0" in said

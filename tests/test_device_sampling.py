@@ -1,0 +1,104 @@
+"""L1/L3: the graphs that choose tokens on a device, run on the CPU: as the host's sampler, and as numpy."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import SMALL
+
+from melt_export.trace import model_shape, sampling_modules, trace_graph
+from melt_models import MeltConfig
+from melt_runtime.contract import graph_specs
+from melt_runtime.device_sampler import DeviceSampler
+from melt_runtime.errors import NumericalError
+from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.sampler import filtered_probabilities
+from melt_runtime.state import Buffer
+
+VOCABULARY = 37
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory):
+    config = MeltConfig(**{**SMALL, "vocab_size": VOCABULARY})
+    specs = graph_specs(model_shape(config), "float16")
+    made = {}
+    for name, module in sampling_modules(config).items():
+        path = tmp_path_factory.mktemp("graphs") / f"{name}.onnx"
+        ir.save(trace_graph(name, module, specs[name]), path)
+        made[name] = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert {value.name for value in made[name].get_inputs()} == {tensor.name for tensor in specs[name].inputs}
+    return made
+
+
+def draw_logits(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, (1, 1, VOCABULARY)).astype(np.float32)
+
+
+class Drawing:
+    """A sampler over the graphs, and the buffer that the next step would read."""
+
+    def __init__(self, sessions, config: GenerationConfig):
+        self.sampler = DeviceSampler(sessions["greedy"], sessions["sample"], VOCABULARY, "cpu", 0)
+        self.ids = Buffer((1, 1), "int64", "cpu")
+        self.bindings = self.sampler.bind(self.ids)
+        self.sampler.start(config)
+
+    def draw(self, logits: np.ndarray) -> int:
+        self.sampler.logits.write(logits)
+        token = self.sampler.draw(self.bindings)
+        assert self.ids.read()[0, 0] == token
+        return token
+
+
+def test_greedy_takes_the_largest(sessions):
+    drawing = Drawing(sessions, GenerationConfig(temperature=0.0))
+    for seed in range(20):
+        logits = draw_logits(seed)
+        assert drawing.draw(logits) == logits.argmax()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        {"temperature": 0.7, "top_k": 5, "top_p": 1.0},
+        {"temperature": 1.5, "top_k": 0, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 12, "top_p": 0.5},
+        {"temperature": 1.0, "top_k": 1, "top_p": 1.0},
+    ],
+    ids=str,
+)
+def test_frequencies_are_the_host_samplers_probabilities(sessions, settings):
+    """Every uniform number of a fine grid instead of random ones: each token as often as its probability says."""
+    config = GenerationConfig(**settings, seed=1)
+    logits = draw_logits(3)
+    expected = filtered_probabilities(logits[0, 0], config)
+    drawing, count = Drawing(sessions, config), 2000
+    grid = iter((np.arange(count, dtype=np.float32) + 0.5) / count)
+    drawing.sampler._random = type("Grid", (), {"random": lambda *_, **__: np.array([[next(grid)]], np.float32)})()
+    found = np.bincount([drawing.draw(logits) for _ in range(count)], minlength=VOCABULARY) / count
+    np.testing.assert_allclose(found, expected, atol=1.5 / count)
+
+
+def test_a_seed_repeats_an_answer(sessions):
+    config = GenerationConfig(temperature=1.0, seed=7)
+    logits = [draw_logits(seed) for seed in range(30)]
+    first = [Drawing(sessions, config).draw(one) for one in logits[:1]]
+    runs = [[drawing.draw(one) for one in logits] for drawing in (Drawing(sessions, config), Drawing(sessions, config))]
+    assert runs[0] == runs[1]
+    assert runs[0][0] == first[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(sessions, temperature):
+    logits = draw_logits(0)
+    logits[0, 0, 5] = np.nan
+    with pytest.raises(NumericalError, match="NaN logits"):
+        Drawing(sessions, GenerationConfig(temperature=temperature)).draw(logits)
+
+
+def test_what_the_host_must_do():
+    assert DeviceSampler.can_draw(GenerationConfig(temperature=0.7, top_k=3, top_p=0.9))
+    assert not DeviceSampler.can_draw(GenerationConfig(repetition_penalty=1.1))
+    assert not DeviceSampler.can_draw(GenerationConfig(min_p=0.1))
