@@ -19,6 +19,7 @@ from melt_runtime.errors import BundleError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import WEIGHTS_NAME, Manifest
 from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session, session_options
+from melt_runtime.state import stored_type
 
 _GRAPH = "graph.onnx"
 _DATA = "graph.data"
@@ -101,7 +102,7 @@ def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, chunk: in
     """Whether both graphs give the same bits for one chunk of random activations."""
     draw = np.random.default_rng(0)
     sizes = {"B": 1, "C": chunk, "S": chunk}
-    types = {name: np.dtype(dtype) for dtype, name in ORT_TYPES.items()}
+    types = {name: stored_type(dtype) for dtype, name in ORT_TYPES.items()}
     feeds = {}
     for value in original.get_inputs():
         shape = [sizes.get(size, size) for size in value.shape]
