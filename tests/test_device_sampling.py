@@ -1,5 +1,7 @@
 """L1/L3: the graphs that choose tokens on a device, run on the CPU: as the host's sampler, and as numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -12,8 +14,12 @@ from melt_runtime.contract import graph_specs
 from melt_runtime.device_sampler import DeviceSampler
 from melt_runtime.errors import NumericalError
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.loop import LoopRunner
+from melt_runtime.manifest import read_manifest
+from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.providers import choose_provider, make_session
 from melt_runtime.sampler import filtered_probabilities
-from melt_runtime.state import Buffer
+from melt_runtime.state import Buffer, State
 
 VOCABULARY = 37
 
@@ -102,3 +108,31 @@ def test_what_the_host_must_do():
     assert DeviceSampler.can_draw(GenerationConfig(temperature=0.7, top_k=3, top_p=0.9))
     assert not DeviceSampler.can_draw(GenerationConfig(repetition_penalty=1.1))
     assert not DeviceSampler.can_draw(GenerationConfig(min_p=0.1))
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+def test_the_driver_goes_on_from_the_token_that_was_drawn(random_bundle, loops):
+    """The path of a device, run on the CPU: tokens stay where they were drawn, and are those of the host's path."""
+    bundle = random_bundle("float16")
+    manifest, choice = read_manifest(bundle), choose_provider("cpu", "float16")
+    sessions = open_sessions(bundle, manifest, choice)
+    drawn = {name: make_session(bundle / f"{name}.onnx", choice) for name in ("greedy", "sample")}
+    host, device = (
+        LoopRunner(graphs, State(plan_state(manifest, 96, chunk=8), "cpu"))
+        for graphs in (sessions, replace(sessions, **drawn))
+    )
+    device.sampler.start(GenerationConfig(temperature=0.0))
+    prompt = list(range(20, 41))
+    token = int(host.prefill(prompt, loops).argmax())
+    assert device.prefill_and_draw(prompt, loops) == token
+    sent = []
+    write = device.state.step_ids.write
+    device.state.step_ids.write = lambda values: sent.append(values) or write(values)
+    for step in range(40):
+        if step == 20:  # a token of the caller's choice in between
+            token = 3
+        logits = host.decode([token], loops)[0]
+        following = device.decode_and_draw(token, loops)
+        assert following == int(logits.argmax())
+        token = following
+    assert len(sent) == 1
