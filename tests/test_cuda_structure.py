@@ -28,6 +28,7 @@ BUNDLES = {
     "int4": {"precision": "int4", "activations": "float16"},
     "int8": {"precision": "int8", "activations": "float16"},
     "int4 bfloat16": {"precision": "int4", "activations": "bfloat16"},
+    "heads of 64": {"precision": "float16", "head_dim": 64},
     "LoopLM": {"precision": "float16", "gate_kind": "none"},
     "mean gate": {"precision": "float16", "gate_kind": "mean"},
 }
@@ -38,11 +39,12 @@ PER_LOOP = {
     "int4": (46, 1),
     "int8": (46, 1),
     "int4 bfloat16": (46, 1),
+    "heads of 64": (32, 19),
     "LoopLM": (16, 15),
     "mean gate": (24, 15),
 }
 BESIDE = {"float16": (4, 1), "bfloat16": (4, 1), "int4": (5, 1), "int8": (5, 1), "int4 bfloat16": (5, 1)}
-BESIDE |= {"LoopLM": (2, 1), "mean gate": (4, 1)}
+BESIDE |= {"heads of 64": (4, 1), "LoopLM": (2, 1), "mean gate": (4, 1)}
 # What chooses the token: copies in, copies out, copies on the device, launches.
 CHOICE = {"host": (2, 1, 0, 0), "greedy": (1, 1, 2, 7), "sample": (2, 1, 6, 30)}
 BYTES_IN = {"host": 12, "greedy": 4, "sample": 8}
