@@ -235,7 +235,7 @@ def test_the_config_of_the_bundle_is_the_default(model):
 
 
 def test_devices(random_bundle):
-    with pytest.raises(ValueError, match="device must be one of cpu, cuda, auto, got 'tpu'"):
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, auto, or cuda:N, got 'tpu'"):
         MeltModel.load(random_bundle(), device="tpu")
     if (obstacle := cuda_obstacle()) is None:
         pytest.skip("CUDA can run here, so nothing is refused")

@@ -76,7 +76,9 @@ def choose_provider(device: str, activations: str, cuda: CudaOptions | None = No
         if "cpu" not in made_for:
             raise ProviderError(_mismatch("cpu", activations))
         return ProviderChoice("cpu", "device='cpu' was asked for")
-    obstacle = _mismatch("cuda", activations) if "cuda" not in made_for else cuda_obstacle(device_id)
+    obstacle = cuda_obstacle(device_id)
+    if obstacle is None and "cuda" not in made_for:
+        obstacle = _mismatch("cuda", activations)
     if obstacle is None:
         options = CudaOptions() if cuda is None else cuda
         return ProviderChoice("cuda", "the CUDA execution provider can run here", device_id, options)
