@@ -143,6 +143,6 @@ def test_bad_formats_are_all_named():
     assert "pattern 'lm_head' asks for float16 in a bundle of float32 activations" in message
     assert "model.layers.0.mlp.down_proj has rows of 40, which no block of (128, 64, 32, 16) divides" in message
     with pytest.raises(
-        ValueError, match="precision of 'lm_head' must be one of float32, float16, int8, int4, got 'int3'"
+        ValueError, match="precision of 'lm_head' must be one of float32, float16, bfloat16, int8, int4, got 'int3'"
     ):
         weight_formats(random_model(), "int4", {"lm_head": "int3"})
