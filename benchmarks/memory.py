@@ -11,14 +11,13 @@ the cache, processes a prompt of 128 tokens at its end, decodes one token, and s
 """
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from melt_runtime import MeltModel
+from melt_runtime.bench import fill_cache, new_process
 from melt_runtime.contract import ModelShape
 from melt_runtime.manifest import read_manifest
 from melt_runtime.memory import format_bytes, new_figure, plan_memory, resident_bytes
@@ -36,7 +35,6 @@ PUBLISHED = {
     "Ouro-1.4B": ("ouro-1.4b", PUBLISHED_CONTEXT // 2, "25.17, 2.869 GB"),
 }
 """Shape, tokens to allocate for (half of them where 32,000 would not fit), and what arXiv 2605.07721 says."""
-_FILL = 7
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,12 @@ def measure(bundle: str, loops: int, context: int) -> Point:
     plan = plan_memory(manifest, context, loops=loops, kv_cache=KV_CACHE, chunk=CHUNK)
     model = MeltModel.load(bundle, device="cpu", capacity=context, chunk=CHUNK, loops=loops, kv_cache=KV_CACHE)
     runner = model.session.runner
-    fill(runner.state)
+    fill_cache(runner.state, context)
     start = context - CHUNK - 1
     runner.state.advance(start, 0, loops)
     runner.prefill([token % manifest.model.vocab_size for token in range(CHUNK)], loops)
     runner.decode([1], loops)
     return Point(Path(bundle).name, loops, context, runner.state.nbytes, plan.process_bytes, resident_bytes())
-
-
-def fill(state: State) -> None:
-    """Writes every row, so that all of the cache is resident."""
-    for cache in state.caches:
-        for pair in cache:
-            for buffer in pair:
-                buffer.value.numpy()[...] = _FILL
 
 
 def allocate(shape: ModelShape, loops: int, context: int) -> tuple[int, int]:
@@ -82,14 +72,13 @@ def allocate(shape: ModelShape, loops: int, context: int) -> tuple[int, int]:
     plan = StatePlan(shape, "float16", 1, context, 1, loops)
     before = resident_bytes()
     state = State(plan, "cpu")
-    fill(state)
+    fill_cache(state, context)
     return plan.cache_bytes, resident_bytes() - before
 
 
 def run(task, *arguments):
     """Runs a task in a new process."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with new_process() as pool:
         return pool.submit(task, *arguments).result()
 
 

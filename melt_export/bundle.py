@@ -31,7 +31,7 @@ from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
-from melt_models.staging import staged
+from melt_models.staging import require_absent, staged
 from melt_runtime import MeltModel
 from melt_runtime.contract import (
     ACTIVATIONS,
@@ -125,13 +125,13 @@ def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | No
         CheckpointError: the checkpoint cannot be found, is incomplete, damaged or does not fit its configuration.
         ParityError: the graphs do not compute what torch does.
     """
-    _require_absent(out)
+    require_absent(out, ExportError)
     return export_source(checkpoint_source(checkpoint_folder(str(checkpoint))), out, options or ExportOptions())
 
 
 def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest:
     """As ``export_bundle``, from an opened source."""
-    _require_absent(out)
+    require_absent(out, ExportError)
     config, precision, report = source.config, options.precision, options.report
     for note in source.notes:
         report(f"note: {note}")
@@ -271,11 +271,6 @@ def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[
         {f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()}
     )
     return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
-
-
-def _require_absent(out: Path) -> None:
-    if out.exists():
-        raise ExportError(f"{out} exists: choose another --out, or remove it first")
 
 
 def write_text_files(source: Source, folder: Path) -> None:

@@ -127,8 +127,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _make_checkpoint(args: argparse.Namespace) -> str:
     """Writes a MELT checkpoint; returns what was made."""
+    parser = _parser()
     for name in ("precision", "activations", "layer", "block", "rounding", "eval_text"):
-        if getattr(args, name) != _parser().get_default(name):
+        if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
     if args.checkpoint is None:
         raise ValueError("--melt needs a checkpoint: --shape has none")

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from melt_runtime.manifest import WEIGHTS_NAME
+from melt_runtime.state import stored_type
 
 _PAGE = 4096  # large tensors begin on a page of memory, so that they can be mapped
 _LINE = 64
-
-
-_STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type
 
 
 def onnx_type(name: str) -> ir.DataType:
@@ -39,7 +37,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * np.dtype(_STORED_AS.get(self.dtype, self.dtype)).itemsize
+        return math.prod(self.shape) * stored_type(self.dtype).itemsize
 
 
 class WeightFile:
@@ -65,8 +63,7 @@ class WeightFile:
     def read(self, key: str) -> Tensor:
         """Reads one tensor back."""
         entry = self.entries[key]
-        stored = np.dtype(_STORED_AS.get(entry.dtype, entry.dtype))
-        values = np.fromfile(self._path, stored, math.prod(entry.shape), offset=entry.offset)
+        values = np.fromfile(self._path, stored_type(entry.dtype), math.prod(entry.shape), offset=entry.offset)
         return torch.from_numpy(values.reshape(entry.shape)).view(getattr(torch, entry.dtype))
 
     def add_module(self, module: nn.Module, origin: str, read: Callable[[str], Tensor]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from melt_models.checkpoint import INDEX_NAME, Checkpoint, CheckpointError, empty_model
 from melt_models.configuration import GateKind, MeltConfig
 from melt_models.modeling import MeltCausalLM
-from melt_models.staging import staged
+from melt_models.staging import require_absent, staged
 
 GATES_NAME = "model-gates.safetensors"
 _TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -45,8 +45,7 @@ def looplm_to_melt(checkpoint: Checkpoint, out: Path, gate_kind: GateKind = "ele
         raise CheckpointError(
             f"{checkpoint.folder} has no loops (total_ut_steps 1): a gate has nothing to update; give a LoopLM"
         )
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out, or remove it first")
+    require_absent(out, CheckpointError)
     own = {"gate_kind": gate_kind, "architectures": [MeltCausalLM.__name__]}
     config = MeltConfig(**{**_own_values(checkpoint.config), **own})
     with staged(out) as folder:

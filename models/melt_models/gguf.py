@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from melt_models.checkpoint import WEIGHTS_NAME, CheckpointError
 from melt_models.families import FAMILIES
-from melt_models.staging import staged
+from melt_models.staging import require_absent, staged
 
 
 def gguf_to_checkpoint(file: Path, out: Path) -> None:
@@ -34,8 +34,7 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         raise CheckpointError(f"reading GGUF needs {' and '.join(missing)}: pip install 'melt-onnx[gguf]'")
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: give a .gguf file")
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out, or remove it first")
+    require_absent(out, CheckpointError)
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(**place)

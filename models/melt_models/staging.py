@@ -7,6 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def require_absent(out: Path, error: type[Exception]) -> None:
+    """Refuses an output that exists, with the caller's kind of error."""
+    if out.exists():
+        raise error(f"{out} exists: choose another --out, or remove it first")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``out``, which must not exist, at the end; or disappears."""

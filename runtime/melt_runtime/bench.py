@@ -125,18 +125,26 @@ def run_bench(bundles: list[Path], options: BenchOptions) -> Iterator[Row]:
     """
     manifests = {bundle: read_manifest(bundle) for bundle in bundles}
     cases = [case for bundle in bundles for case in _cases(bundle, manifests[bundle], options)]
-    with _process() as pool:
+    with new_process() as pool:
         for case in cases:
             yield from pool.submit(_measure, case).result()
 
 
 def read_bandwidth(threads: int | None = None) -> float:
     """Bytes a second that a plain loop reads from memory: the largest of a gigabyte of integers, on every thread."""
-    with _process() as pool:
+    with new_process() as pool:
         return pool.submit(_read_memory, threads).result()
 
 
-def _process() -> concurrent.futures.ProcessPoolExecutor:
+def fill_cache(state: State, tokens: int) -> None:
+    """Writes the rows of the first ``tokens`` tokens, so that they are resident and hold no zeros."""
+    for cache in state.caches:
+        for pair in cache:
+            for buffer in pair:
+                buffer.value.numpy()[:, :, :tokens] = _FILL
+
+
+def new_process() -> concurrent.futures.ProcessPoolExecutor:
     """Runs each task in a new process."""
     return concurrent.futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -276,10 +284,7 @@ def _time_decode(runner: LoopRunner, position: int, loops: int) -> tuple[float, 
     """Median seconds of a step and of a loop, at ``position``."""
     state, batch = runner.state, runner.state.plan.batch
     state.reset()
-    for cache in state.caches:
-        for pair in cache:
-            for buffer in pair:
-                buffer.value.numpy()[:, :, :position] = _FILL
+    fill_cache(state, position)
     for sequence in range(batch):
         state.advance(position, sequence, loops)
     steps, inner = [], []

@@ -40,14 +40,9 @@ class MemoryPlan:
         return self.weight_bytes + self.state.total_bytes
 
     @property
-    def activation_bytes(self) -> int:
-        """Intermediate results while a whole chunk is processed, about."""
-        return self.state.activation_bytes
-
-    @property
     def process_bytes(self) -> int:
         """Peak resident memory of a process that fills its capacity, on the CPU, about."""
-        return self.total_bytes + self.program_bytes + self.activation_bytes
+        return self.total_bytes + self.program_bytes + self.state.activation_bytes
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -100,7 +95,7 @@ def format_plan(plan: MemoryPlan) -> str:
         ("other state", state.work_bytes, plan.per_loop.work_bytes),
         ("total", plan.total_bytes, plan.total_bytes + more),
         ("program", plan.program_bytes, plan.program_bytes),
-        ("activations", plan.activation_bytes, plan.activation_bytes),
+        ("activations", state.activation_bytes, state.activation_bytes),
         ("process", plan.process_bytes, plan.process_bytes + more),
     )
     lines = [sizes, f"{'':<12} {'this bundle':>16} {'a cache per loop':>18}"]
