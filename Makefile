@@ -7,7 +7,7 @@ RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
-.PHONY: demo demo-smollm2 test test-large test-cuda check bench setup melt-tiny clean
+.PHONY: demo demo-smollm2 test test-large test-cuda check bench setup melt-tiny train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -53,9 +53,22 @@ bench: $(VENV)/ready
 	$(BIN)/melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512 \
 		--json build/bench/bench.json --plot build/bench/bench.png
 
-## melt-tiny: train the reference model again from its seed (about 40 minutes on 2 cores)
+## melt-tiny: train the reference model again from its seeds, teacher first (about 40 minutes on 2 cores)
+TRAINING := build/melt-tiny-training
 melt-tiny: $(VENV)/ready
-	$(BIN)/python -m melt_models.tiny.train --out build/melt-tiny-training
+	$(BIN)/python -m melt_models.tiny.teacher --out $(TRAINING)/teacher
+	test -d $(TRAINING)/data || $(BIN)/python -m melt_models.tiny.write_data --out $(TRAINING)/data
+	$(BIN)/melt-train models/recipes/melt-tiny.toml --teacher $(TRAINING)/teacher/stage-8 --data $(TRAINING)/data \
+		--out $(TRAINING)/run --device cpu --plot
+
+## train-smoke: every step of a training, teacher, data and both phases, in about a minute; it trains nothing of use
+SMOKE := build/train-smoke
+train-smoke: $(VENV)/ready
+	rm -rf $(SMOKE)
+	$(BIN)/python -m melt_models.tiny.teacher --out $(SMOKE)/teacher --most-steps 2
+	$(BIN)/python -m melt_models.tiny.write_data --out $(SMOKE)/data --rows 64
+	$(BIN)/melt-train models/recipes/smoke.toml --teacher $(SMOKE)/teacher/stage-8 --data $(SMOKE)/data \
+		--out $(SMOKE)/run --device cpu --plot
 
 setup: $(VENV)/ready
 

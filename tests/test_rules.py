@@ -15,7 +15,10 @@ PACKAGES = {
 }
 ALLOWED = {
     "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_runtime"},
-    "melt_models": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm", "melt_models"},
+    "melt_models": {
+        *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
+        *("datasets", "pyarrow", "matplotlib", "melt_models"),
+    },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "transformers", "tokenizers", "tqdm"),
         *("melt_models", "melt_runtime", "melt_export"),
@@ -78,7 +81,7 @@ def test_the_runtime_runs_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "melt_models.tiny"])
+@pytest.mark.parametrize("package", [*PACKAGES, "melt_models.tiny", "melt_models.training"])
 def test_every_package_says_what_it_offers(package):
     module = importlib.import_module(package)
     assert isinstance(module.__all__, list)

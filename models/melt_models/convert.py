@@ -46,8 +46,7 @@ def looplm_to_melt(checkpoint: Checkpoint, out: Path, gate_kind: GateKind = "ele
             f"{checkpoint.folder} has no loops (total_ut_steps 1): a gate has nothing to update; give a LoopLM"
         )
     require_absent(out, CheckpointError)
-    own = {"gate_kind": gate_kind, "architectures": [MeltCausalLM.__name__]}
-    config = MeltConfig(**{**_own_values(checkpoint.config), **own})
+    config = as_melt(checkpoint.config, gate_kind=gate_kind)
     with staged(out) as folder:
         config.save_pretrained(folder)
         _copy_texts(checkpoint.folder, folder)
@@ -78,9 +77,10 @@ def new_gates(config: MeltConfig, dtype: torch.dtype, seed: int) -> dict[str, to
     return gates
 
 
-def _own_values(config: MeltConfig) -> dict:
-    """The configuration's values without what names its former class."""
-    return {name: value for name, value in config.to_diff_dict().items() if name not in ("architectures", "model_type")}
+def as_melt(config: MeltConfig, **changes: object) -> MeltConfig:
+    """A LoopLM's configuration as MELT's, with ``changes``; what names its former class is left out."""
+    own = {name: value for name, value in config.to_diff_dict().items() if name not in ("architectures", "model_type")}
+    return MeltConfig(**{**own, "architectures": [MeltCausalLM.__name__], **changes})
 
 
 def _copy_texts(source: Path, target: Path) -> None:

@@ -111,13 +111,20 @@ class Attention(nn.Module):
         Returns:
             The output [B, C, D], and keys and values of past and chunk, each [B, Hk, P + C, dh].
         """
-        query = apply_rope(self.heads(self.q_proj(a)), frame.cos, frame.sin)
-        key = apply_rope(self.heads(self.k_proj(h)), frame.cos, frame.sin)
-        value = self.heads(self.v_proj(h))
+        key, value = self.keys_values(h, frame)
         if past is not None:
             key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=frame.mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), (key, value)
+        return self.attend(a, (key, value), frame), (key, value)
+
+    def keys_values(self, h: Tensor, frame: "Frame") -> "KeyValue":
+        """The chunk's rows out of their source ``h`` [B, C, D], each [B, Hk, C, dh]."""
+        return apply_rope(self.heads(self.k_proj(h)), frame.cos, frame.sin), self.heads(self.v_proj(h))
+
+    def attend(self, a: Tensor, present: "KeyValue", frame: "Frame") -> Tensor:
+        """The output [B, C, D] of queries from ``a`` over rows of past and chunk."""
+        query = apply_rope(self.heads(self.q_proj(a)), frame.cos, frame.sin)
+        out = F.scaled_dot_product_attention(query, *present, attn_mask=frame.mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -157,9 +164,12 @@ class Layer(nn.Module):
         a = self.input_layernorm(x)
         h = self.gate(a, latent, loop_idx)
         attended, present = self.self_attn(a, h, past, frame)
+        return self.after_attention(x, attended), h, present
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer: both residual branches, [B, C, D]."""
         x = x + self.input_layernorm_2(attended)
-        x = x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
-        return x, h, present
+        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 
 KeyValue = tuple[Tensor, Tensor]
@@ -173,6 +183,13 @@ class Frame:
     cos: Tensor
     sin: Tensor
     mask: Tensor
+
+    @classmethod
+    def of(cls, config: MeltConfig, past_length: int, chunk: int, device: torch.device) -> "Frame":
+        """The frame of ``chunk`` tokens that follow ``past_length`` others."""
+        positions = torch.arange(past_length, past_length + chunk, device=device)
+        seen = torch.arange(past_length + chunk, device=device)
+        return cls(*rope_tables(config, positions), mask=seen[None, :] <= positions[:, None])
 
 
 class KVCache:
@@ -254,10 +271,8 @@ class MeltBackbone(MeltPreTrainedModel):
         Returns:
             The normed value after every loop, ``loops`` tensors [B, C, D].
         """
-        chunk, past_length = input_ids.shape[1], cache.length
-        positions = torch.arange(past_length, past_length + chunk, device=input_ids.device)
-        seen = torch.arange(past_length + chunk, device=input_ids.device)
-        frame = Frame(*rope_tables(self.config, positions), mask=seen[None, :] <= positions[:, None])
+        chunk = input_ids.shape[1]
+        frame = Frame.of(self.config, cache.length, chunk, input_ids.device)
         hidden = self.embed_tokens(input_ids)
         latents: list[Tensor | None] = [None] * len(self.layers)
         states = []

@@ -1,5 +1,6 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,3 +25,13 @@ def staged(out: Path) -> Iterator[Path]:
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one step: a reader, or a full disk, finds the old text or the new one."""
+    new = path.with_name(f".{path.name}.partial")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
-"""Trains melt-tiny from a seed, chunk by chunk, with a curriculum.
+"""Trains melt-tiny's teacher from a seed: a LoopLM, with the loss at every loop, by a curriculum.
 
-    python -m melt_models.tiny.train --out build/melt-tiny-training
+    python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher
 
 Each stage asks for more: longer contexts, more wordings, one loop and one hop more. The target of loop t is the answer
-after min(t, hops) steps, so every depth learns to answer. Depth and chunk size vary from step to step: the cache then
-holds final states of any depth. Two crutches make the first loop's lookup appear within minutes and are then taken
-away: questions of 0 hops ("who is zero levels above Ana?") teach the model to find the start of a question, and the
-recall loss to know, at the end of a fact, whom it is about.
+after min(t, hops) steps, so every depth learns to answer. Two crutches make the first loop's lookup appear within
+minutes and are then taken away: questions of 0 hops ("who is zero levels above Ana?") teach the model to find the start
+of a question, and the recall loss to know, at the end of a fact, whom it is about.
 
 Every stage has a random state and optimizers of its own and ends in a checkpoint: stopped and started again, training
-goes on after the last finished stage, to the same result. The checkpoint of the last stage is melt-tiny.
+goes on after the last finished stage, to the same result. The checkpoint of the last stage is the teacher.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from melt_models.checkpoint import load_checkpoint
 from melt_models.configuration import MeltConfig
-from melt_models.modeling import GateLinear, KVCache, MeltCausalLM
+from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.tiny.data import IGNORED, Batch, Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
 from melt_models.tiny.task import FACTS, make_problem
@@ -46,7 +45,6 @@ class Stage:
         hops: fewest and most hops of a question.
         facts: fewest and most facts of a context.
         wordings: how many of a domain's wordings are used.
-        chunks: chunk sizes drawn from, tokens; the largest holds a whole context.
         goal: moving average of right answers, at the last loop and in training, that ends the stage.
         most_steps: steps at most.
         recall: weight of the loss that asks, at the end of each fact, whom the fact is about.
@@ -57,7 +55,6 @@ class Stage:
     hops: tuple[int, int]
     facts: tuple[int, int]
     wordings: int
-    chunks: tuple[int, ...]
     goal: float
     most_steps: int
     recall: float = 0.0
@@ -65,16 +62,15 @@ class Stage:
 
 
 NEVER = 2.0
-WHOLE, MIXED, SMALL = (384,), (32, 64, 384), (12, 20, 32, 48, 64)
 STAGES = (
-    Stage(1, (0, 1), (2, 4), 1, WHOLE, 0.62, 600, recall=1.0),
-    Stage(1, (1, 1), (2, 4), 1, WHOLE, 0.94, 2500, recall=1.0),
-    Stage(1, (0, 1), (3, 8), 2, WHOLE, 0.96, 2000, recall=1.0),
-    Stage(1, (0, 1), FACTS, 2, WHOLE, 0.96, 1500, recall=1.0),
-    Stage(2, (0, 2), FACTS, 2, WHOLE, 0.95, 1500),
-    Stage(3, (0, 3), FACTS, 2, WHOLE, 0.94, 1500),
-    Stage(4, (1, 4), FACTS, 2, MIXED, 0.93, 1500),
-    Stage(4, (1, 4), FACTS, 2, SMALL, NEVER, 2000, falling=True),
+    Stage(1, (0, 1), (2, 4), 1, 0.62, 600, recall=1.0),
+    Stage(1, (1, 1), (2, 4), 1, 0.94, 2500, recall=1.0),
+    Stage(1, (0, 1), (3, 8), 2, 0.96, 2000, recall=1.0),
+    Stage(1, (0, 1), FACTS, 2, 0.96, 1500, recall=1.0),
+    Stage(2, (0, 2), FACTS, 2, 0.95, 1500),
+    Stage(3, (0, 3), FACTS, 2, 0.94, 1500),
+    Stage(4, (1, 4), FACTS, 2, 0.93, 1500),
+    Stage(4, (1, 4), FACTS, 2, NEVER, 600, falling=True),
 )
 
 
@@ -84,7 +80,7 @@ class Recipe:
 
     Attributes:
         matrix_rate: learning rate of Muon for the layers' matrices.
-        other_rate: learning rate of AdamW for embeddings, norms and gates.
+        other_rate: learning rate of AdamW for embeddings and norms.
         warmup: steps at the start of a stage over which the rates rise.
     """
 
@@ -97,8 +93,8 @@ class Recipe:
     gradient_clip: float = 1.0
 
 
-def tiny_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltConfig:
-    """melt-tiny's shape."""
+def teacher_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltConfig:
+    """melt-tiny's shape, as a LoopLM."""
     return MeltConfig(
         vocab_size=vocab_size,
         hidden_size=96,
@@ -115,16 +111,17 @@ def tiny_config(vocab_size: int, pad_token_id: int, eos_token_id: int) -> MeltCo
         eos_token_id=eos_token_id,
         total_ut_steps=4,
         chunk_size=64,
+        gate_kind="none",
         gate_bias_init=-2.0,
     )
 
 
-def losses_of(model: MeltCausalLM, batch: Batch, loops: int, chunk_size: int, recall: float) -> tuple[Tensor, float]:
+def losses_of(model: MeltCausalLM, batch: Batch, loops: int, recall: float) -> tuple[Tensor, float]:
     """Mean loss over the loops at the answers, and the fraction of names right after the last loop.
 
     With ``recall``, the loss of naming a fact's subject at its end, after the first loop, is added with that weight.
     """
-    states, _ = model.model(batch.input_ids, loops, chunk_size, KVCache(model.config))
+    states = model.model.forward_chunk(batch.input_ids, loops, KVCache(model.config))
     rows, places = (batch.targets[0] != IGNORED).nonzero(as_tuple=True)
     loss = torch.zeros(())
     for loop_idx, state in enumerate(states):
@@ -146,12 +143,12 @@ Optimizers = list[tuple[torch.optim.Optimizer, float]]
 class Trainer:
     """One run: the model goes from stage to stage."""
 
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, out: Path, stages: tuple[Stage, ...] = STAGES):
+        self.recipe, self.out, self.stages = recipe, out, stages
         self.tokenizer = build_tokenizer(recipe.seed)
         self.encoder = Encoder(self.tokenizer)
         torch.manual_seed(recipe.seed)
-        self.model = new_model(tiny_config(len(self.tokenizer), self.encoder.pad_id, self.tokenizer.eos_token_id))
+        self.model = new_model(teacher_config(len(self.tokenizer), self.encoder.pad_id, self.tokenizer.eos_token_id))
 
     def run(self) -> None:
         """Every stage that has not been finished yet.
@@ -159,7 +156,7 @@ class Trainer:
         Raises:
             SystemExit: ``out`` holds stages of another recipe.
         """
-        for index, stage in enumerate(STAGES):
+        for index, stage in enumerate(self.stages):
             folder = self.out / f"stage-{index + 1}"
             settings = {"recipe": asdict(self.recipe), "stage": asdict(stage)}
             record = json.loads(json.dumps(settings))  # as it will be read back
@@ -199,14 +196,12 @@ class Trainer:
 
     def step(self, stage: Stage, rng: random.Random, optimizers: Optimizers, rate: float) -> tuple[float, float, int]:
         """One optimizer step; returns loss, fraction of right names, and tokens."""
-        # Half of the steps at full depth, the others at a shallower one.
-        loops = stage.loops if rng.random() < 0.5 else rng.randint(1, stage.loops)
         problems = [
             make_problem(rng, False, self.recipe.questions, stage.hops, stage.facts, stage.wordings)
             for _ in range(self.recipe.batch)
         ]
-        batch = self.encoder.batch(problems, loops)
-        loss, right = losses_of(self.model, batch, loops, rng.choice(stage.chunks), stage.recall)
+        batch = self.encoder.batch(problems, stage.loops)
+        loss, right = losses_of(self.model, batch, stage.loops, stage.recall)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
         for optimizer, full_rate in optimizers:
@@ -227,12 +222,8 @@ def new_model(config: MeltConfig) -> MeltCausalLM:
 
 
 def make_optimizers(model: MeltCausalLM, recipe: Recipe) -> Optimizers:
-    """Muon for the layers' matrices, AdamW for embeddings, norms and gates."""
-    matrices = [
-        module.weight
-        for module in model.model.layers.modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, GateLinear)
-    ]
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+    matrices = [module.weight for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
@@ -242,12 +233,16 @@ def make_optimizers(model: MeltCausalLM, recipe: Recipe) -> Optimizers:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains with the default recipe; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.train", description=__doc__)
+    """Trains by the stages; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.teacher", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint of every stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
+    parser.add_argument("--most-steps", type=int, help="steps a stage at most, for a trial run that trains nothing")
     args = parser.parse_args(argv)
-    Trainer(Recipe(seed=args.seed), args.out).run()
+    stages = STAGES
+    if args.most_steps is not None:
+        stages = tuple(replace(stage, most_steps=min(stage.most_steps, args.most_steps)) for stage in STAGES)
+    Trainer(Recipe(seed=args.seed), args.out, stages).run()
     return 0
 
 

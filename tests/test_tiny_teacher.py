@@ -1,4 +1,4 @@
-"""The script that makes melt-tiny: its stages, what it supervises, and that it goes on where it stopped."""
+"""The script that makes melt-tiny's teacher: its stages, what it supervises, and that it goes on where it stopped."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from melt_models import load_checkpoint
-from melt_models.tiny import train
+from melt_models.tiny import teacher
 from melt_models.tiny.data import ANSWER_TOKENS, IGNORED, Encoder
 from melt_models.tiny.task import make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
@@ -41,13 +41,12 @@ def test_every_name_of_the_task_is_one_token_and_any_text_has_tokens(encoder):
     assert encoder.answer_id("Quinn") != encoder.answer_id("57")
 
 
-def test_training_goes_on_after_the_last_finished_stage(tmp_path, monkeypatch, capsys):
-    one, two = (train.Stage(n, (0, n), (2, 3), 1, (16, 64), train.NEVER, 3, recall=2.0 - n) for n in (1, 2))
-    recipe = train.Recipe(batch=2, questions=2)
+def test_training_goes_on_after_the_last_finished_stage(tmp_path, capsys):
+    one, two = (teacher.Stage(n, (0, n), (2, 3), 1, teacher.NEVER, 3, recall=2.0 - n) for n in (1, 2))
+    recipe = teacher.Recipe(batch=2, questions=2)
 
     def run(folder, stages) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(train, "STAGES", stages)
-        train.Trainer(recipe, folder).run()
+        teacher.Trainer(recipe, folder, stages).run()
         return load_checkpoint(folder / f"stage-{len(stages)}").state_dict()
 
     straight = run(tmp_path / "straight", (one, two))

@@ -1,0 +1,53 @@
+"""Writes melt-tiny's problems as token data for ``melt_models.training``.
+
+    python -m melt_models.tiny.write_data --out build/melt-tiny-training/data
+
+Every row is a context with eight questions; only the answers' tokens are labels. None of its chains is held out.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+
+from melt_models.staging import require_absent, staged
+from melt_models.tiny.data import IGNORED, Encoder
+from melt_models.tiny.task import MAX_HOPS, make_problem
+from melt_models.tiny.tokenizer import build_tokenizer
+
+TOKENIZER_SEED = 0
+"""Of teacher and data alike."""
+_ROWS_AT_ONCE = 64
+
+
+def problem_rows(rows: int, seed: int, questions: int = 8) -> list[dict[str, list[int]]]:
+    """``rows`` contexts of 1 to 4 hops as ``input_ids`` and ``labels``."""
+    rng, encoder = random.Random(f"data/{seed}"), Encoder(build_tokenizer(TOKENIZER_SEED))
+    written: list[dict[str, list[int]]] = []
+    while len(written) < rows:
+        count = min(_ROWS_AT_ONCE, rows - len(written))
+        batch = encoder.batch([make_problem(rng, held_out=False, questions=questions) for _ in range(count)], MAX_HOPS)
+        for ids, targets in zip(batch.input_ids, batch.targets[-1], strict=True):
+            length = int((ids != encoder.pad_id).sum())
+            labels = [IGNORED, *targets[: length - 1].tolist()]
+            written.append({"input_ids": ids[:length].tolist(), "labels": labels})
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the data set; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.write_data", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--rows", type=int, default=16384, help="contexts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    require_absent(args.out, SystemExit)
+    with staged(args.out) as folder:
+        Dataset.from_list(problem_rows(args.rows, args.seed)).save_to_disk(str(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

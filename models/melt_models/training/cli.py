@@ -1,0 +1,50 @@
+"""``melt-train``: makes a MELT model out of a LoopLM.
+
+    melt-train models/recipes/ouro-1.4b.toml --teacher ByteDance/Ouro-1.4B --data tokens --out build/run
+
+Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
+outputs included. Stopped at any point, the same command goes on from the last checkpoint. The model is OUT/model; the
+next step is: python export.py OUT/model --out BUNDLE
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import transformers
+
+from melt_models.checkpoint import CheckpointError
+from melt_models.hub import checkpoint_folder
+from melt_models.training.errors import TrainingError
+from melt_models.training.plot import plot_log
+from melt_models.training.recipe import read_recipe
+from melt_models.training.trainer import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0 done, 1 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="melt-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="TOML file with every number of the run (see models/recipes)")
+    parser.add_argument("--teacher", required=True, help="LoopLM checkpoint: a folder, or a name on the hub")
+    parser.add_argument("--data", type=Path, required=True, help="data set on disk (see melt_models.training.prepare)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: log, checkpoints, model")
+    parser.add_argument("--student", type=Path, help="MELT checkpoint to start from (default: the teacher, new gates)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default: %(default)s)")
+    parser.add_argument("--plot", action="store_true", help="draw OUT/log.png at the end; after a finished run, only that")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        recipe = read_recipe(args.recipe)
+        model = train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)
+        print(f"model: {model}")
+        if args.plot:
+            print(f"plot: {plot_log(args.out)}")
+    except (TrainingError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

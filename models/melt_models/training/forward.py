@@ -1,0 +1,128 @@
+"""The forward pass of training: one chunk after another, with gradients through the cache.
+
+Beside what the model's own pass computes it can mix keys and values with those of a LoopLM (phase 1), it returns the
+attention outputs (phase 2), and it can recompute layers in the backward pass. With ``alpha`` 0 it equals the LoopLM
+with the same weights, with ``alpha`` 1 or None MELT, number for number. Rows of the cache are kept chunk by chunk and
+joined where they are attended to, so that recomputation holds each row once.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from melt_models.modeling import Frame, KeyValue, Layer, MeltBackbone
+
+Rows = list[KeyValue]
+"""Rows of one layer, a pair for each chunk, each [B, Hk, C, dh]."""
+
+
+@dataclass
+class TrainingCache:
+    """Rows of the earlier chunks.
+
+    Attributes:
+        final: of each layer, the rows after the last loop (MELT).
+        per_loop: of each loop and layer, the LoopLM's rows; filled for a LoopLM, and while phase 1 mixes.
+        length: tokens.
+    """
+
+    final: dict[int, Rows] = field(default_factory=dict)
+    per_loop: dict[tuple[int, int], Rows] = field(default_factory=dict)
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkPass:
+    """What one chunk gives.
+
+    Attributes:
+        states: the normed value after every loop, T tensors [B, C, D].
+        attended: attention outputs after ``o_proj`` in the order of (loop, layer), T * N tensors [B, C, D].
+    """
+
+    states: list[Tensor]
+    attended: list[Tensor]
+
+
+def forward_chunk(
+    backbone: MeltBackbone,
+    input_ids: Tensor,
+    loops: int,
+    cache: TrainingCache,
+    alpha: float | None = None,
+    recompute: bool = False,
+) -> ChunkPass:
+    """Runs one chunk through all loops and adds its rows to ``cache``.
+
+    Args:
+        backbone: a LoopLM (gate kind ``none``) or MELT.
+        input_ids: [B, C] int64.
+        alpha: weight of MELT's keys and values against the LoopLM's at every layer and loop (phase 1: interpolated
+            transition); None: the model's own alone.
+        recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
+    """
+    chunk = input_ids.shape[1]
+    frame = Frame.of(backbone.config, cache.length, chunk, input_ids.device)
+    is_looplm = backbone.config.cache_kind == "per_loop"
+    hidden = backbone.embed_tokens(input_ids)
+    latents: list[Tensor | None] = [None] * len(backbone.layers)
+    states, attended, finals = [], [], []
+    for loop_idx in range(loops):
+        finals = []
+        for layer_idx, layer in enumerate(backbone.layers):
+            own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
+            past = own if is_looplm else cache.final.setdefault(layer_idx, [])
+            arguments = (layer, hidden, latents[layer_idx], list(past), list(own), frame, loop_idx, alpha)
+            if recompute and torch.is_grad_enabled():
+                result = checkpoint(_layer, *arguments, use_reentrant=False)
+            else:
+                result = _layer(*arguments)
+            hidden, latents[layer_idx], output, rows, looplm_rows = result
+            attended.append(output)
+            finals.append(rows)
+            if is_looplm:
+                own.append(rows)
+            elif looplm_rows is not None:
+                own.append(looplm_rows)
+        hidden = backbone.norm(hidden)
+        states.append(hidden)
+    if not is_looplm:
+        for layer_idx, rows in enumerate(finals):
+            cache.final[layer_idx].append(rows)
+    cache.length += chunk
+    return ChunkPass(states, attended)
+
+
+def _layer(
+    layer: Layer,
+    x: Tensor,
+    latent: Tensor | None,
+    past: Rows,
+    looplm_past: Rows,
+    frame: Frame,
+    loop_idx: int,
+    alpha: float | None,
+) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
+    """One layer: ``x``, the latent state, the attention output, the chunk's rows, and the LoopLM's while mixing."""
+    a = layer.input_layernorm(x)
+    h = layer.gate(a, latent, loop_idx)
+    rows = layer.self_attn.keys_values(h, frame)
+    present, looplm_rows = _join(past, rows), None
+    if alpha is not None:
+        looplm_rows = layer.self_attn.keys_values(a, frame)
+        looplm = _join(looplm_past, looplm_rows)
+        present = (
+            alpha * present[0] + (1 - alpha) * looplm[0],
+            alpha * present[1] + (1 - alpha) * looplm[1],
+        )
+    output = layer.self_attn.attend(a, present, frame)
+    return layer.after_attention(x, output), h, output, rows, looplm_rows
+
+
+def _join(past: Rows, new: KeyValue) -> KeyValue:
+    if not past:
+        return new
+    keys, values = zip(*past, new, strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)

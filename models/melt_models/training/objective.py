@@ -1,0 +1,134 @@
+"""The losses of both phases, chunk by chunk, so that no tensor is as large as a whole sequence's logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from melt_models.modeling import MeltCausalLM
+from melt_models.training.forward import ChunkPass, TrainingCache, forward_chunk
+from melt_models.training.recipe import Phase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences padded on the right.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        targets: the token that should follow each position, ``IGNORED`` where none counts, [B, L] int64.
+        real: which positions are not padding, [B, L] bool.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    real: Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on another device."""
+        return TokenBatch(self.input_ids.to(device), self.targets.to(device), self.real.to(device))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's loss is made of: phase, depth, chunk size (0: whole sequences), alpha (None outside phase 1)."""
+
+    phase: Phase
+    loops: int
+    chunk_size: int
+    alpha: float | None
+
+
+class Objective(nn.Module):
+    """Student and frozen teacher, and the loss that both give.
+
+    The teacher runs over the whole sequence at once: a LoopLM's numbers do not depend on chunks.
+    """
+
+    def __init__(
+        self, student: MeltCausalLM, teacher: MeltCausalLM, every_loop: bool = False, recompute: bool = False
+    ):
+        super().__init__()
+        self.student = student
+        self.every_loop, self.recompute = every_loop, recompute
+        self._teacher = [teacher.requires_grad_(False)]  # in a list: no part of this module's parameters
+
+    @property
+    def teacher(self) -> MeltCausalLM:
+        """The frozen LoopLM."""
+        return self._teacher[0]
+
+    def forward(self, batch: TokenBatch, step: Step) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Returns:
+            Scalars: ``loss`` and its unweighted terms with a weight above 0: ``cross_entropy``, ``distillation``
+            (nats), ``attention``.
+        """
+        phase, length = step.phase, batch.input_ids.shape[1]
+        chunk_size = step.chunk_size or length
+        wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
+        sums: dict[str, Tensor] = {}
+        cache = TrainingCache()
+        for start in range(0, length, chunk_size):
+            part = slice(start, start + chunk_size)
+            got = forward_chunk(
+                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute
+            )
+            for name, value in self._terms(got, wanted, batch, part, phase).items():
+                sums[name] = sums[name] + value if name in sums else value
+        tokens, counted = batch.real.sum(), (batch.targets != IGNORED).sum().clamp(min=1)
+        loops = step.loops if self.every_loop else 1
+        outputs = step.loops * len(self.student.model.layers)
+        counts = {"cross_entropy": counted, "distillation": counted * loops, "attention": tokens * outputs}
+        terms = {name: value / counts[name] for name, value in sums.items()}
+        return {"loss": sum(getattr(phase, name) * value for name, value in terms.items()), **terms}
+
+    @torch.no_grad()
+    def _teach(self, batch: TokenBatch, loops: int) -> ChunkPass:
+        return forward_chunk(self.teacher.model, batch.input_ids, loops, TrainingCache())
+
+    def _terms(
+        self, got: ChunkPass, wanted: ChunkPass | None, batch: TokenBatch, part: slice, phase: Phase
+    ) -> dict[str, Tensor]:
+        """Sums over one chunk of every term with a weight."""
+        targets = batch.targets[:, part]
+        counted = targets != IGNORED
+        terms = {}
+        if phase.cross_entropy:
+            terms["cross_entropy"] = self._run(_cross_entropy, self.student, got.states[-1][counted], targets[counted])
+        if wanted is not None and phase.distillation:
+            pairs = list(zip(got.states, wanted.states, strict=True))
+            divergences = [
+                self._run(_divergence, self.student, self.teacher, state[counted], goal[:, part][counted])
+                for state, goal in (pairs if self.every_loop else pairs[-1:])
+            ]
+            terms["distillation"] = torch.stack(divergences).sum()
+        if wanted is not None and phase.attention:
+            real = batch.real[:, part, None]
+            distances = [
+                ((output.float() - goal[:, part].float()).square() * real).sum()
+                for output, goal in zip(got.attended, wanted.attended, strict=True)
+            ]
+            terms["attention"] = torch.stack(distances).sum()
+        return terms
+
+    def _run(self, function, *arguments) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+def _cross_entropy(student: MeltCausalLM, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(student.lm_head(states).float(), targets, reduction="sum")
+
+
+def _divergence(student: MeltCausalLM, teacher: MeltCausalLM, states: Tensor, goals: Tensor) -> Tensor:
+    """KL(teacher || student), summed over tokens."""
+    wanted = F.log_softmax(teacher.lm_head(goals).float(), dim=-1)
+    got = F.log_softmax(student.lm_head(states).float(), dim=-1)
+    return F.kl_div(got, wanted, reduction="sum", log_target=True)

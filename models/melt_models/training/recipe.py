@@ -1,0 +1,198 @@
+"""Recipes: every number that decides a training run, from one TOML file. ``models/recipes`` has the ready ones.
+
+A recipe names no paths: teacher, data and output are given to the run, so that a recipe serves any of them.
+"""
+
+import tomllib
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from melt_models.configuration import GATE_KINDS
+from melt_models.training.errors import TrainingError
+
+PRECISIONS = ("float32", "bfloat16")
+SUPERVISED_LOOPS = ("last", "every")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase; its loss is the weighted sum of the terms.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the phase out.
+        cross_entropy: weight of the next token's cross entropy after the last loop.
+        distillation: weight of the Kullback-Leibler divergence of the student's next-token distribution from the
+            teacher's, mean over tokens and supervised loops.
+        attention: weight beta of the squared distance between the attention outputs of student and teacher, summed
+            over D, mean over tokens, layers and loops.
+    """
+
+    steps: int
+    cross_entropy: float = 0.0
+    distillation: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the teacher."""
+        return self.distillation > 0 or self.attention > 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run of two phases (arXiv 2605.07721): interpolated transition, then attention-aligned distillation.
+
+    Where the paper is silent, and the choice is ours: the loss of phase 1, the attention output (after ``o_proj``),
+    ``supervised_loops``, warm-up and decay, weight decay.
+
+    Attributes:
+        transition: phase 1; its alpha goes linearly from 0 in its first step to 1 in its last.
+        distillation: phase 2.
+        chunk_sizes: tokens in parallel; each step draws one. No sequence may be shorter than the largest. 0: whole
+            sequences, which is training without chunks.
+        batch_size: sequences a step, over all processes.
+        micro_batch_size: sequences that one process computes at once.
+        base_learning_rate: AdamW, for the LoopLM's weights.
+        gate_learning_rate: AdamW, for the gates.
+        gate_kind: how the latent state is updated, for a student made from the teacher.
+        gate_bias_init: initial ``b_z`` of its gates.
+        supervised_loops: the loops whose distributions are distilled, ``last`` or ``every``.
+        shallow_steps: fraction of steps at a depth drawn below the teacher's, so that the student learns to work at
+            fewer loops too; 0 trains one depth, as the paper does.
+        warmup_steps: steps over which both rates rise from 0.
+        decay_steps: steps at the end over which both rates fall to 0.
+        weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
+        gradient_clip: largest norm of the gradient.
+        precision: ``float32``, or ``bfloat16`` for autocast (weights and optimizer stay float32).
+        gradient_checkpointing: compute layers again in the backward pass instead of keeping their insides.
+        checkpoint_every: steps between checkpoints.
+        seed: of the gates, the order of the data, and the draws of chunk and depth.
+    """
+
+    transition: Phase
+    distillation: Phase
+    chunk_sizes: tuple[int, ...]
+    batch_size: int
+    micro_batch_size: int
+    base_learning_rate: float
+    gate_learning_rate: float
+    gate_kind: str = "elementwise"
+    gate_bias_init: float = -4.0
+    supervised_loops: str = "last"
+    shallow_steps: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every rule and reports all that are broken."""
+        faults = _broken_rules(self)
+        if faults:
+            raise TrainingError("; ".join(faults))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of both phases."""
+        return self.transition.steps + self.distillation.steps
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase of a step, counted from 0."""
+        return self.transition if step < self.transition.steps else self.distillation
+
+    def alpha_of(self, step: int) -> float | None:
+        """MELT's share of keys and values at a step; None in phase 2, which has nothing to mix."""
+        if step >= self.transition.steps:
+            return None
+        return step / (self.transition.steps - 1) if self.transition.steps > 1 else 1.0
+
+    def rate_of(self, step: int) -> float:
+        """The fraction of the learning rates at a step."""
+        rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        fall = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
+        return min(1.0, rise, fall)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        TrainingError: no such file, not TOML, an unknown or missing key, a value of another type or outside its rule.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TrainingError(f"recipe {path} is not TOML: {error}") from error
+    try:
+        for name in ("transition", "distillation"):
+            if isinstance(values.get(name), dict):
+                values[name] = Phase(**_checked(Phase, values[name], f"{name}."))
+        return Recipe(**_checked(Recipe, values, ""))
+    except TrainingError as error:
+        raise TrainingError(f"recipe {path}: {error}") from error
+
+
+def _checked(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The values with the types of ``kind``'s fields; lists become tuples and whole numbers floats where asked."""
+    types = get_type_hints(kind)
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    faults = [f"unknown key {prefix}{name}: remove it or correct its spelling" for name in values if name not in types]
+    faults += [f"{prefix}{name} is missing" for name in required if name not in values]
+    checked = {}
+    for name, value in values.items():
+        wanted = types.get(name)
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if get_origin(wanted) is tuple and isinstance(value, list):
+            fits = all(type(item) is get_args(wanted)[0] for item in value)
+            value, expected = tuple(value), f"a list of {get_args(wanted)[0].__name__}"
+        else:
+            fits, expected = type(value) is wanted, "a table" if wanted is Phase else getattr(wanted, "__name__", "")
+        if wanted is not None and not fits:
+            faults.append(f"{prefix}{name} must be {expected}, got {value!r}")
+        checked[name] = value
+    if faults:
+        raise TrainingError("; ".join(faults))
+    return checked
+
+
+def _broken_rules(recipe: Recipe) -> list[str]:
+    faults = []
+
+    def require(holds: bool, name: str, rule: str, value: object) -> None:
+        if not holds:
+            faults.append(f"{name} must be {rule}, got {value!r}")
+
+    for name in ("batch_size", "micro_batch_size", "checkpoint_every"):
+        require(getattr(recipe, name) >= 1, name, "at least 1", getattr(recipe, name))
+    for name in ("base_learning_rate", "gate_learning_rate", "gradient_clip"):
+        require(getattr(recipe, name) > 0, name, "above 0", getattr(recipe, name))
+    for name in ("warmup_steps", "decay_steps", "weight_decay"):
+        require(getattr(recipe, name) >= 0, name, "at least 0", getattr(recipe, name))
+    for name, values in (
+        ("gate_kind", tuple(kind for kind in GATE_KINDS if kind != "none")),
+        ("supervised_loops", SUPERVISED_LOOPS),
+        ("precision", PRECISIONS),
+    ):
+        require(getattr(recipe, name) in values, name, f"one of {', '.join(values)}", getattr(recipe, name))
+    sizes = recipe.chunk_sizes
+    require(bool(sizes) and min(sizes) >= 0, "chunk_sizes", "one or more numbers of at least 0", list(sizes))
+    require(0 <= recipe.shallow_steps <= 1, "shallow_steps", "in [0, 1]", recipe.shallow_steps)
+    if recipe.micro_batch_size >= 1:
+        whole = recipe.batch_size % recipe.micro_batch_size == 0
+        require(whole, "batch_size", f"a multiple of micro_batch_size {recipe.micro_batch_size}", recipe.batch_size)
+    for name in ("transition", "distillation"):
+        phase = getattr(recipe, name)
+        require(phase.steps >= 0, f"{name}.steps", "at least 0", phase.steps)
+        weights = (phase.cross_entropy, phase.distillation, phase.attention)
+        require(min(weights) >= 0, name, "made of weights of at least 0", weights)
+        require(not phase.steps or max(weights) > 0, name, "given a term with a weight above 0", weights)
+    require(recipe.steps >= 1, "transition.steps + distillation.steps", "at least 1", recipe.steps)
+    return faults

@@ -1,0 +1,138 @@
+"""A run's folder: its settings, its log, its checkpoints, its model.
+
+    OUT/run.json                 recipe, teacher and data: a resumed run must have the same
+    OUT/log.jsonl                one line a step
+    OUT/checkpoints/step-000050  student, optimizer and step; the newest one stays
+    OUT/model                    the trained model, when the run is done
+
+Everything appears whole or not at all: a checkpoint that cannot be written leaves the one before it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melt_models.checkpoint import load_checkpoint
+from melt_models.modeling import MeltCausalLM
+from melt_models.staging import replace_text, staged
+from melt_models.training.errors import TrainingError
+
+RUN_NAME, LOG_NAME, MODEL_NAME = "run.json", "log.jsonl", "model"
+_STATE_NAME = "optimizer.pt"
+_TEXTS = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+_TEXTS += ("generation_config.json", "evaluation.jsonl", "LICENSE*")
+
+
+class RunFolder:
+    """Reads and writes a run's folder."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        """Makes the folder, or opens that of a run with the same settings.
+
+        Raises:
+            TrainingError: ``out`` is the folder of another run or of something else.
+        """
+        self.out = out
+        path = out / RUN_NAME
+        settings = json.loads(json.dumps(settings))  # as it will be read back
+        if path.is_file():
+            changes = _differences(json.loads(path.read_text(encoding="utf-8")), settings)
+            if changes:
+                raise TrainingError(
+                    f"{out} holds a run with other settings: {'; '.join(changes)}. Give it the same settings to go "
+                    "on, or choose another --out"
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise TrainingError(f"{out} exists and is not a training run: choose another --out")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def model(self) -> Path:
+        """Where the trained model lies, once there is one."""
+        return self.out / MODEL_NAME
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        found = sorted((self.out / "checkpoints").glob("step-*"))
+        return found[-1] if found else None
+
+    def save(self, step: int, student: MeltCausalLM, optimizer: torch.optim.Optimizer) -> Path:
+        """Writes the state after ``step`` steps, then removes older ones.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        older = self.newest()
+        folder = self.out / "checkpoints" / f"step-{step:06d}"
+        if folder.exists():
+            return folder
+        try:
+            with staged(folder) as new:
+                student.save_pretrained(new)
+                torch.save({"step": step, "optimizer": optimizer.state_dict()}, new / _STATE_NAME)
+        except Exception as error:  # OSError, torch's RuntimeError or safetensors' own, by what was being written
+            kept = f"the last good one is {older}" if older else "there is none before it"
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {folder.parent}: {error}. {kept}: free some "
+                "space and run the same command again to go on from there"
+            ) from error
+        if older:
+            shutil.rmtree(older)
+        return folder
+
+    def restore(self, student: MeltCausalLM, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+        """Loads the newest checkpoint into both, cuts the log to it, and returns the number of steps done."""
+        folder, step = self.newest(), 0
+        if folder is not None:
+            student.load_state_dict(load_checkpoint(folder).state_dict())
+            state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            step = int(state["step"])
+        log = self.out / LOG_NAME
+        if log.is_file():
+            kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+            replace_text(log, "".join(kept))
+        return step
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds one line to the log."""
+        with (self.out / LOG_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self, student: MeltCausalLM, teacher: Path) -> Path:
+        """Writes the trained model, with the teacher's tokenizer and other texts beside it."""
+        if not self.model.exists():
+            with staged(self.model) as new:
+                student.save_pretrained(new)
+                for path in sorted(teacher.iterdir()):
+                    if any(path.match(pattern) for pattern in _TEXTS):
+                        shutil.copyfile(path, new / path.name)
+        return self.model
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The records of a run, one a step.
+
+    Raises:
+        TrainingError: ``out`` has no log.
+    """
+    path = out / LOG_NAME
+    if not path.is_file():
+        raise TrainingError(f"{path} does not exist: give the --out of a run that has taken a step")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every value that differs, by its dotted name."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            change
+            for key in dict.fromkeys((*old, *new))
+            for change in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [f"{name} was {old!r}, now {new!r}"]

@@ -1,0 +1,177 @@
+"""The loop of a run: from a recipe, a teacher and data to a MELT checkpoint, resumable at any checkpoint."""
+
+import math
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from melt_models.modeling import GateLinear, MeltCausalLM
+from melt_models.training.data import TokenData
+from melt_models.training.errors import TrainingError
+from melt_models.training.objective import Objective, Step
+from melt_models.training.recipe import Recipe
+from melt_models.training.saving import RunFolder
+from melt_models.training.student import load_pair, values_of
+
+_BETAS = (0.9, 0.95)
+
+
+def train(
+    recipe: Recipe,
+    teacher: Path,
+    data: Path,
+    out: Path,
+    student: Path | None = None,
+    device: str = "auto",
+) -> Path:
+    """Trains, or goes on where a run in ``out`` stopped; on the CPU both give the same weights bit for bit.
+
+    Args:
+        teacher: checkpoint of a LoopLM, frozen.
+        data: data set on disk, see ``melt_models.training.data``.
+        out: the run's folder; made, or that of the same run.
+        student: MELT checkpoint to start from; default: the teacher with new gates.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for CUDA where there is one.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        TrainingError: bad input, a loss that is not finite, or a checkpoint that cannot be written.
+    """
+    place = choose_device(device)
+    pair = load_pair(teacher, student, recipe)
+    vocabulary, pad = pair.teacher.config.vocab_size, pair.teacher.config.pad_token_id or 0
+    tokens = TokenData(data, vocabulary, max(recipe.chunk_sizes), pad, recipe.seed)
+    settings = {
+        "recipe": asdict(recipe),
+        "teacher": _identity(pair.teacher),
+        "student": None if student is None else _identity(pair.student),
+        "data": {"rows": tokens.rows, "tokens": tokens.tokens},
+    }
+    folder = RunFolder(out, settings)
+    if folder.model.is_dir():
+        return folder.model
+    objective = Objective(
+        pair.student.to(place).train(),
+        pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
+        recipe.supervised_loops == "every",
+        recipe.gradient_checkpointing,
+    )
+    optimizer = make_optimizer(objective.student, recipe)
+    done = folder.restore(objective.student, optimizer, place)
+    _run(recipe, objective, optimizer, tokens, folder, range(done, recipe.steps), place)
+    return folder.finish(objective.student.to("cpu", pair.stored), teacher)
+
+
+def choose_device(device: str) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        TrainingError: not a device, or CUDA where torch sees none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise TrainingError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise TrainingError(f"device {device} was asked for and torch {torch.__version__} sees no CUDA: use cpu")
+    return place
+
+
+def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with the base's and the gates' own rates; the exit gate, which no loss reads, stays as it is."""
+    if student.model.early_exit_gate is not None:
+        student.model.early_exit_gate.requires_grad_(False)
+    gates = [p for module in student.modules() if isinstance(module, GateLinear) for p in module.parameters()]
+    known = {id(parameter) for parameter in gates}
+    base = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
+    groups = (
+        ([p for p in base if p.ndim > 1], recipe.base_learning_rate, recipe.weight_decay),
+        ([p for p in base if p.ndim == 1], recipe.base_learning_rate, 0.0),
+        (gates, recipe.gate_learning_rate, 0.0),
+    )
+    return torch.optim.AdamW(
+        [{"params": p, "lr": rate, "full_rate": rate, "weight_decay": decay} for p, rate, decay in groups if p],
+        betas=_BETAS,
+    )
+
+
+def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
+    """What is drawn at a step: it depends on nothing but recipe and step."""
+    rng = random.Random(f"{recipe.seed}/{step}")
+    chunk = rng.choice(recipe.chunk_sizes)
+    depth = rng.randrange(1, loops) if rng.random() < recipe.shallow_steps else loops
+    return Step(recipe.phase_of(step), depth, chunk, recipe.alpha_of(step))
+
+
+def _run(
+    recipe: Recipe,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    data: TokenData,
+    folder: RunFolder,
+    steps: range,
+    device: torch.device,
+) -> None:
+    """Takes ``steps``, with progress, log and checkpoints."""
+    trained, tokens, started = objective.student.config.total_ut_steps, 0, time.perf_counter()
+    progress = tqdm(steps, initial=steps.start, total=recipe.steps, unit="step", disable=None)
+    for step in progress:
+        drawn = draw_step(recipe, step, trained)
+        terms, count = _accumulate(recipe, objective, data, step, drawn, device)
+        if not math.isfinite(terms["loss"]):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {terms['loss']}: lower the learning rates or gradient_clip; "
+                f"the last good checkpoint is {folder.newest() or 'missing: there was none yet'}"
+            )
+        norm = nn.utils.clip_grad_norm_(objective.student.parameters(), recipe.gradient_clip).item()
+        rate = recipe.rate_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["full_rate"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += count
+        seconds = time.perf_counter() - started
+        name = "transition" if step < recipe.transition.steps else "distillation"
+        progress.set_description(name, refresh=False)
+        progress.set_postfix_str(f"loss {terms['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+        record = {"step": step + 1, "phase": name, **terms, "gradient_norm": norm, "rate": rate, "alpha": drawn.alpha}
+        record |= {"loops": drawn.loops, "chunk": drawn.chunk_size, "tokens": count, "seconds": round(seconds, 3)}
+        folder.log(record)
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            folder.save(step + 1, objective.student, optimizer)
+
+
+def _accumulate(
+    recipe: Recipe, objective: Objective, data: TokenData, step: int, drawn: Step, device: torch.device
+) -> tuple[dict[str, float], int]:
+    """Adds up one step's gradients, micro-batch after micro-batch; returns mean terms and tokens."""
+    terms: dict[str, float] = {}
+    tokens, parts = 0, recipe.batch_size // recipe.micro_batch_size
+    mixed = torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
+    for part in range(parts):
+        first = step * recipe.batch_size + part * recipe.micro_batch_size
+        batch = data.batch(first, recipe.micro_batch_size).to(device)
+        with mixed:
+            got = objective(batch, drawn)
+        (got["loss"] / parts).backward()
+        tokens += int(batch.real.sum())
+        for name, value in got.items():
+            terms[name] = terms.get(name, 0.0) + value.item() / parts
+    return terms, tokens
+
+
+def _identity(model: MeltCausalLM) -> dict[str, Any]:
+    """What tells one model from another without its path: its shape and a sum of its weights."""
+    total = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
+    return {"config": values_of(model.config), "sum_of_magnitudes": total}

@@ -1,0 +1,269 @@
+"""The two phases' mathematics: interpolation, chunks, gradients through gates and cache, the losses."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+from melt_models import MeltCausalLM
+from melt_models.convert import as_melt
+from melt_models.modeling import Gate, KVCache
+from melt_models.training import Phase, Recipe, TrainingError, read_recipe
+from melt_models.training.forward import TrainingCache, forward_chunk
+from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
+from melt_models.training.trainer import draw_step
+
+LENGTH, CHUNK, LOOPS = 24, 8, 4
+DISTILLED = Phase(1, distillation=1.0, attention=0.1)
+TRAINED_KINDS = ("elementwise", "scalar", "ema", "mean", "last")
+
+
+def student_of(teacher: MeltCausalLM, gate_kind: str = "elementwise", seed: int = 3) -> MeltCausalLM:
+    """The teacher's weights with gates that are half open, so that a mistake shows."""
+    student = random_model(seed, **as_melt(teacher.config, gate_kind=gate_kind).to_diff_dict())
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student
+
+
+def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    return torch.randint(703, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(ids: torch.Tensor) -> TokenBatch:
+    targets = torch.cat((ids[:, 1:], torch.full((len(ids), 1), IGNORED)), dim=1)
+    return TokenBatch(ids, targets, torch.ones_like(ids, dtype=torch.bool))
+
+
+def states_of(model: MeltCausalLM, ids: torch.Tensor, alpha: float | None, recompute: bool = False) -> torch.Tensor:
+    """Normed values of every loop, chunk by chunk, [T, B, L, D]."""
+    cache = TrainingCache()
+    passes = [forward_chunk(model.model, part, LOOPS, cache, alpha, recompute) for part in ids.split(CHUNK, dim=1)]
+    return torch.stack([torch.cat(parts, dim=1) for parts in zip(*(p.states for p in passes), strict=True)])
+
+
+def reference(model: MeltCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    return torch.stack(model.model(ids, LOOPS, CHUNK, KVCache(model.config))[0])
+
+
+@pytest.mark.parametrize("gate_kind", TRAINED_KINDS)
+@torch.no_grad()
+def test_alpha_0_is_the_looplm_and_alpha_1_is_melt_exactly(gate_kind):
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    student = student_of(teacher, gate_kind)
+    looplm, melt = reference(teacher, ids), reference(student, ids)
+    assert not torch.allclose(looplm, melt, atol=1e-3)
+    assert torch.equal(states_of(student, ids, alpha=0.0), looplm)
+    assert torch.equal(states_of(student, ids, alpha=1.0), melt)
+    assert torch.equal(states_of(student, ids, alpha=None), melt)
+    assert torch.equal(states_of(teacher, ids, alpha=None), looplm)
+    between = states_of(student, ids, alpha=0.5)
+    assert not torch.allclose(between, looplm, atol=1e-3)
+    assert not torch.allclose(between, melt, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate_kind", ["elementwise", "scalar"])
+def test_gate_gradients_match_finite_differences(gate_kind):
+    config = random_model(gate_kind=gate_kind, hidden_size=8).config
+    gate = Gate(config).double()
+    names = [name for name, _ in gate.named_parameters()]
+    torch.manual_seed(0)
+    values = [torch.randn_like(parameter, requires_grad=True) for parameter in gate.parameters()]
+    a, latent = (torch.randn(1, 3, 8, dtype=torch.double, requires_grad=True) for _ in range(2))
+
+    def apply(a, latent, *values):
+        return torch.func.functional_call(gate, dict(zip(names, values, strict=True)), (a, latent, 1))
+
+    assert torch.autograd.gradcheck(apply, (a, latent, *values))
+
+
+def test_gradients_flow_to_the_gates_through_the_cache():
+    """The loss of the last chunk alone, by the gates of the chunks before it: against a finite difference."""
+    teacher = random_model(gate_kind="none")
+    student, ids = student_of(teacher), tokens()
+
+    def last_chunk_loss() -> torch.Tensor:
+        return states_of(student, ids, None)[-1, :, -1].double().pow(2)[:, :8].sum()
+
+    parameters = [layer.gate.w_z.bias for layer in student.model.layers]
+    gradients = torch.autograd.grad(last_chunk_loss(), parameters)
+    assert all(gradient.abs().max() > 1e-4 for gradient in gradients)
+    direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in parameters]
+    losses = []
+    with torch.no_grad():
+        for shift in (1e-2, -2e-2):
+            for parameter, way in zip(parameters, direction, strict=True):
+                parameter += shift * way
+            losses.append(last_chunk_loss())
+    slope = sum((g * w).sum() for g, w in zip(gradients, direction, strict=True))
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(slope.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("chunk_size", [LENGTH, LENGTH + 9, 0])
+def test_the_loss_of_one_chunk_is_that_of_an_unchunked_computation(chunk_size):
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    student = student_of(teacher)
+    objective = Objective(student, teacher)
+    got = objective(batch_of(ids), Step(Phase(1, cross_entropy=1.0), LOOPS, chunk_size, None))
+    wanted = student(ids, labels=ids, loops=LOOPS, chunk_size=LENGTH).loss
+    assert got["loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
+    chunked = objective(batch_of(ids), Step(Phase(1, cross_entropy=1.0), LOOPS, CHUNK, None))
+    assert chunked["loss"].item() == pytest.approx(
+        student(ids, labels=ids, loops=LOOPS, chunk_size=CHUNK).loss.item(), rel=1e-6
+    )
+    assert abs(chunked["loss"].item() - wanted.item()) > 1e-4
+
+
+def test_distillation_is_zero_for_a_student_equal_to_its_teacher_and_not_for_another():
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    objective = Objective(student_of(teacher), teacher, every_loop=True)
+    same = objective(batch_of(ids), Step(DISTILLED, LOOPS, 0, alpha=0.0))
+    assert same["distillation"].item() == same["attention"].item() == same["loss"].item() == 0.0
+    other = objective(batch_of(ids), Step(DISTILLED, LOOPS, CHUNK, alpha=None))
+    assert other["distillation"].item() > 1e-3
+    assert other["attention"].item() > 1e-3
+
+
+@torch.no_grad()
+def test_the_terms_are_what_their_names_say():
+    """Written out with torch's own functions, padding and unlabelled tokens left out."""
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    student = student_of(teacher)
+    batch = batch_of(ids)
+    batch.real[1, 16:] = False
+    batch.targets[1, 15:] = IGNORED
+    batch.targets[0, :5] = IGNORED
+    counted = batch.targets != IGNORED
+    got = Objective(student, teacher, every_loop=True)(
+        batch, Step(Phase(1, cross_entropy=0.5, distillation=2.0, attention=0.1), 3, CHUNK, None)
+    )
+    ours, theirs = (m.model(ids, 3, CHUNK, KVCache(m.config))[0] for m in (student, teacher))
+    logits = [(student.lm_head(o)[counted], teacher.lm_head(t)[counted]) for o, t in zip(ours, theirs, strict=True)]
+    divergence = torch.stack([(t.softmax(-1) * (t.log_softmax(-1) - o.log_softmax(-1))).sum(-1) for o, t in logits])
+    entropy = torch.nn.functional.cross_entropy(logits[-1][0], batch.targets[counted])
+    assert got["distillation"].item() == pytest.approx(divergence.mean().item(), rel=1e-4)
+    assert got["cross_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    outputs = []
+    for model in (student, teacher):
+        cache = TrainingCache()
+        parts = [forward_chunk(model.model, part, 3, cache).attended for part in ids.split(CHUNK, dim=1)]
+        outputs.append(torch.stack([torch.cat(p, dim=1) for p in zip(*parts, strict=True)]))
+    distance = (outputs[0] - outputs[1]).square().sum(-1)[:, batch.real].mean()
+    assert got["attention"].item() == pytest.approx(distance.item(), rel=1e-4)
+    total = 0.5 * got["cross_entropy"] + 2.0 * got["distillation"] + 0.1 * got["attention"]
+    assert got["loss"].item() == pytest.approx(total.item())
+
+
+def test_recomputation_changes_nothing_but_memory():
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    gradients, kept = [], []
+    for recompute in (False, True):
+        student = student_of(teacher)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            objective = Objective(student, teacher, recompute=recompute)
+            loss = objective(batch_of(ids), Step(DISTILLED, LOOPS, CHUNK, alpha=0.3))["loss"]
+        loss.backward()
+        gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < kept[0] / 5
+
+
+def test_mixed_precision_stays_near_full_precision():
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    student = student_of(teacher)
+    step = Step(DISTILLED, LOOPS, CHUNK, alpha=None)
+    exact = Objective(student, teacher)(batch_of(ids), step)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Objective(student, teacher)(batch_of(ids), step)["loss"]
+    mixed.backward()
+    assert mixed.item() == pytest.approx(exact.item(), rel=0.1)
+    assert student.model.layers[0].gate.w_z.weight.grad.dtype == torch.float32
+
+
+def test_steps_are_drawn_from_recipe_and_number_alone():
+    recipe = Recipe(Phase(5, 1.0), Phase(3, 0.0, 1.0, 0.1), (4, 8), 2, 1, 1e-3, 1e-2, shallow_steps=0.5, decay_steps=4)
+    assert [recipe.alpha_of(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, None, None, None]
+    assert [recipe.rate_of(step) for step in range(8)] == [1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25]
+    assert recipe.phase_of(4).cross_entropy == recipe.phase_of(5).distillation == 1.0
+    drawn = [draw_step(recipe, step, LOOPS) for step in range(200)]
+    random.seed(5)
+    assert drawn == [draw_step(recipe, step, LOOPS) for step in range(200)]
+    assert {step.chunk_size for step in drawn} == {4, 8}
+    assert {step.loops for step in drawn} == {1, 2, 3, 4}
+    assert 60 < sum(step.loops == 4 for step in drawn) < 140
+    fixed = dataclasses.replace(recipe, shallow_steps=0.0)
+    assert {draw_step(fixed, step, LOOPS).loops for step in range(50)} == {4}
+
+
+def test_the_papers_recipe_has_the_papers_numbers():
+    recipe = read_recipe(ROOT / "models" / "recipes" / "ouro-1.4b.toml")
+    assert recipe.chunk_sizes == (500,)
+    assert recipe.batch_size * 10_000 == 320_000
+    assert (recipe.base_learning_rate, recipe.gate_learning_rate) == (8e-6, 5e-4)
+    assert (recipe.transition.steps, recipe.distillation.steps) == (500, 300)
+    assert (recipe.distillation.distillation, recipe.distillation.attention) == (1.0, 0.1)
+
+
+GOOD = """
+chunk_sizes = [8]
+batch_size = 4
+micro_batch_size = 2
+base_learning_rate = 1e-3
+gate_learning_rate = 1
+[transition]
+steps = 2
+cross_entropy = 1
+[distillation]
+steps = 2
+distillation = 1.0
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_size = 4", "batch_size = 3", "batch_size must be a multiple of micro_batch_size 2, got 3"),
+        ("\nbatch_size = 4", "", "batch_size is missing"),
+        ("\nbatch_size = 4", "\nbatch_size = 4.5", "batch_size must be int, got 4.5"),
+        ("chunk_sizes = [8]", 'chunk_sizes = ["8"]', r"chunk_sizes must be a list of int, got \('8',\)"),
+        ("chunk_sizes = [8]", "chunk_sizes = []", r"chunk_sizes must be one or more numbers of at least 0, got \[\]"),
+        ("chunk_sizes", "gate_kind = 'none'\nchunk_sizes", "gate_kind must be one of elementwise, .*, got 'none'"),
+        ("chunk_sizes", "precision = 'float16'\nchunk_sizes", "precision must be one of float32, bfloat16"),
+        ("chunk_sizes", "warmup = 3\nchunk_sizes", "unknown key warmup: remove it or correct its spelling"),
+        ("chunk_sizes", "shallow_steps = 2\nchunk_sizes", r"shallow_steps must be in \[0, 1\], got 2.0"),
+        ("1e-3", "0", "base_learning_rate must be above 0, got 0.0"),
+        ("cross_entropy = 1", "cross = 1", "unknown key transition.cross"),
+        ("cross_entropy = 1", "", "transition must be given a term with a weight above 0"),
+        ("[transition]\nsteps = 2", "[transition]", "transition.steps is missing"),
+        ("[transition]", "transition = 3\n[other]", "transition must be a table, got 3"),
+        ("chunk_sizes = [8]", "chunk_sizes = [", "is not TOML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_key_and_rule(tmp_path, old, new, message):
+    assert read_recipe(write(tmp_path / "good.toml", GOOD)).gate_learning_rate == 1.0
+    with pytest.raises(TrainingError, match=message) as caught:
+        read_recipe(write(tmp_path / "bad.toml", GOOD.replace(old, new, 1)))
+    assert "bad.toml" in str(caught.value)
+
+
+def test_every_recipe_that_ships_can_be_read():
+    recipes = sorted((ROOT / "models" / "recipes").glob("*.toml"))
+    assert len(recipes) >= 3
+    assert all(read_recipe(path).steps > 0 for path in recipes)
+    with pytest.raises(TrainingError, match="cannot be read: No such file"):
+        read_recipe(ROOT / "nowhere.toml")
