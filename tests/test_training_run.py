@@ -1,6 +1,7 @@
 """Training runs as users start them: killed and resumed, refused, and from an Ouro checkpoint to a bundle."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -126,6 +127,19 @@ def test_a_run_draws_its_log_and_repeats_nothing_when_done(recipe, teacher, data
     assert (out / "model" / "tokenizer.json").is_file()
 
 
+def test_two_processes_share_a_batch(recipe, teacher, data, tmp_path):
+    """As on two GPUs: the same weights as alone, to rounding, and one log."""
+    alone = train(read_recipe(recipe), teacher, data, tmp_path / "alone", device="cpu")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [*torchrun, "-m", "melt_models.training", *command(recipe, teacher, data, tmp_path / "two")]
+    subprocess.run(run, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    expected, got = (load_checkpoint(folder).state_dict() for folder in (alone, tmp_path / "two" / "model"))
+    assert all(torch.allclose(expected[name], got[name], atol=1e-5) for name in expected)
+    pairs = list(zip(log_of(tmp_path / "alone"), log_of(tmp_path / "two"), strict=True))
+    assert all(one["tokens"] == two["tokens"] for one, two in pairs)
+    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
+
+
 def refuse(capsys, arguments: list[str], *fragments: str) -> None:
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
@@ -167,7 +181,8 @@ def test_teacher_and_student_must_fit(recipe, teacher, data, tmp_path, capsys):
 def test_a_student_can_be_given(recipe, teacher, data, tmp_path):
     first = train(read_recipe(recipe), teacher, data, tmp_path / "first", device="cpu")
     second = train(read_recipe(recipe), teacher, data, tmp_path / "second", student=first, device="cpu")
-    assert log_of(tmp_path / "second")[-1]["distillation"] < log_of(tmp_path / "first")[-1]["distillation"]
+    starts = [log_of(tmp_path / name)[0]["cross_entropy"] for name in ("first", "second")]
+    assert starts[1] < starts[0]  # it has seen the data
     assert not torch.equal(
         load_checkpoint(first).model.layers[0].gate.w_z.weight, load_checkpoint(second).model.layers[0].gate.w_z.weight
     )
@@ -229,7 +244,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, teacher, data, tmp_p
     assert limited.returncode == 1
     assert "could not be written" in limited.stderr
     assert f"the last good one is {kept}" in limited.stderr
-    assert [path for path in (out / "checkpoints").iterdir()] == [kept]
+    assert list((out / "checkpoints").iterdir()) == [kept]
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert cli.main(command(recipe, teacher, data, out)) == 0
     expected, resumed = (load_checkpoint(folder / "model").state_dict() for folder in (tmp_path / "whole", out))

@@ -164,11 +164,10 @@ class Layer(nn.Module):
         a = self.input_layernorm(x)
         h = self.gate(a, latent, loop_idx)
         attended, present = self.self_attn(a, h, past, frame)
-        return self.after_attention(x, attended), h, present
+        return self.after_attention(x + self.input_layernorm_2(attended)), h, present
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer: both residual branches, [B, C, D]."""
-        x = x + self.input_layernorm_2(attended)
+    def after_attention(self, x: Tensor) -> Tensor:
+        """The MLP's residual branch, [B, C, D]."""
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 

@@ -70,7 +70,7 @@ STAGES = (
     Stage(2, (0, 2), FACTS, 2, 0.95, 1500),
     Stage(3, (0, 3), FACTS, 2, 0.94, 1500),
     Stage(4, (1, 4), FACTS, 2, 0.93, 1500),
-    Stage(4, (1, 4), FACTS, 2, NEVER, 600, falling=True),
+    Stage(4, (1, 4), FACTS, 2, NEVER, 1200, falling=True),
 )
 
 
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
     parser.add_argument("--most-steps", type=int, help="steps a stage at most, for a trial run that trains nothing")
     args = parser.parse_args(argv)
-    stages = STAGES
+    stages: tuple[Stage, ...] = STAGES
     if args.most_steps is not None:
         stages = tuple(replace(stage, most_steps=min(stage.most_steps, args.most_steps)) for stage in STAGES)
     Trainer(Recipe(seed=args.seed), args.out, stages).run()

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: log, checkpoints, model")
     parser.add_argument("--student", type=Path, help="MELT checkpoint to start from (default: the teacher, new gates)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default: %(default)s)")
-    parser.add_argument("--plot", action="store_true", help="draw OUT/log.png at the end; after a finished run, only that")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw OUT/log.png at the end; after a finished run, only that"
+    )
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
 """Token data: a folder written by ``datasets.Dataset.save_to_disk``, one sequence a row.
 
-Columns: ``input_ids``, a list of token ids; optionally ``labels``, a list as long, -100 where the token at that place is
-not to be learned (the convention of transformers); without it every token counts. The order of the rows depends on the
-seed and the step alone, so that a resumed run needs no state of a loader.
+Columns: ``input_ids``, a list of token ids; optionally ``labels``, a list as long, -100 where the token at that place
+is not to be learned (the convention of transformers); without it every token counts. The order of the rows depends on
+the seed and the step alone, so that a resumed run needs no state of a loader.
 """
 
 from pathlib import Path

@@ -39,7 +39,8 @@ class ChunkPass:
 
     Attributes:
         states: the normed value after every loop, T tensors [B, C, D].
-        attended: attention outputs after ``o_proj`` in the order of (loop, layer), T * N tensors [B, C, D].
+        attended: what attention adds to the residual stream, after the norm that closes it, in the order of (loop,
+            layer), T * N tensors [B, C, D].
     """
 
     states: list[Tensor]
@@ -68,7 +69,8 @@ def forward_chunk(
     is_looplm = backbone.config.cache_kind == "per_loop"
     hidden = backbone.embed_tokens(input_ids)
     latents: list[Tensor | None] = [None] * len(backbone.layers)
-    states, attended, finals = [], [], []
+    states, attended = [], []
+    finals: Rows = []  # of each layer, the chunk's rows after the latest loop
     for loop_idx in range(loops):
         finals = []
         for layer_idx, layer in enumerate(backbone.layers):
@@ -117,8 +119,8 @@ def _layer(
             alpha * present[0] + (1 - alpha) * looplm[0],
             alpha * present[1] + (1 - alpha) * looplm[1],
         )
-    output = layer.self_attn.attend(a, present, frame)
-    return layer.after_attention(x, output), h, output, rows, looplm_rows
+    output = layer.input_layernorm_2(layer.self_attn.attend(a, present, frame))
+    return layer.after_attention(x + output), h, output, rows, looplm_rows
 
 
 def _join(past: Rows, new: KeyValue) -> KeyValue:

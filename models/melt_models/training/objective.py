@@ -49,9 +49,7 @@ class Objective(nn.Module):
     The teacher runs over the whole sequence at once: a LoopLM's numbers do not depend on chunks.
     """
 
-    def __init__(
-        self, student: MeltCausalLM, teacher: MeltCausalLM, every_loop: bool = False, recompute: bool = False
-    ):
+    def __init__(self, student: MeltCausalLM, teacher: MeltCausalLM, every_loop: bool = False, recompute: bool = False):
         super().__init__()
         self.student = student
         self.every_loop, self.recompute = every_loop, recompute

@@ -24,8 +24,8 @@ class Phase:
         cross_entropy: weight of the next token's cross entropy after the last loop.
         distillation: weight of the Kullback-Leibler divergence of the student's next-token distribution from the
             teacher's, mean over tokens and supervised loops.
-        attention: weight beta of the squared distance between the attention outputs of student and teacher, summed
-            over D, mean over tokens, layers and loops.
+        attention: weight beta of the squared distance between what attention adds to the residual stream in student
+            and teacher, summed over D, mean over tokens, layers and loops.
     """
 
     steps: int
@@ -43,8 +43,8 @@ class Phase:
 class Recipe:
     """A run of two phases (arXiv 2605.07721): interpolated transition, then attention-aligned distillation.
 
-    Where the paper is silent, and the choice is ours: the loss of phase 1, the attention output (after ``o_proj``),
-    ``supervised_loops``, warm-up and decay, weight decay.
+    Where the paper is silent, and the choice is ours: the loss of phase 1, the attention output (after the norm that
+    closes the branch: without it, its scale means nothing), ``supervised_loops``, warm-up and decay, weight decay.
 
     Attributes:
         transition: phase 1; its alpha goes linearly from 0 in its first step to 1 in its last.

@@ -19,23 +19,28 @@ from melt_models.checkpoint import load_checkpoint
 from melt_models.modeling import MeltCausalLM
 from melt_models.staging import replace_text, staged
 from melt_models.training.errors import TrainingError
+from melt_models.training.processes import Processes
 
 RUN_NAME, LOG_NAME, MODEL_NAME = "run.json", "log.jsonl", "model"
 _STATE_NAME = "optimizer.pt"
-_TEXTS = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
-_TEXTS += ("generation_config.json", "evaluation.jsonl", "LICENSE*")
+_TEXTS = (
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("generation_config.json", "evaluation.jsonl", "LICENSE*"),
+)
 
 
 class RunFolder:
-    """Reads and writes a run's folder."""
+    """Reads and writes a run's folder; of several processes, only the first one writes."""
 
-    def __init__(self, out: Path, settings: dict[str, Any]):
+    def __init__(self, out: Path, settings: dict[str, Any], processes: Processes):
         """Makes the folder, or opens that of a run with the same settings.
 
         Raises:
             TrainingError: ``out`` is the folder of another run or of something else.
         """
-        self.out = out
+        self.out, self._processes = out, processes
+        if not processes.is_first:
+            processes.wait()  # until the first one has made it
         path = out / RUN_NAME
         settings = json.loads(json.dumps(settings))  # as it will be read back
         if path.is_file():
@@ -50,6 +55,8 @@ class RunFolder:
         else:
             out.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(settings, indent=2) + "\n")
+        if processes.is_first:
+            processes.wait()
 
     @property
     def model(self) -> Path:
@@ -61,7 +68,7 @@ class RunFolder:
         found = sorted((self.out / "checkpoints").glob("step-*"))
         return found[-1] if found else None
 
-    def save(self, step: int, student: MeltCausalLM, optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, step: int, student: MeltCausalLM, optimizer: torch.optim.Optimizer) -> None:
         """Writes the state after ``step`` steps, then removes older ones.
 
         Raises:
@@ -69,8 +76,8 @@ class RunFolder:
         """
         older = self.newest()
         folder = self.out / "checkpoints" / f"step-{step:06d}"
-        if folder.exists():
-            return folder
+        if not self._processes.is_first or folder.exists():
+            return
         try:
             with staged(folder) as new:
                 student.save_pretrained(new)
@@ -83,7 +90,6 @@ class RunFolder:
             ) from error
         if older:
             shutil.rmtree(older)
-        return folder
 
     def restore(self, student: MeltCausalLM, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
         """Loads the newest checkpoint into both, cuts the log to it, and returns the number of steps done."""
@@ -94,24 +100,28 @@ class RunFolder:
             optimizer.load_state_dict(state["optimizer"])
             step = int(state["step"])
         log = self.out / LOG_NAME
-        if log.is_file():
+        if self._processes.is_first and log.is_file():
             kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
             replace_text(log, "".join(kept))
+        self._processes.wait()
         return step
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one line to the log."""
+        if not self._processes.is_first:
+            return
         with (self.out / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def finish(self, student: MeltCausalLM, teacher: Path) -> Path:
         """Writes the trained model, with the teacher's tokenizer and other texts beside it."""
-        if not self.model.exists():
+        if self._processes.is_first and not self.model.exists():
             with staged(self.model) as new:
                 student.save_pretrained(new)
                 for path in sorted(teacher.iterdir()):
                     if any(path.match(pattern) for pattern in _TEXTS):
                         shutil.copyfile(path, new / path.name)
+        self._processes.wait()
         return self.model
 
 

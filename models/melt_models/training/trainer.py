@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from melt_models.modeling import GateLinear, MeltCausalLM
 from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
+from melt_models.training.processes import Processes, joined
 from melt_models.training.recipe import Recipe
 from melt_models.training.saving import RunFolder
 from melt_models.training.student import load_pair, values_of
@@ -46,7 +48,24 @@ def train(
     Raises:
         TrainingError: bad input, a loss that is not finite, or a checkpoint that cannot be written.
     """
-    place = choose_device(device)
+    with joined(choose_device(device)) as (processes, place):
+        return _train(recipe, teacher, data, out, student, place, processes)
+
+
+def _train(
+    recipe: Recipe,
+    teacher: Path,
+    data: Path,
+    out: Path,
+    student: Path | None,
+    place: torch.device,
+    processes: Processes,
+) -> Path:
+    if recipe.batch_size % (recipe.micro_batch_size * processes.count):
+        raise TrainingError(
+            f"batch_size must be a multiple of micro_batch_size times processes ({recipe.micro_batch_size} * "
+            f"{processes.count}), got {recipe.batch_size}: start another number of processes"
+        )
     pair = load_pair(teacher, student, recipe)
     vocabulary, pad = pair.teacher.config.vocab_size, pair.teacher.config.pad_token_id or 0
     tokens = TokenData(data, vocabulary, max(recipe.chunk_sizes), pad, recipe.seed)
@@ -56,7 +75,7 @@ def train(
         "student": None if student is None else _identity(pair.student),
         "data": {"rows": tokens.rows, "tokens": tokens.tokens},
     }
-    folder = RunFolder(out, settings)
+    folder = RunFolder(out, settings, processes)
     if folder.model.is_dir():
         return folder.model
     objective = Objective(
@@ -67,7 +86,7 @@ def train(
     )
     optimizer = make_optimizer(objective.student, recipe)
     done = folder.restore(objective.student, optimizer, place)
-    _run(recipe, objective, optimizer, tokens, folder, range(done, recipe.steps), place)
+    _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
     return folder.finish(objective.student.to("cpu", pair.stored), teacher)
 
 
@@ -114,61 +133,88 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     return Step(recipe.phase_of(step), depth, chunk, recipe.alpha_of(step))
 
 
-def _run(
-    recipe: Recipe,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    data: TokenData,
-    folder: RunFolder,
-    steps: range,
-    device: torch.device,
-) -> None:
-    """Takes ``steps``, with progress, log and checkpoints."""
-    trained, tokens, started = objective.student.config.total_ut_steps, 0, time.perf_counter()
-    progress = tqdm(steps, initial=steps.start, total=recipe.steps, unit="step", disable=None)
-    for step in progress:
-        drawn = draw_step(recipe, step, trained)
-        terms, count = _accumulate(recipe, objective, data, step, drawn, device)
+class _Loop:
+    """The steps of one process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        data: TokenData,
+        folder: RunFolder,
+        device: torch.device,
+        processes: Processes,
+    ):
+        self.recipe, self.student, self.optimizer = recipe, objective.student, optimizer
+        self.data, self.folder, self.device, self.processes = data, folder, device, processes
+        self.objective = processes.wrap(objective)
+
+    def run(self, steps: range) -> None:
+        """Takes ``steps``, with progress, log and checkpoints."""
+        recipe, tokens, started = self.recipe, 0, time.perf_counter()
+        progress = tqdm(
+            steps,
+            initial=steps.start,
+            total=recipe.steps,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # seconds between two lines
+            disable=not self.processes.is_first,
+        )
+        for step in progress:
+            drawn = draw_step(recipe, step, self.student.config.total_ut_steps)
+            record = self.step(step, drawn)
+            tokens += record["tokens"]
+            seconds = time.perf_counter() - started
+            progress.set_description(record["phase"], refresh=False)
+            progress.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+            self.folder.log({**record, "seconds": round(seconds, 3)})
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                self.folder.save(step + 1, self.student, self.optimizer)
+
+    def step(self, step: int, drawn: Step) -> dict[str, Any]:
+        """One optimizer step; returns its line of the log.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        recipe = self.recipe
+        terms, tokens = self.accumulate(step, drawn)
         if not math.isfinite(terms["loss"]):
             raise TrainingError(
                 f"the loss of step {step + 1} is {terms['loss']}: lower the learning rates or gradient_clip; "
-                f"the last good checkpoint is {folder.newest() or 'missing: there was none yet'}"
+                f"the last good checkpoint is {self.folder.newest() or 'missing: there was none yet'}"
             )
-        norm = nn.utils.clip_grad_norm_(objective.student.parameters(), recipe.gradient_clip).item()
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), recipe.gradient_clip).item()
         rate = recipe.rate_of(step)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["full_rate"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += count
-        seconds = time.perf_counter() - started
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         name = "transition" if step < recipe.transition.steps else "distillation"
-        progress.set_description(name, refresh=False)
-        progress.set_postfix_str(f"loss {terms['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
         record = {"step": step + 1, "phase": name, **terms, "gradient_norm": norm, "rate": rate, "alpha": drawn.alpha}
-        record |= {"loops": drawn.loops, "chunk": drawn.chunk_size, "tokens": count, "seconds": round(seconds, 3)}
-        folder.log(record)
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            folder.save(step + 1, objective.student, optimizer)
+        return record | {"loops": drawn.loops, "chunk": drawn.chunk_size, "tokens": tokens}
 
-
-def _accumulate(
-    recipe: Recipe, objective: Objective, data: TokenData, step: int, drawn: Step, device: torch.device
-) -> tuple[dict[str, float], int]:
-    """Adds up one step's gradients, micro-batch after micro-batch; returns mean terms and tokens."""
-    terms: dict[str, float] = {}
-    tokens, parts = 0, recipe.batch_size // recipe.micro_batch_size
-    mixed = torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
-    for part in range(parts):
-        first = step * recipe.batch_size + part * recipe.micro_batch_size
-        batch = data.batch(first, recipe.micro_batch_size).to(device)
-        with mixed:
-            got = objective(batch, drawn)
-        (got["loss"] / parts).backward()
-        tokens += int(batch.real.sum())
-        for name, value in got.items():
-            terms[name] = terms.get(name, 0.0) + value.item() / parts
-    return terms, tokens
+    def accumulate(self, step: int, drawn: Step) -> tuple[dict[str, float], int]:
+        """Adds up one step's gradients; returns mean terms and the tokens of all processes."""
+        recipe, count = self.recipe, self.processes.count
+        parts = recipe.batch_size // (recipe.micro_batch_size * count)
+        sums: dict[str, float] = {}
+        for part in range(parts):
+            place = (part * count + self.processes.rank) * recipe.micro_batch_size
+            batch = self.data.batch(step * recipe.batch_size + place, recipe.micro_batch_size).to(self.device)
+            mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+            is_last = part == parts - 1
+            waiting = nullcontext() if count == 1 or is_last else self.objective.no_sync()
+            with waiting:
+                with mixed:
+                    got = self.objective(batch, drawn)
+                (got["loss"] / parts).backward()
+            values = {name: value.item() for name, value in got.items()} | {"tokens": batch.real.sum().item()}
+            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        means = self.processes.mean(sums)
+        tokens = round(means.pop("tokens") * count)
+        return {name: value / parts for name, value in means.items()}, tokens
 
 
 def _identity(model: MeltCausalLM) -> dict[str, Any]:
