@@ -142,7 +142,7 @@ def test_two_processes_share_a_batch(recipe, teacher, data, tmp_path):
 
 def refuse(capsys, arguments: list[str], *fragments: str) -> None:
     assert cli.main(arguments) == 1
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     for fragment in fragments:
         assert fragment in error

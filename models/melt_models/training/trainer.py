@@ -153,24 +153,24 @@ class _Loop:
     def run(self, steps: range) -> None:
         """Takes ``steps``, with progress, log and checkpoints."""
         recipe, tokens, started = self.recipe, 0, time.perf_counter()
-        progress = tqdm(
-            steps,
-            initial=steps.start,
+        bar = tqdm(
             total=recipe.steps,
+            initial=steps.start,
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # seconds between two lines
             disable=not self.processes.is_first,
         )
-        for step in progress:
-            drawn = draw_step(recipe, step, self.student.config.total_ut_steps)
-            record = self.step(step, drawn)
-            tokens += record["tokens"]
-            seconds = time.perf_counter() - started
-            progress.set_description(record["phase"], refresh=False)
-            progress.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
-            self.folder.log({**record, "seconds": round(seconds, 3)})
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-                self.folder.save(step + 1, self.student, self.optimizer)
+        with bar:
+            for step in steps:
+                record = self.step(step, draw_step(recipe, step, self.student.config.total_ut_steps))
+                tokens += record["tokens"]
+                seconds = time.perf_counter() - started
+                self.folder.log({**record, "seconds": round(seconds, 3)})
+                if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                    self.folder.save(step + 1, self.student, self.optimizer)
+                bar.set_description(record["phase"], refresh=False)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+                bar.update()
 
     def step(self, step: int, drawn: Step) -> dict[str, Any]:
         """One optimizer step; returns its line of the log.
