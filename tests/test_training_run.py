@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, teacher, data, tmp_p
     )
     assert limited.returncode == 1
     assert "could not be written" in limited.stderr
-    assert f"the last good one is {kept}" in limited.stderr
+    assert f"The last good checkpoint is {kept}" in limited.stderr
     assert list((out / "checkpoints").iterdir()) == [kept]
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert cli.main(command(recipe, teacher, data, out)) == 0

@@ -123,7 +123,8 @@ class Attention(nn.Module):
     def attend(self, a: Tensor, present: "KeyValue", frame: "Frame") -> Tensor:
         """The output [B, C, D] of queries from ``a`` over rows of past and chunk."""
         query = apply_rope(self.heads(self.q_proj(a)), frame.cos, frame.sin)
-        out = F.scaled_dot_product_attention(query, *present, attn_mask=frame.mask, enable_gqa=True)
+        grouped = query.shape[1] != present[0].shape[1]  # said only where it is so: it rules out CUDA's fast kernels
+        out = F.scaled_dot_product_attention(query, *present, attn_mask=frame.mask, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

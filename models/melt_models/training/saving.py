@@ -10,6 +10,8 @@ Everything appears whole or not at all: a checkpoint that cannot be written leav
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +80,9 @@ class RunFolder:
         folder = self.out / "checkpoints" / f"step-{step:06d}"
         if not self._processes.is_first or folder.exists():
             return
-        try:
-            with staged(folder) as new:
-                student.save_pretrained(new)
-                torch.save({"step": step, "optimizer": optimizer.state_dict()}, new / _STATE_NAME)
-        except Exception as error:  # OSError, torch's RuntimeError or safetensors' own, by what was being written
-            kept = f"the last good one is {older}" if older else "there is none before it"
-            raise TrainingError(
-                f"the checkpoint of step {step} could not be written to {folder.parent}: {error}. {kept}: free some "
-                "space and run the same command again to go on from there"
-            ) from error
+        with self._writing(f"the checkpoint of step {step}"), staged(folder) as new:
+            student.save_pretrained(new)
+            torch.save({"step": step, "optimizer": optimizer.state_dict()}, new / _STATE_NAME)
         if older:
             shutil.rmtree(older)
 
@@ -110,19 +105,31 @@ class RunFolder:
         """Adds one line to the log."""
         if not self._processes.is_first:
             return
-        with (self.out / LOG_NAME).open("a", encoding="utf-8") as file:
+        with self._writing("the log"), (self.out / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def finish(self, student: MeltCausalLM, teacher: Path) -> Path:
         """Writes the trained model, with the teacher's tokenizer and other texts beside it."""
         if self._processes.is_first and not self.model.exists():
-            with staged(self.model) as new:
+            with self._writing("the trained model"), staged(self.model) as new:
                 student.save_pretrained(new)
                 for path in sorted(teacher.iterdir()):
                     if any(path.match(pattern) for pattern in _TEXTS):
                         shutil.copyfile(path, new / path.name)
         self._processes.wait()
         return self.model
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Turns what goes wrong into an error that says what is kept."""
+        older = self.newest()
+        try:
+            yield
+        except Exception as error:  # OSError, torch's RuntimeError or safetensors' own, by what was being written
+            raise TrainingError(
+                f"{what} could not be written to {self.out}: {error}. The last good checkpoint is "
+                f"{older or 'missing, there was none yet'}: free some space and run the same command again to go on"
+            ) from error
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
