@@ -197,10 +197,12 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
     return manifest
 
 
-def open_runner(folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float") -> LoopRunner:
-    """A driver over a bundle on the CPU, in chunks of its trained size."""
+def open_runner(
+    folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float", chunk: int | None = None
+) -> LoopRunner:
+    """A driver over a bundle on the CPU, in chunks of its trained size where none is given."""
     sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
-    plan = plan_state(manifest, capacity, kv_cache=kv_cache)
+    plan = plan_state(manifest, capacity, kv_cache=kv_cache, chunk=chunk)
     return LoopRunner(sessions, State(plan, "cpu"))
 
 

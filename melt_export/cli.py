@@ -12,14 +12,16 @@ from transformers.utils import logging as transformers_logging
 
 from melt_export.bundle import ExportOptions, export_bundle, export_source
 from melt_export.formats import BLOCKS
+from melt_export.genai import export_genai
 from melt_export.quantize import ROUNDINGS
-from melt_export.source import random_source
+from melt_export.source import ExportError, checkpoint_source, random_source
 from melt_models import CheckpointError
 from melt_models.checkpoint import Checkpoint
 from melt_models.convert import looplm_to_melt
 from melt_models.families import KNOWN_TYPES
 from melt_models.hub import checkpoint_folder
 from melt_models.shapes import SHAPES, shape_config
+from melt_models.staging import require_absent
 from melt_runtime import Manifest, MeltError
 from melt_runtime.contract import ACTIVATIONS, PRECISIONS
 from melt_runtime.memory import format_bytes, resident_bytes
@@ -35,6 +37,7 @@ examples:
   python export.py CHECKPOINT --out build/small --precision int4 --eval-text book.txt
   python export.py CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
   python export.py --shape melt-1.6b --out build/bench --precision int4      random weights, for benchmarks
+  python export.py CHECKPOINT --out build/genai --format genai --loops 4     for ONNX Runtime GenAI, at a fixed depth
 """
 
 
@@ -84,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         help="write no bundle but a MELT checkpoint: the LoopLM's weights and fresh gates, where training starts",
     )
     parser.add_argument(
+        "--format",
+        default="bundle",
+        choices=("bundle", "genai"),
+        help="bundle: for this project's runtime, loops are a knob; genai: one decoder graph with a fixed number of "
+        "loops that ONNX Runtime GenAI loads unchanged (default: %(default)s)",
+    )
+    parser.add_argument("--loops", type=int, help="of --format genai (default: as many as the model was trained with)")
+    parser.add_argument(
         "--precision",
         default=ExportOptions.precision,
         choices=PRECISIONS,
@@ -128,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 def _make_checkpoint(args: argparse.Namespace) -> str:
     """Writes a MELT checkpoint; returns what was made."""
     parser = _parser()
-    for name in ("precision", "activations", "layer", "block", "rounding", "eval_text"):
+    for name in ("format", "loops", "precision", "activations", "layer", "block", "rounding", "eval_text"):
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
     if args.checkpoint is None:
@@ -156,11 +167,26 @@ def _make_bundle(args: argparse.Namespace) -> str:
         verified=args.shape is None,
         report=lambda line: print(line, file=sys.stderr),
     )
+    if args.format == "genai":
+        return _make_genai(args, options)
+    if args.loops is not None:
+        raise ValueError("--loops is for --format genai: in a bundle the number of loops is a knob of every call")
     if args.shape is not None:
         manifest = export_source(random_source(shape_config(args.shape)), args.out, options)
     else:
         manifest = export_bundle(args.checkpoint, args.out, options)
     return _summary(args.out, manifest)
+
+
+def _make_genai(args: argparse.Namespace, options: ExportOptions) -> str:
+    """Writes a folder for ONNX Runtime GenAI; returns what was made."""
+    require_absent(args.out, ExportError)
+    if args.shape is not None:
+        source = random_source(shape_config(args.shape))
+    else:
+        source = checkpoint_source(checkpoint_folder(args.checkpoint))
+    manifest = export_genai(source, args.out, args.loops, options)
+    return f"{args.out}: a decoder for ONNX Runtime GenAI; {_summary(args.out, manifest)}"
 
 
 def _layer(text: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ ALLOWED = {
         *("datasets", "pyarrow", "matplotlib", "melt_models"),
     },
     "melt_export": {
-        *("torch", "numpy", "onnx_ir", "transformers", "tokenizers", "tqdm"),
+        *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
         *("melt_models", "melt_runtime", "melt_export"),
     },
 }

@@ -29,6 +29,8 @@ TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_CONFIG_NAME = "generation_config.json"
 WEIGHTS_NAME = "weights.data"
+GENAI_CONFIG_NAME = "genai_config.json"
+"""Of a model for ONNX Runtime GenAI, which is no bundle."""
 
 _REMAKE = "make it again with: python export.py CHECKPOINT --out BUNDLE"
 _HASH_BLOCK = 1 << 20
@@ -106,6 +108,11 @@ def read_manifest(folder: str | Path) -> Manifest:
             that leaves the bundle.
     """
     path = Path(folder) / MANIFEST_NAME
+    if not path.is_file() and (Path(folder) / GENAI_CONFIG_NAME).is_file():
+        raise BundleError(
+            f"{folder} is a model for ONNX Runtime GenAI, whose number of loops is fixed: load it with "
+            f"onnxruntime-genai, or export the checkpoint without --format genai"
+        )
     if not path.is_file():
         raise BundleError(f"{path} does not exist: a bundle is a folder with {MANIFEST_NAME}; {_REMAKE}")
     try:
