@@ -1,0 +1,61 @@
+// node check.mjs FOLDER: opens the built page in headless Chromium. Reads a task as JSON from standard input,
+//   {"prompt": [ids], "loops": [1, 4], "newTokens": 200, "question": "..."},
+// and writes what the page did as JSON to standard output.
+
+import chromium from "@sparticuz/chromium";
+import puppeteer from "puppeteer-core";
+import { text } from "node:stream/consumers";
+import { serve } from "./serve.mjs";
+
+const task = JSON.parse(await text(process.stdin));
+const server = await serve(process.argv[2]);
+const browser = await puppeteer.launch({
+  args: [...chromium.args, "--no-sandbox"],
+  executablePath: await chromium.executablePath(),
+  headless: "shell",
+});
+try {
+  const page = await browser.newPage();
+  if (task.withoutSimd) {
+    await page.evaluateOnNewDocument(() => {
+      WebAssembly.validate = () => false;
+    });
+  }
+  await page.goto(`http://localhost:${server.address().port}/`);
+  await page.waitForFunction(() => document.getElementById("status").textContent !== "loading", { timeout: 60_000 });
+  const status = await page.$eval("#status", (element) => [element.className, element.textContent]);
+  const done = { status };
+  if (status[0] !== "error") {
+    done.encoded = await page.evaluate((q) => window.model.encode([{ role: "user", content: q }]), task.question);
+    [done.tokens, done.logits] = [{}, {}];
+    for (const loops of task.loops) {
+      done.tokens[loops] = await page.evaluate(
+        (ids, options) => window.model.generate(ids, options),
+        task.prompt,
+        { loops, maxNewTokens: task.newTokens, stopIds: [] },
+      );
+      done.logits[loops] = await page.evaluate(
+        async (ids, loops) => {
+          window.model.reset();
+          return Array.from(await window.model.prefill(ids, loops));
+        },
+        task.prompt,
+        loops,
+      );
+    }
+    const error = (options) =>
+      page.evaluate((ids, o) => window.model.generate(ids, o).catch((e) => e.message), task.prompt, options);
+    done.errors = [await error({ loops: 0 }), await error({ maxNewTokens: 5000 })];
+    done.memory = await page.evaluate(async () => {
+      const { MeltModel } = await import("./melt.js");
+      return MeltModel.load("./bundle/", { memoryLimit: 1e6 }).catch((e) => e.message);
+    });
+    await page.click("#ask");
+    await page.waitForFunction(() => document.getElementById("answer").textContent !== "");
+    done.answer = await page.$eval("#answer", (element) => element.textContent);
+  }
+  console.log(JSON.stringify(done));
+} finally {
+  await browser.close();
+  server.close();
+}

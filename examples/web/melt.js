@@ -1,0 +1,203 @@
+// A MELT bundle in the browser: T loops over one gated KV cache, driven from manifest.json.
+// The graphs' inputs and outputs are those of runtime/melt_runtime/contract.py.
+
+import * as ort from "./vendor/ort.wasm.min.mjs";
+import { Template } from "./vendor/jinja.js";
+import { Tokenizer } from "./vendor/tokenizers.min.mjs";
+
+export const SCHEMA_VERSION = 3;
+const GRAPHS = ["embed", "loop", "head"];
+// The smallest module with an instruction of wasm SIMD (i8x16.splat): valid only where the browser has it.
+const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+
+export class MeltError extends Error {}
+
+function requireBrowser() {
+  if (typeof WebAssembly !== "object" || !WebAssembly.validate(new Uint8Array(SIMD))) {
+    throw new MeltError("this browser has no WebAssembly SIMD: use Chrome 91, Firefox 89, Safari 16.4 or newer");
+  }
+}
+
+function requireManifest(manifest, url) {
+  if (manifest.schema_version !== SCHEMA_VERSION) {
+    throw new MeltError(
+      `${url} has schema_version ${manifest.schema_version}, this page reads ${SCHEMA_VERSION}: ` +
+        "export the checkpoint again with the export.py that belongs to this page",
+    );
+  }
+  if (manifest.activations !== "float32") {
+    throw new MeltError(`${url} has ${manifest.activations} activations, wasm computes in float32: export without --activations`);
+  }
+}
+
+async function fetchFile(url, what) {
+  const response = await fetch(url);
+  if (!response.ok) {
+    throw new MeltError(`${url} cannot be fetched (${response.status}): ${what} must lie beside the page`);
+  }
+  return response;
+}
+
+/** Bytes that a model needs here: weights once for each of three sessions at most, packed again, and two caches. */
+function neededBytes(manifest, capacity) {
+  const { layers, kv_heads, head_dim, trained_loops, cache_kind } = manifest.model;
+  const slots = cache_kind === "per_loop" ? trained_loops : 1;
+  return 4 * manifest.weight_bytes + 2 * slots * layers * 2 * kv_heads * capacity * head_dim * 4;
+}
+
+function requireMemory(bytes, limit = 1e9 * (navigator.deviceMemory ?? 4)) {
+  const most = Math.min(limit, 4 * 2 ** 30); // wasm addresses 32 bits
+  if (bytes > most) {
+    const [need, have] = [bytes, most].map((value) => `${(value / 1e6).toFixed(0)} MB`);
+    throw new MeltError(
+      `this model needs about ${need}, and this browser offers ${have}: export it with --precision int4, or lower the capacity`,
+    );
+  }
+}
+
+export class MeltModel {
+  /**
+   * Loads a bundle.
+   * @param {string} url folder of the bundle, with a trailing slash
+   * @param {{capacity?: number, memoryLimit?: number}} options capacity: tokens of prompt and answer
+   */
+  static async load(url, { capacity = 512, memoryLimit } = {}) {
+    requireBrowser();
+    ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
+    ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+    const text = async (name) => (await fetchFile(url + name, "the bundle")).text();
+    const manifest = JSON.parse(await text("manifest.json"));
+    requireManifest(manifest, url + "manifest.json");
+    requireMemory(neededBytes(manifest, capacity), memoryLimit);
+    const weights = new Uint8Array(await (await fetchFile(url + "weights.data", "the bundle")).arrayBuffer());
+    const externalData = [{ path: "weights.data", data: weights }];
+    const sessions = {};
+    for (const name of GRAPHS) {
+      try {
+        sessions[name] = await ort.InferenceSession.create(`${url}${name}.onnx`, {
+          executionProviders: ["wasm"],
+          externalData,
+        });
+      } catch (error) {
+        throw new MeltError(`${name}.onnx cannot be opened, most often for want of memory: ${error.message ?? error}`);
+      }
+    }
+    const settings = JSON.parse(await text("generation_config.json"));
+    const tokenizer = new Tokenizer(JSON.parse(await text("tokenizer.json")), {});
+    const template = new Template(await text("chat_template.jinja"));
+    return new MeltModel(manifest, sessions, capacity, tokenizer, template, settings.stop_ids ?? []);
+  }
+
+  constructor(manifest, sessions, capacity, tokenizer, template, stopIds) {
+    Object.assign(this, { manifest, sessions, capacity, tokenizer, template, stopIds });
+    this.shape = manifest.model;
+    this.hasLoopIdx = manifest.graphs.loop.inputs.some((tensor) => tensor.name === "loop_idx");
+    this.reset();
+  }
+
+  /** Forgets every token. */
+  reset() {
+    this.length = 0;
+    this.caches = new Map();
+  }
+
+  /** Token ids of a chat, ready for an answer. */
+  encode(messages) {
+    const text = this.template.render({ messages, add_generation_prompt: true });
+    return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  decode(ids) {
+    return this.tokenizer.decode(ids, { skip_special_tokens: true });
+  }
+
+  /**
+   * Greedy continuation of a prompt.
+   * @param {number[]} ids
+   * @param {{loops?: number, maxNewTokens?: number, stopIds?: number[], onToken?: (id: number) => void}} options
+   * @returns {Promise<number[]>} the new tokens, without the one that ended them
+   */
+  async generate(ids, { loops = this.shape.trained_loops, maxNewTokens = 64, stopIds = this.stopIds, onToken } = {}) {
+    if (!Number.isInteger(loops) || loops < 1) {
+      throw new MeltError(`loops must be a whole number of at least 1, got ${loops}`);
+    }
+    if (ids.length + maxNewTokens > this.capacity) {
+      throw new MeltError(
+        `${ids.length} tokens and ${maxNewTokens} new ones exceed the capacity of ${this.capacity}: load with a larger one`,
+      );
+    }
+    this.reset();
+    let logits = await this.prefill(ids, loops);
+    const tokens = [];
+    while (true) {
+      const token = largest(logits);
+      if (stopIds.includes(token)) return tokens;
+      tokens.push(token);
+      onToken?.(token);
+      if (tokens.length === maxNewTokens) return tokens;
+      logits = await this.step([token], loops);
+    }
+  }
+
+  /** A prompt, chunk after chunk of the trained size; returns the logits of its last token. */
+  async prefill(ids, loops) {
+    let logits;
+    for (let start = 0; start < ids.length; start += this.shape.trained_chunk) {
+      logits = await this.step(ids.slice(start, start + this.shape.trained_chunk), loops);
+    }
+    return logits;
+  }
+
+  /** One chunk through all loops; returns the logits of its last token. */
+  async step(ids, loops) {
+    const { layers, hidden_size: width, has_latent: hasLatent } = this.shape;
+    const count = ids.length;
+    const embedded = await this.sessions.embed.run({ ids: new ort.Tensor("int64", ids.map(BigInt), [1, count]) });
+    const state = { hidden: embedded.hidden };
+    for (let layer = 0; hasLatent && layer < layers; layer++) {
+      state[`latent.${layer}`] = new ort.Tensor("float32", new Float32Array(count * width), [1, count, width]);
+    }
+    const feeds = {
+      seqlens_k: new ort.Tensor("int32", Int32Array.of(this.length + count - 1), [1]),
+      total_sequence_length: new ort.Tensor("int32", Int32Array.of(this.length + count), []),
+    };
+    for (let loop = 0; loop < loops; loop++) {
+      if (this.hasLoopIdx) feeds.loop_idx = new ort.Tensor("int64", BigInt64Array.of(BigInt(loop)), []);
+      const cache = this.cacheOf(loop);
+      const results = await this.sessions.loop.run({ ...feeds, ...state, ...cache });
+      state.hidden = results.hidden_out;
+      for (let layer = 0; layer < layers; layer++) {
+        if (hasLatent) state[`latent.${layer}`] = results[`latent_out.${layer}`];
+        cache[`past_key.${layer}`] = results[`present_key.${layer}`];
+        cache[`past_value.${layer}`] = results[`present_value.${layer}`];
+      }
+    }
+    this.length += count;
+    const last = state.hidden.data.slice((count - 1) * width);
+    const { logits } = await this.sessions.head.run({ hidden: new ort.Tensor("float32", last, [1, 1, width]) });
+    return logits.data;
+  }
+
+  /** The KV cache of a loop: one for all loops (MELT), or one for each (LoopLM). */
+  cacheOf(loop) {
+    const slot = this.shape.cache_kind === "per_loop" ? loop : 0;
+    if (!this.caches.has(slot)) {
+      const dims = [1, this.shape.kv_heads, this.capacity, this.shape.head_dim];
+      const size = dims.reduce((a, b) => a * b);
+      const names = [...Array(this.shape.layers).keys()].flatMap((i) => [`past_key.${i}`, `past_value.${i}`]);
+      this.caches.set(
+        slot,
+        Object.fromEntries(names.map((name) => [name, new ort.Tensor("float32", new Float32Array(size), dims)])),
+      );
+    }
+    return this.caches.get(slot);
+  }
+}
+
+function largest(logits) {
+  let best = 0;
+  for (let index = 1; index < logits.length; index++) {
+    if (logits[index] > logits[best]) best = index;
+  }
+  return best;
+}
