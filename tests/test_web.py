@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not 
 
 @pytest.fixture(scope="session")
 def web() -> Path:
-    """The page's folder with its packages, fetched once for each lock file; a copy, so that nothing appears beside it."""
+    """A copy of the page's folder with its packages, fetched once for each lock file."""
     folder = ROOT / "build" / "web"
     folder.mkdir(parents=True, exist_ok=True)
     lock = (PAGE / "package-lock.json").read_text()
