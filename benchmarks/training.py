@@ -1,10 +1,11 @@
 """The tables of MELT's training at the size of melt-tiny: gate kinds, phases left out, accuracy by loops and hops.
 
-    make melt-tiny
-    python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 \\
-        --data build/melt-tiny-training/data --out build/training-tables --jobs 2 --plots docs
+    python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher
+    python -m melt_models.tiny.write_data --rows 6000 --out build/training-data
+    python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
+        --out build/training-tables --jobs 2 --plots docs
 
-Every row is a run of ``models/recipes/melt-tiny.toml`` with a few numbers changed, in a process of its own with one
+Every row is a run of ``models/recipes/melt-tiny-short.toml`` with a few numbers changed, in a process of its own with one
 thread. A run that was stopped goes on, and a finished one is only read. ``--plots`` writes the pictures of
 docs/training.md; the tables are printed in Markdown, and OUT/results.json has every number.
 """
@@ -30,7 +31,7 @@ from melt_models.training import Phase, Recipe, read_recipe, train
 from melt_models.training.saving import read_log
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "models" / "recipes" / "melt-tiny.toml"
+RECIPE = ROOT / "models" / "recipes" / "melt-tiny-short.toml"
 DEPTHS = (1, 2, 3, 4)
 CONTEXTS = 2048
 WHOLE = 384

@@ -6,7 +6,8 @@ from melt_runtime import MeltModel
 
 model = MeltModel.load(sys.argv[1], device="cpu", capacity=1024)
 session = model.new_session()
-for question in ("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", "Who is one level above Ben?"):
+facts = "Ana reports to Ben. Ben reports to Cleo."
+for question in (f"{facts} Who is two levels above Ana?", "Who is one level above Ben?"):
     print(question)
     for piece in session.stream(question, loops=4):
         print(piece, end="", flush=True)

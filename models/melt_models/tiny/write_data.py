@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Writes the data set; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.write_data", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--rows", type=int, default=6000, help="contexts (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16384, help="contexts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     require_absent(args.out, SystemExit)
