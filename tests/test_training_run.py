@@ -6,8 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,23 +79,30 @@ def log_of(out: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def lines_of(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.is_file() else 0
+KILLED = """
+import os, signal, sys
+from melt_models.training import cli, saving
+
+def log(folder, record, log=saving.RunFolder.log):
+    log(folder, record)
+    if record["step"] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+saving.RunFolder.log = log
+cli.main(sys.argv[2:])
+"""
 
 
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> None:
-    """Starts a run as a user does and kills it without a warning."""
-    with subprocess.Popen([sys.executable, "-m", "melt_models.training", *arguments]) as process:
-        while not reached():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
+def run_killed_after(step: int, arguments: list[str]) -> None:
+    """A run in a process of its own that dies without a warning, its last step in the log."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(step), *arguments], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(recipe, teacher, data, tmp_path):
     straight = train(read_recipe(recipe), teacher, data, tmp_path / "straight", device="cpu")
     out = tmp_path / "killed"
-    kill_when(command(recipe, teacher, data, out), lambda: lines_of(out / "log.jsonl") >= 13)
+    run_killed_after(13, command(recipe, teacher, data, out))
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000010"]
     assert not (out / "model").exists()
     assert cli.main(command(recipe, teacher, data, out)) == 0
@@ -232,7 +237,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, teacher, data, tmp_p
     out = tmp_path / "run"
     assert cli.main(command(recipe, teacher, data, tmp_path / "whole")) == 0
     recipe.write_text(RECIPE.replace("checkpoint_every = 10", "checkpoint_every = 5"))
-    kill_when(command(recipe, teacher, data, out), lambda: bool(list(out.glob("checkpoints/step-*"))))
+    run_killed_after(7, command(recipe, teacher, data, out))
     (kept,) = (out / "checkpoints").glob("step-*")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     limited = subprocess.run(
