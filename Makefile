@@ -53,7 +53,7 @@ bench: $(VENV)/ready
 	$(BIN)/melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512 \
 		--json build/bench/bench.json --plot build/bench/bench.png
 
-## melt-tiny: train the reference model again from its seeds, teacher first (about 40 minutes on 2 cores)
+## melt-tiny: train the reference model again from its seeds, teacher first (about an hour on 2 cores)
 TRAINING := build/melt-tiny-training
 melt-tiny: $(VENV)/ready
 	$(BIN)/python -m melt_models.tiny.teacher --out $(TRAINING)/teacher
