@@ -5,8 +5,8 @@
     python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
         --out build/training-tables --jobs 2 --plots docs
 
-Every row is a run of ``models/recipes/melt-tiny-short.toml`` with a few numbers changed, in a process of its own with one
-thread. A run that was stopped goes on, and a finished one is only read. ``--plots`` writes the pictures of
+Every row is a run of ``models/recipes/melt-tiny-short.toml`` with a few numbers changed, in a process of its own with
+one thread. A run that was stopped goes on, and a finished one is only read. ``--plots`` writes the pictures of
 docs/training.md; the tables are printed in Markdown, and OUT/results.json has every number.
 """
 
