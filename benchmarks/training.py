@@ -100,13 +100,19 @@ def percent(result: dict, name: str = "accuracy") -> float:
     return 100 * mean(result[name][str(DEPTHS[-1])].values())
 
 
+def by_title(results: dict[str, dict], wanted: list[Row]) -> dict[str, list[dict]]:
+    """The results of every seed of a title; the teacher first."""
+    groups: dict[str, list[dict]] = {"teacher": [results["teacher"]]}
+    for row in wanted:
+        groups.setdefault(row.title, []).append(results[row.name])
+    return groups
+
+
 def tables(results: dict[str, dict], wanted: list[Row]) -> str:
     """Tables in Markdown."""
-    titles = list(dict.fromkeys(row.title for row in wanted))
     lines = ["| | exact match, 4 loops | seeds | 1 hop | 2 hops | 3 hops | 4 hops | not in chunks | cache a token |"]
     lines.append("|---" * 9 + "|")
-    for title in ("teacher", *titles):
-        group = [results[row.name] for row in wanted if row.title == title] or [results["teacher"]]
+    for title, group in by_title(results, wanted).items():
         scores = [percent(result) for result in group]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
         hops = [100 * mean(r["accuracy"]["4"][str(hop)] for r in group) for hop in DEPTHS]
@@ -123,14 +129,13 @@ def draw(results: dict[str, dict], wanted: list[Row], folder: Path) -> None:
     """``training-kinds.png`` and ``training-loops.png``."""
     import matplotlib.pyplot as plt
 
-    titles = ["teacher", *dict.fromkeys(row.title for row in wanted)]
+    groups = by_title(results, wanted)
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    for place, title in enumerate(titles):
-        group = [results[row.name] for row in wanted if row.title == title] or [results["teacher"]]
+    for place, (title, group) in enumerate(groups.items()):
         scores = [percent(result) for result in group]
         axis.bar(place, mean(scores), color="grey" if title == "teacher" else "tab:blue", alpha=0.6)
         axis.plot([place] * len(scores), scores, "k.", markersize=5)
-    axis.set_xticks(range(len(titles)), titles, rotation=30, ha="right")
+    axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
     axis.set_ylabel("exact match, %")
     axis.set_ylim(0, 103)
     figure.tight_layout()

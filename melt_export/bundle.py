@@ -279,9 +279,7 @@ def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
-    eos = source.config.eos_token_id
-    stop_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=stop_ids))
+    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=source.config.stop_ids))
 
 
 def _producer() -> dict[str, str]:

@@ -5,7 +5,6 @@ that bundle is verified against torch like any other.
 """
 
 import json
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 from melt_export.bundle import ExportOptions, export_source, open_runner
 from melt_export.genai_graph import PAST, PRESENT, join_graphs
 from melt_export.probe import choose_probe
-from melt_export.source import ExportError, Source
+from melt_export.source import ExportError, Source, special_token
 from melt_export.verify import ParityError
 from melt_models.configuration import MeltConfig
 from melt_models.staging import require_absent, staged
@@ -73,12 +72,13 @@ def export_genai(source: Source, out: Path, loops: int | None, options: ExportOp
             options.report(f"joining the graphs to a decoder of {loops} loops")
             parts = {name: ir.load(bundle / f"{name}.onnx") for name in ("embed", "loop", "head")}
             decoder = join_graphs(parts, manifest.model, manifest.activations, loops)
-            shutil.copyfile(bundle / WEIGHTS_NAME, folder / WEIGHTS_NAME)
             ir.save(decoder, folder / MODEL_NAME)
             _write_texts(source, folder, manifest.model)
+            answers = _bundle_answers(source, bundle, manifest, loops, options) if options.verified else []
+            (bundle / WEIGHTS_NAME).rename(folder / WEIGHTS_NAME)  # the bundle is only a step on the way
             if options.verified:
                 options.report("comparing the decoder's tokens with the bundle's")
-                _compare(source, bundle, folder, manifest, loops, options)
+                _compare(folder, manifest, answers)
     options.report(f"wrote {out}")
     return manifest
 
@@ -93,10 +93,9 @@ def _write_texts(source: Source, folder: Path, shape: ModelShape) -> None:
     (folder / GENAI_CONFIG_NAME).write_text(json.dumps(genai_config(source.config, shape), indent=2) + "\n")
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     tokenizer = Tokenizer.from_str(source.tokenizer)
-    special = {"bos_token": source.config.bos_token_id, "eos_token": _first(source.config.eos_token_id)}
-    special["pad_token"] = source.config.pad_token_id
-    names = {name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None}
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    names = {name: special_token(name, source.config, tokenizer) for name in ("bos_token", "eos_token", "pad_token")}
+    special = {name: token for name, token in names.items() if token is not None}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if source.chat_template:
         (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
@@ -143,30 +142,45 @@ def genai_config(config: MeltConfig, shape: ModelShape) -> dict[str, Any]:
     return {"model": model, "search": search}
 
 
-def _compare(
-    source: Source, bundle: Path, folder: Path, manifest: Manifest, loops: int, options: ExportOptions
-) -> None:
-    """Greedy tokens of the decoder in a shared cache, against the bundle's driver with the prompt as one chunk.
+def _bundle_answers(
+    source: Source, bundle: Path, manifest: Manifest, loops: int, options: ExportOptions
+) -> list[tuple[list[int], list[int]]]:
+    """Some prompts, each with the bundle's greedy tokens after it, the prompt as one chunk."""
+    passages = choose_probe(source, bundle, options.text).passages[:_PROMPTS]
+    prompts = [passage.ids[: max(passage.start, _NEW_TOKENS)] for passage in passages]
+    longest = max(map(len, prompts))
+    runner = open_runner(bundle, manifest, longest + _NEW_TOKENS, chunk=longest)
+    answers = []
+    for ids in prompts:
+        runner.state.reset()
+        tokens = [int(runner.prefill(ids, loops).argmax())]
+        while len(tokens) < _NEW_TOKENS:
+            tokens.append(int(runner.decode([tokens[-1]], loops)[0].argmax()))
+        answers.append((ids, tokens))
+    return answers
+
+
+def _compare(folder: Path, manifest: Manifest, answers: list[tuple[list[int], list[int]]]) -> None:
+    """Holds the decoder's greedy tokens in a shared cache against the bundle's.
 
     Raises:
         ParityError: they differ.
     """
-    probe = choose_probe(source, bundle, options.text)
-    for passage in probe.passages[:_PROMPTS]:
-        ids = passage.ids[: max(passage.start, _NEW_TOKENS)]
-        runner = open_runner(bundle, manifest, len(ids) + _NEW_TOKENS, chunk=len(ids))
-        tokens = [int(runner.prefill(ids, loops).argmax())]
-        while len(tokens) < _NEW_TOKENS:
-            tokens.append(int(runner.decode([tokens[-1]], loops)[0].argmax()))
-        got = decode_greedy(folder, manifest, ids, _NEW_TOKENS)
+    session = open_decoder(folder)
+    for ids, tokens in answers:
+        got = decode_greedy(session, manifest, ids, _NEW_TOKENS)
         if got != tokens:
-            raise ParityError(f"the decoder of {loops} loops gives {got}, the bundle {tokens}")
+            raise ParityError(f"the decoder gives {got}, the bundle {tokens}")
 
 
-def decode_greedy(folder: Path, manifest: Manifest, ids: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens of a decoder graph on the CPU, with past and present of each layer in one buffer, as GenAI does."""
+def open_decoder(folder: Path) -> ort.InferenceSession:
+    """The decoder graph on the CPU."""
+    return ort.InferenceSession(folder / MODEL_NAME, providers=["CPUExecutionProvider"])
+
+
+def decode_greedy(session: ort.InferenceSession, manifest: Manifest, ids: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens of a decoder graph, with past and present of each layer in one buffer, as GenAI does."""
     shape = manifest.model
-    session = ort.InferenceSession(folder / MODEL_NAME, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     size = (1, shape.kv_heads, len(ids) + new_tokens, shape.head_dim)
     buffers = [
@@ -188,7 +202,3 @@ def decode_greedy(folder: Path, manifest: Manifest, ids: list[int], new_tokens: 
         if len(tokens) == new_tokens:
             return tokens
         fed = tokens[-1:]
-
-
-def _first(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token

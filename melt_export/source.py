@@ -114,11 +114,11 @@ def chat_template(folder: Path, config: MeltConfig, tokenizer: Tokenizer) -> str
         if name in text:
             written = settings.get(name) or ""
             written = written["content"] if isinstance(written, dict) else written
-            values[name] = _special_token(name, config, tokenizer) or written
+            values[name] = special_token(name, config, tokenizer) or written
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
 
 
-def _special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | None:
+def special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | None:
     """The text of a special token by the configuration's id; of several that end a text the first."""
     ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
     token = ids.get(name)

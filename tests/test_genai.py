@@ -11,7 +11,7 @@ import torch
 from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
 
 from melt_export import ExportError, ExportOptions, cli
-from melt_export.genai import decode_greedy, export_genai
+from melt_export.genai import decode_greedy, export_genai, open_decoder
 from melt_export.source import checkpoint_source
 from melt_runtime import BundleError, MeltModel
 
@@ -39,7 +39,7 @@ def test_the_decoder_gives_torchs_tokens(gate_kind, tmp_path):
     manifest = export_genai(source, tmp_path / "out", 3, QUICK)
     ids = [7, 400, 31, 9, 9, 220, 5]
     expected = model.generate_greedy(torch.tensor([ids]), 20, loops=3, chunk_size=len(ids))[0].tolist()
-    assert decode_greedy(tmp_path / "out", manifest, ids, 20) == expected
+    assert decode_greedy(open_decoder(tmp_path / "out"), manifest, ids, 20) == expected
     shallow = model.generate_greedy(torch.tensor([ids]), 20, loops=2, chunk_size=len(ids))[0].tolist()
     assert shallow != expected
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)

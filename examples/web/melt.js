@@ -30,10 +30,10 @@ function requireManifest(manifest, url) {
   }
 }
 
-async function fetchFile(url, what) {
+async function fetchFile(url) {
   const response = await fetch(url);
   if (!response.ok) {
-    throw new MeltError(`${url} cannot be fetched (${response.status}): ${what} must lie beside the page`);
+    throw new MeltError(`${url} cannot be fetched (${response.status}): the bundle must lie beside the page`);
   }
   return response;
 }
@@ -65,11 +65,11 @@ export class MeltModel {
     requireBrowser();
     ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
     ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-    const text = async (name) => (await fetchFile(url + name, "the bundle")).text();
+    const text = async (name) => (await fetchFile(url + name)).text();
     const manifest = JSON.parse(await text("manifest.json"));
     requireManifest(manifest, url + "manifest.json");
     requireMemory(neededBytes(manifest, capacity), memoryLimit);
-    const weights = new Uint8Array(await (await fetchFile(url + "weights.data", "the bundle")).arrayBuffer());
+    const weights = new Uint8Array(await (await fetchFile(url + "weights.data")).arrayBuffer());
     const externalData = [{ path: "weights.data", data: weights }];
     const sessions = {};
     for (const name of GRAPHS) {

@@ -128,6 +128,12 @@ class MeltConfig(PreTrainedConfig):
         return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end-of-text tokens; ``eos_token_id`` may name none, one or several."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @property
     def has_latent(self) -> bool:
         """Whether the gate carries a latent state from loop to loop."""
         return self.gate_kind in _LATENT_KINDS

@@ -76,6 +76,7 @@ def forward_chunk(
         for layer_idx, layer in enumerate(backbone.layers):
             own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
             past = own if is_looplm else cache.final.setdefault(layer_idx, [])
+            # The lists grow below; a recomputation in the backward pass must see them as they are now.
             arguments = (layer, hidden, latents[layer_idx], list(past), list(own), frame, loop_idx, alpha)
             if recompute and torch.is_grad_enabled():
                 result = checkpoint(_layer, *arguments, use_reentrant=False)

@@ -77,8 +77,7 @@ def _read_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, int | None]:
     """A checkpoint's tokenizer, and its end-of-text token by the checked configuration: Ouro's published ids err."""
     try:
         config, _ = read_config(folder)
-        end = config.eos_token_id
-        return PreTrainedTokenizerFast.from_pretrained(folder), end[0] if isinstance(end, list) else end
+        return PreTrainedTokenizerFast.from_pretrained(folder), next(iter(config.stop_ids), None)
     except (CheckpointError, OSError, ValueError) as error:
         raise TrainingError(f"{folder} has no tokenizer that can be read: {error}") from error
 
