@@ -1,6 +1,6 @@
 """The three graphs of a bundle as torch modules, in the form that ONNX Runtime runs best.
 
-The equations are those of ``melt_models.modeling``; here they stand once more with ONNX Runtime's operators (fused
+The equations are those of ``melt_layers``; here they stand once more with ONNX Runtime's operators (fused
 norms and residuals, attention over an in-place cache, quantized matrices) in place of torch's. These modules are
 traced, never run: the operators return zeros in torch. Inputs and outputs: ``melt_runtime.contract``.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from melt_export.stored import Read
-from melt_models.modeling import Layer, MeltCausalLM, RMSNorm, rope_tables
+from melt_layers import Layer, RMSNorm, rope_tables
+from melt_models.modeling import MeltCausalLM
 
 _OPERATORS = "com.microsoft::"
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from melt_export.probe import random_ids
 from melt_export.variants import write_exact
-from melt_models.modeling import KVCache, Layer, MeltCausalLM
+from melt_layers import Layer
+from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime.errors import MeltError
 from melt_runtime.loop import LoopRunner, Sessions
 from melt_runtime.manifest import Manifest

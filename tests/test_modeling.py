@@ -5,8 +5,8 @@ import torch
 from conftest import random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from melt_layers import Gate, GateLinear
 from melt_models import GATE_KINDS, KVCache, MeltCausalLM, MeltConfig
-from melt_models.modeling import Gate, GateLinear
 
 
 def ids(length: int = 21, batch: int = 2) -> torch.Tensor:

@@ -10,18 +10,20 @@ from conftest import ROOT
 
 PACKAGES = {
     "melt_runtime": ROOT / "runtime" / "melt_runtime",
+    "melt_layers": ROOT / "models" / "melt_layers",
     "melt_models": ROOT / "models" / "melt_models",
     "melt_export": ROOT / "melt_export",
 }
 ALLOWED = {
     "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_runtime"},
+    "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
-        *("datasets", "pyarrow", "matplotlib", "melt_models"),
+        *("datasets", "pyarrow", "matplotlib", "melt_layers", "melt_models"),
     },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
-        *("melt_models", "melt_runtime", "melt_export"),
+        *("melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
 }
 # Inside the runtime, an earlier floor never imports a later one.

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 
+from melt_layers import Gate
 from melt_models import MeltCausalLM
 from melt_models.convert import as_melt
-from melt_models.modeling import Gate, KVCache
+from melt_models.modeling import KVCache
 from melt_models.training import Phase, Recipe, TrainingError, read_recipe
 from melt_models.training.forward import TrainingCache, forward_chunk
 from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch

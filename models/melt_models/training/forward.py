@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from melt_models.modeling import Frame, KeyValue, Layer, MeltBackbone
+from melt_layers import Frame, KeyValue, Layer
+from melt_models.modeling import MeltBackbone
 
 Rows = list[KeyValue]
 """Rows of one layer, a pair for each chunk, each [B, Hk, C, dh]."""

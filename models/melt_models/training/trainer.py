@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from melt_models.modeling import GateLinear, MeltCausalLM
+from melt_layers import GateLinear
+from melt_models.modeling import MeltCausalLM
 from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step

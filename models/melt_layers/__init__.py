@@ -1,0 +1,29 @@
+"""The layer of MELT and LoopLM, on torch alone: for models over any version of transformers."""
+
+from melt_layers.layers import (
+    MLP,
+    Attention,
+    Frame,
+    Gate,
+    GateLinear,
+    KeyValue,
+    Layer,
+    LayerConfig,
+    RMSNorm,
+    apply_rope,
+    rope_tables,
+)
+
+__all__ = [
+    "Attention",
+    "Frame",
+    "Gate",
+    "GateLinear",
+    "KeyValue",
+    "Layer",
+    "LayerConfig",
+    "MLP",
+    "RMSNorm",
+    "apply_rope",
+    "rope_tables",
+]
