@@ -1,6 +1,8 @@
 """Checkpoints and bundles that tests share; each is made once a run."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,19 @@ def save_checkpoint(model: MeltCausalLM, folder: Path) -> Path:
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(MELT_TINY / name, folder / name)
     return folder
+
+
+def environment(name: str, *requirements: str) -> Path:
+    """The programs of a virtual environment for a tool whose requirements are not ours; made once for each choice."""
+    venv = ROOT / "build" / "environments" / name
+    ready = venv / "ready"
+    wanted = "\n".join(requirements)
+    if not ready.is_file() or ready.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", *requirements], check=True)
+        ready.write_text(wanted)
+    return venv / "bin"
 
 
 BundleMaker = Callable[..., Path]

@@ -8,14 +8,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
+from conftest import MELT_TINY, environment, random_model, save_checkpoint
 
 from melt_export import ExportError, ExportOptions, cli
 from melt_export.genai import decode_greedy, export_genai, open_decoder
 from melt_export.source import checkpoint_source
 from melt_runtime import BundleError, MeltModel
 
-GENAI = "0.18.0"
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 QUICK = ExportOptions(verified=False)
 
@@ -23,13 +22,7 @@ QUICK = ExportOptions(verified=False)
 @pytest.fixture(scope="session")
 def genai_python() -> Path:
     """An environment of its own, made once: GenAI wants the package ``onnxruntime``, we have ``onnxruntime-gpu``."""
-    venv = ROOT / "build" / "genai" / f"venv-{GENAI}"
-    if not (venv / "ready").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"onnxruntime-genai=={GENAI}", "onnxruntime==1.31.1"], check=True)
-        (venv / "ready").touch()
-    return venv / "bin" / "python"
+    return environment("genai", "onnxruntime-genai==0.18.0", "onnxruntime==1.31.1") / "python"
 
 
 @pytest.mark.parametrize("gate_kind", ["elementwise", "mean", "last"])

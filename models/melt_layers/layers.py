@@ -105,6 +105,7 @@ class Attention(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.group = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -134,8 +135,11 @@ class Attention(nn.Module):
     def attend(self, a: Tensor, present: "KeyValue", frame: "Frame") -> Tensor:
         """The output [B, C, D] of queries from ``a`` over rows of past and chunk."""
         query = apply_rope(self.heads(self.q_proj(a)), frame.cos, frame.sin)
-        grouped = query.shape[1] != present[0].shape[1]  # said only where it is so: it rules out CUDA's fast kernels
-        out = F.scaled_dot_product_attention(query, *present, attn_mask=frame.mask, enable_gqa=grouped)
+        # The queries of a group stand in one head as further rows: no key is repeated, and every kernel can run it.
+        rows = query.unflatten(1, (-1, self.group)).flatten(2, 3)
+        mask = torch.cat([frame.mask] * self.group, dim=-2)
+        out = F.scaled_dot_product_attention(rows, *present, attn_mask=mask)
+        out = out.unflatten(2, (self.group, -1)).flatten(1, 2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,136 @@
+"""MELT as a causal language model over the transformers that optimum exports: a fixed number of loops, one KV cache.
+
+Every call is one chunk: its tokens run all loops together and see the tokens of earlier calls at their final state.
+Letters: B batch, C tokens of this call, P tokens of earlier calls, D hidden size, T loops, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from melt_layers import Frame, Layer, RMSNorm, rope_tables
+
+
+class MeltConfig(PretrainedConfig):
+    """``config.json`` of a MELT checkpoint as it stands; ``melt_models.MeltConfig`` describes its keys.
+
+    Raises:
+        ValueError: keys that the model needs are missing, or the model keeps a KV cache for each of several loops.
+    """
+
+    model_type = "melt"
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        if not values:  # transformers compares with an empty configuration when it saves one
+            return
+        missing = [name for name in _NEEDED if not hasattr(self, name)]
+        if missing:
+            raise ValueError(f"config.json of a MELT checkpoint needs {', '.join(missing)}: save it with melt_models")
+        self.require_plain(self.total_ut_steps)
+
+    def require_plain(self, loops: int) -> None:
+        """Refuses what cannot be a plain decoder.
+
+        Raises:
+            ValueError: ``loops`` is not a whole number from 1, or the model is a LoopLM and it is above 1.
+        """
+        if not isinstance(loops, int) or isinstance(loops, bool) or loops < 1:
+            raise ValueError(f"loops must be a whole number of at least 1, got {loops!r}")
+        if self.gate_kind == "none" and loops > 1:
+            raise ValueError(
+                f"a plain decoder has one KV cache a layer, and a LoopLM with {loops} loops needs one for each loop: "
+                "train it to MELT first (docs/training.md), or export it with 1 loop"
+            )
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return float(self.rope_parameters["rope_theta"])
+
+
+_NEEDED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    *("total_ut_steps", "gate_kind", "gate_ema", "norm_placement"),
+)
+
+
+class MeltBackbone(nn.Module):
+    """Embedding, the looped layer stack, the norm that closes every loop."""
+
+    def __init__(self, config: MeltConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MeltForCausalLM(PreTrainedModel, GenerationMixin):
+    """MELT with ``config.total_ut_steps`` loops; to any caller a decoder with one key and one value a layer."""
+
+    config_class = MeltConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012 (transformers' own form)
+    _keys_to_ignore_on_load_unexpected = [r"early_exit_gate\."]  # noqa: RUF012
+
+    def __init__(self, config: MeltConfig):
+        super().__init__(config)
+        self.model = MeltBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs one chunk.
+
+        Args:
+            input_ids: [B, C] int64.
+            attention_mask: 0 where a token is padding, [B, P + C]; default: none is.
+            position_ids: [B, C] int64; default: P, P + 1, ...
+            past_key_values: final keys and values of earlier calls.
+            use_cache: whether to return the cache.
+
+        Returns:
+            Logits of the last loop [B, C, V], and the cache of P + C tokens.
+        """
+        past = past_key_values.to_legacy_cache() if past_key_values is not None else ()
+        past_length = past[0][0].shape[2] if past else 0
+        frame = self.frame(input_ids, attention_mask, position_ids, past_length)
+        hidden = self.model.embed_tokens(input_ids)
+        latents: list[Tensor | None] = [None] * len(self.model.layers)
+        presents: list[tuple[Tensor, Tensor]] = []
+        for loop_idx in range(self.config.total_ut_steps):
+            presents = []
+            for layer_idx, layer in enumerate(self.model.layers):
+                before = past[layer_idx] if past else None
+                hidden, latents[layer_idx], present = layer(hidden, latents[layer_idx], before, frame, loop_idx)
+                presents.append(present)
+            hidden = self.model.norm(hidden)
+        cache = DynamicCache.from_legacy_cache(tuple(presents)) if use_cache is not False else None
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)
+
+    def frame(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_length: int
+    ) -> Frame:
+        """Rotary tables [B, 1, C, dh / 2] and mask [B, 1, C, P + C], each sequence with padding of its own."""
+        places = torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)
+        if position_ids is None:
+            position_ids = places.expand(input_ids.shape)
+        keys = torch.arange(past_length + input_ids.shape[1], device=input_ids.device)
+        mask = (keys[None, :] <= places[:, None])[None, None]
+        if attention_mask is not None:
+            # A padding token sees itself, so that no row is empty: nobody sees it.
+            itself = (keys[None, :] == places[:, None])[None, None]
+            mask = mask & (attention_mask[:, None, None, :] != 0) | itself
+        return Frame(*rope_tables(self.config, position_ids[:, None]), mask=mask)

@@ -1,0 +1,83 @@
+"""optimum-cli exports a MELT checkpoint, and ORTModelForCausalLM, which knows no loops, gives our tokens."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import MELT_TINY, ROOT, environment, random_model, save_checkpoint
+from tokenizers import Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
+PINS = ("optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
+
+
+@pytest.fixture(scope="session")
+def optimum() -> Path:
+    """The programs of an environment with optimum, and with our two distributions as they stand now."""
+    sources = [str(ROOT), str(ROOT / "integrations" / "optimum")]
+    programs = environment("optimum", *sources, *PINS)
+    pip = [programs / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--force-reinstall"]
+    subprocess.run([*pip, *sources], check=True)
+    return programs
+
+
+def export(optimum: Path, checkpoint: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Exports without any option that a model of transformers would not need."""
+    command = [optimum / "optimum-cli", "export", "onnx", "--model", checkpoint]
+    command += ["--task", "text-generation-with-past", *more, out]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def generate(optimum: Path, folder: Path, prompts: list[list[int]], new_tokens: int) -> dict:
+    worker = Path(__file__).parent / "optimum_worker.py"
+    run = [optimum / "python", worker, folder, json.dumps(prompts), str(new_tokens)]
+    return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize(("loops", "options"), [(4, ()), (1, ("--model-kwargs", '{"loops": 1}'))])
+def test_optimum_gives_our_tokens(loops, options, optimum, tmp_path):
+    done = export(optimum, MELT_TINY, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower()  # optimum's own comparison with torch says it that way
+    prompts = [GOLDEN["prompt"], GOLDEN["prompt"][-12:]]
+    got = generate(optimum, tmp_path / "out", prompts, 200)
+    # The whole prompt is one chunk here; the goldens have a chunk of 64, and the prompt is shorter.
+    assert len(GOLDEN["prompt"]) <= GOLDEN["chunk"]
+    assert got["alone"][0] == GOLDEN["loops"][str(loops)]["tokens"]
+    assert got["batch"] == got["alone"]
+    assert got["text"] == Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")).decode(
+        GOLDEN["prompt"], skip_special_tokens=False
+    )
+    assert got["loops"] == loops
+    assert got["ours"] == []
+    assert "`model_kwargs` are not used by the model: ['loops']" in got["error"]
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    assert {entry.key: entry.value for entry in graph.metadata_props}["melt.loops"] == str(loops)
+    caches = [value.name for value in graph.graph.input if value.name.startswith("past_key_values")]
+    assert caches == [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+
+
+def test_other_gates_and_norms_give_torchs_tokens(optimum, tmp_path):
+    model = random_model(gate_kind="mean", norm_placement="pre", tie_word_embeddings=False)
+    done = export(optimum, save_checkpoint(model, tmp_path / "checkpoint"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    ids = [7, 400, 31, 9, 9, 220, 5]
+    expected = model.generate_greedy(torch.tensor([ids]), 20, loops=4, chunk_size=len(ids))[0].tolist()
+    assert generate(optimum, tmp_path / "out", [ids], 20)["alone"] == [expected]
+
+
+def test_what_a_plain_decoder_cannot_be_is_refused(optimum, tmp_path):
+    looplm = save_checkpoint(random_model(gate_kind="none"), tmp_path / "looplm")
+    cases = (
+        (looplm, (), "a LoopLM with 4 loops needs one for each loop"),
+        (MELT_TINY, ("--model-kwargs", '{"loops": 0}'), "loops must be a whole number of at least 1, got 0"),
+        (MELT_TINY, ("--model-kwargs", '{"depth": 2}'), "--model-kwargs of a MELT model knows only loops, got 'depth'"),
+    )
+    for checkpoint, options, message in cases:
+        done = export(optimum, checkpoint, tmp_path / "out", *options)
+        assert done.returncode != 0
+        assert message in done.stderr.splitlines()[-1]
+        assert not list(tmp_path.glob("out/*.onnx"))
