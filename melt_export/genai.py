@@ -67,7 +67,8 @@ def export_genai(source: Source, out: Path, loops: int | None, options: ExportOp
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
         bundle = Path(place) / "bundle"
-        manifest = export_source(source, bundle, replace(options, report=lambda line: _report(options, line, bundle)))
+        step = replace(options, quantized_caches=False, report=lambda line: _report(options, line, bundle))
+        manifest = export_source(source, bundle, step)
         with staged(out) as folder:
             options.report(f"joining the graphs to a decoder of {loops} loops")
             parts = {name: ir.load(bundle / f"{name}.onnx") for name in ("embed", "loop", "head")}
@@ -123,11 +124,10 @@ def genai_config(config: MeltConfig, shape: ModelShape) -> dict[str, Any]:
         },
         "outputs": {"logits": "logits", **{name: value for name, value in cache.items() if name.startswith("present")}},
     }
-    eos = config.eos_token_id
     model = {
         "type": "decoder",
         "bos_token_id": 0 if config.bos_token_id is None else config.bos_token_id,
-        "eos_token_id": -1 if eos is None else eos,
+        "eos_token_id": list(config.stop_ids),
         "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
         "vocab_size": shape.vocab_size,
         "context_length": shape.max_positions,

@@ -10,6 +10,8 @@ import torch
 from conftest import MELT_TINY, ROOT, environment, random_model, save_checkpoint
 from tokenizers import Tokenizer
 
+from melt_runtime import BundleError, MeltModel
+
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 PINS = ("optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
 
@@ -56,6 +58,8 @@ def test_optimum_gives_our_tokens(loops, options, optimum, tmp_path):
     assert "`model_kwargs` are not used by the model: ['loops']" in got["error"]
     graph = onnx.load(tmp_path / "out" / "model.onnx")
     assert {entry.key: entry.value for entry in graph.metadata_props}["melt.loops"] == str(loops)
+    with pytest.raises(BundleError, match="is a model for optimum, whose number of loops is fixed"):
+        MeltModel.load(tmp_path / "out", device="cpu")
     caches = [value.name for value in graph.graph.input if value.name.startswith("past_key_values")]
     assert caches == [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
 

@@ -47,6 +47,7 @@ def check(web: Path, bundle: Path, out: Path, **task) -> dict:
 def test_the_browser_gives_pythons_tokens(web, tiny_bundle, tmp_path):
     done = check(web, tiny_bundle, tmp_path / "dist", loops=[1, 4], newTokens=200)
     assert done["status"] == ["", "2 layers of 96, trained with 4 loops, one KV cache a layer"]
+    assert done["threads"] is True
     assert done["encoded"] == GOLDEN["prompt"]
     assert done["tokens"] == {loops: GOLDEN["loops"][loops]["tokens"] for loops in ("1", "4")}
     assert done["answer"] == "Dan."

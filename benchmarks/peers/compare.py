@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from serving import WORKER, Worker
+
 from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source, tensor_shapes
 from melt_models.configuration import MeltConfig
@@ -43,26 +45,10 @@ MODELS = {
 POSITION, STEPS, PREFILL = 64, 16, 512
 
 
-class Worker:
-    """One runtime with one model, in a process."""
-
-    def __init__(self, runtime: str, model: Path, threads: int):
-        python = sys.executable if runtime == "melt-onnx" else str(WORK / "venv" / "bin" / "python")
-        command = [python, str(Path(__file__).parent / "worker.py"), runtime, str(model), str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True)
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"{runtime} could not load {model}: see its message above")
-
-    def ask(self, line: str) -> float:
-        """Milliseconds: the median of decoded tokens, or of the whole prompt."""
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return statistics.median(json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
+def open_worker(runtime: str, model: Path, threads: int) -> Worker:
+    """A runtime in its environment."""
+    python = sys.executable if runtime == "melt-onnx" else str(WORK / "venv" / "bin" / "python")
+    return Worker([python, str(WORKER), runtime, str(model), str(threads)])
 
 
 def main() -> int:
@@ -87,7 +73,7 @@ def main() -> int:
 def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers: list[str]) -> dict:
     """Measures one shape in every runtime."""
     folder, ours, theirs, streamed = make_models(label, shape, gate)
-    workers = {name: Worker(name, folder, threads) for name in ("melt-onnx", *peers)}
+    workers = {name: open_worker(name, folder, threads) for name in ("melt-onnx", *peers)}
     found: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in workers}
     bandwidths = []
     for turn in range(rounds + 1):

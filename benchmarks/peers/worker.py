@@ -1,9 +1,10 @@
 """One runtime in a process of its own: loads a model, then measures what it is told, line by line.
 
-    python benchmarks/peers/worker.py RUNTIME MODEL THREADS
+    python benchmarks/peers/worker.py RUNTIME MODEL THREADS [LOOPS]
 
 A line ``decode 64 16`` decodes 16 tokens after 64 and answers with the milliseconds of each, as JSON; ``prefill 512``
-processes 512 tokens from an empty cache and answers with its milliseconds.
+processes 512 tokens from an empty cache and answers with its milliseconds; ``memory`` is answered with the peak of
+resident bytes. LOOPS (default 1) is for melt-onnx; the depth of the others is that of their files.
 """
 
 import json
@@ -103,11 +104,12 @@ class Torch:
 
 
 class Melt:
-    """This project's runtime; a token goes through one loop, as in the others."""
+    """This project's runtime."""
 
-    def __init__(self, model: Path, threads: int):
+    def __init__(self, model: Path, threads: int, loops: int):
         from melt_runtime import MeltModel
 
+        self.loops = loops
         loaded = MeltModel.load(model / "melt", device="cpu", capacity=CAPACITY, chunk=512, threads=threads)
         self.runner = loaded.session.runner
 
@@ -118,13 +120,47 @@ class Melt:
     def step(self, tokens: int) -> None:
         """Processes tokens up to the logits of the last."""
         if tokens == 1:
-            self.runner.decode([5], 1)
+            self.runner.decode([5], self.loops)
         else:
-            self.runner.prefill([5] * tokens, 1)
+            self.runner.prefill([5] * tokens, self.loops)
+
+
+class Optimum:
+    """``ORTModelForCausalLM``, whose cache grows by a copy at each step."""
+
+    def __init__(self, model: Path, threads: int, reuse: bool):
+        import torch
+        from onnxruntime import SessionOptions
+        from optimum.onnxruntime import ORTModelForCausalLM
+
+        self.torch = torch
+        options = SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_mem_reuse = reuse  # planning it takes minutes for a graph of many nodes
+        self.model = ORTModelForCausalLM.from_pretrained(model / "optimum", session_options=options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every token."""
+        self.past, self.length = None, 0
+
+    def step(self, tokens: int) -> None:
+        """Processes tokens up to the logits of each."""
+        self.length += tokens
+        ids, mask = self.torch.full((1, tokens), 5), self.torch.ones((1, self.length), dtype=self.torch.int64)
+        self.past = self.model(ids, attention_mask=mask, past_key_values=self.past).past_key_values
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 RUNTIMES: dict[str, Callable] = {
     "melt-onnx": Melt,
+    "optimum": lambda model, threads: Optimum(model, threads, reuse=False),
+    "optimum, default session": lambda model, threads: Optimum(model, threads, reuse=True),
     "llama.cpp": Llama,
     "genai": GenAI,
     "torch": lambda model, threads: Torch(model, threads, compiled=False),
@@ -136,10 +172,15 @@ def main() -> int:
     """Serves requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    runtime = RUNTIMES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    name, model, threads, *loops = sys.argv[1:]
+    depth = [int((loops or ["1"])[0])] if name == "melt-onnx" else []
+    runtime = RUNTIMES[name](Path(model), int(threads), *depth)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         kind, *numbers = line.split()
+        if kind == "memory":
+            print(json.dumps([peak_bytes()]), file=answers, flush=True)
+            continue
         runtime.reset()
         steps = [int(numbers[0])] if kind == "prefill" else [1] * int(numbers[1])
         if kind == "decode":

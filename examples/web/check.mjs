@@ -2,29 +2,21 @@
 //   {"prompt": [ids], "loops": [1, 4], "newTokens": 200, "question": "..."},
 // and writes what the page did as JSON to standard output.
 
-import chromium from "@sparticuz/chromium";
-import puppeteer from "puppeteer-core";
 import { text } from "node:stream/consumers";
-import { serve } from "./serve.mjs";
+import { openBrowser } from "./browser.mjs";
 
 const task = JSON.parse(await text(process.stdin));
-const server = await serve(process.argv[2]);
-const browser = await puppeteer.launch({
-  args: [...chromium.args, "--no-sandbox"],
-  executablePath: await chromium.executablePath(),
-  headless: "shell",
-});
+const { page, address, close } = await openBrowser(process.argv[2]);
 try {
-  const page = await browser.newPage();
   if (task.withoutSimd) {
     await page.evaluateOnNewDocument(() => {
       WebAssembly.validate = () => false;
     });
   }
-  await page.goto(`http://localhost:${server.address().port}/`);
+  await page.goto(address);
   await page.waitForFunction(() => document.getElementById("status").textContent !== "loading", { timeout: 60_000 });
   const status = await page.$eval("#status", (element) => [element.className, element.textContent]);
-  const done = { status };
+  const done = { status, threads: await page.evaluate(() => self.crossOriginIsolated) };
   if (status[0] !== "error") {
     done.encoded = await page.evaluate((q) => window.model.encode([{ role: "user", content: q }]), task.question);
     [done.tokens, done.logits] = [{}, {}];
@@ -56,6 +48,5 @@ try {
   }
   console.log(JSON.stringify(done));
 } finally {
-  await browser.close();
-  server.close();
+  await close();
 }

@@ -32,6 +32,12 @@ WEIGHTS_NAME = "weights.data"
 GENAI_CONFIG_NAME = "genai_config.json"
 """Of a model for ONNX Runtime GenAI, which is no bundle."""
 
+_OTHERS = {
+    GENAI_CONFIG_NAME: ("ONNX Runtime GenAI", "onnxruntime-genai"),
+    "model.onnx": ("optimum", "ORTModelForCausalLM"),
+}
+"""Files of folders that other runtimes read, the surest mark first; whose they are, and what loads them."""
+
 _REMAKE = "make it again with: python export.py CHECKPOINT --out BUNDLE"
 _HASH_BLOCK = 1 << 20
 
@@ -108,12 +114,13 @@ def read_manifest(folder: str | Path) -> Manifest:
             that leaves the bundle.
     """
     path = Path(folder) / MANIFEST_NAME
-    if not path.is_file() and (Path(folder) / GENAI_CONFIG_NAME).is_file():
-        raise BundleError(
-            f"{folder} is a model for ONNX Runtime GenAI, whose number of loops is fixed: load it with "
-            f"onnxruntime-genai, or export the checkpoint without --format genai"
-        )
     if not path.is_file():
+        for name, (owner, loader) in _OTHERS.items():
+            if (Path(folder) / name).is_file():
+                raise BundleError(
+                    f"{folder} is a model for {owner}, whose number of loops is fixed: load it with {loader}, "
+                    f"or for this runtime {_REMAKE}"
+                )
         raise BundleError(f"{path} does not exist: a bundle is a folder with {MANIFEST_NAME}; {_REMAKE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
