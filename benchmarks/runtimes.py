@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 
 from make_checkpoint import write_checkpoint
-from peers.serving import WORKER, Worker
+from peers.serving import WORKER, Worker, spread
 from peers.worker import CAPACITY
 
 from melt_export.bundle import ExportOptions, export_source
@@ -98,8 +98,7 @@ def compare(label: str, folder: Path, parameters: int, runtimes: tuple[str, ...]
         cells += [format_bytes(memory[name])]
         for kind in ("decode", "prefill"):
             ratios = [t / m for t, m in zip(times[kind], found["melt-onnx"][kind], strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            cells.append("" if name == "melt-onnx" else spread)
+            cells.append("" if name == "melt-onnx" else spread(ratios))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         workers[name].close()
     loads = {name: worker.load_seconds for name, worker in workers.items()}

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import WORKER, Worker
+from serving import WORKER, Worker, spread
 
 from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source, tensor_shapes
@@ -96,8 +96,7 @@ def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers
         for kind in ("decode", "prefill"):
             mine = found["melt-onnx"][kind]
             ratios = [(m / ours) / (t / theirs) for m, t in zip(mine, times[kind], strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            cells.append("" if name == "melt-onnx" else spread)
+            cells.append("" if name == "melt-onnx" else spread(ratios))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return {"ours": ours, "theirs": theirs, "bandwidth_share": share, "milliseconds": found}
 

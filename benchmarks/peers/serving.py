@@ -9,6 +9,11 @@ from pathlib import Path
 WORKER = Path(__file__).parent / "worker.py"
 
 
+def spread(ratios: list[float]) -> str:
+    """Median, and in brackets the range."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
 class Worker:
     """A process that says ``ready`` and then answers each line with a list of numbers as JSON.
 

@@ -1,4 +1,4 @@
-// A MELT bundle from C++: T loops over one gated KV cache, every buffer allocated once and rewritten in place.
+// A MELT bundle from C++: T loops over one gated KV cache, allocated once; every loop rewrites its buffers in place.
 //
 //     c++ -std=c++17 -O2 generate.cpp -o generate $(pkg-config --cflags --libs libonnxruntime nlohmann_json)
 //     ./generate ../../build/melt-tiny 4 20 1 56 3 ...       bundle, loops, new tokens, the prompt's token ids
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -37,17 +38,23 @@ nlohmann::json read_manifest(const std::string& bundle) {
   return manifest;
 }
 
+int64_t volume(const std::vector<int64_t>& dims) {
+  return std::accumulate(dims.begin(), dims.end(), int64_t{1}, std::multiplies<>());
+}
+
 template <typename T>
 struct Buffer {
   std::vector<T> data;
   std::vector<int64_t> shape;
 
   explicit Buffer(std::vector<int64_t> dims) : shape(std::move(dims)) {
-    data.resize(std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()));
+    data.resize(volume(shape));
   }
-  Ort::Value value() {
+  Ort::Value value() { return view(0, shape); }
+  // A tensor over the elements from `start` on.
+  Ort::Value view(int64_t start, const std::vector<int64_t>& dims) {
     static const auto cpu = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    return Ort::Value::CreateTensor<T>(cpu, data.data(), data.size(), shape.data(), shape.size());
+    return Ort::Value::CreateTensor<T>(cpu, data.data() + start, volume(dims), dims.data(), dims.size());
   }
 };
 
@@ -92,9 +99,7 @@ class Model {
     for (int64_t i = 0; i < layers; ++i) {
       const std::string number = std::to_string(i);
       if (has_latent) {
-        static const auto cpu = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-        values.push_back(Ort::Value::CreateTensor<float>(cpu, latent.data.data() + i * count * width, count * width,
-                                                         hidden.shape.data(), hidden.shape.size()));
+        values.push_back(latent.view(i * count * width, hidden.shape));
         in_place("latent." + number, "latent_out." + number, values.back());
       }
       values.push_back(cache_[2 * i].value());

@@ -137,8 +137,7 @@ class Attention(nn.Module):
         query = apply_rope(self.heads(self.q_proj(a)), frame.cos, frame.sin)
         # The queries of a group stand in one head as further rows: no key is repeated, and every kernel can run it.
         rows = query.unflatten(1, (-1, self.group)).flatten(2, 3)
-        mask = torch.cat([frame.mask] * self.group, dim=-2)
-        out = F.scaled_dot_product_attention(rows, *present, attn_mask=mask)
+        out = F.scaled_dot_product_attention(rows, *present, attn_mask=frame.mask)
         out = out.unflatten(2, (self.group, -1)).flatten(1, 2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -193,9 +192,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass
 class Frame:
-    """What every layer of a chunk shares: rotary tables [C, dh / 2] and the causal mask [C, P + C] (True: seen).
+    """What every layer of a chunk shares: rotary tables [C, dh / 2] and the mask [H / Hk * C, P + C] (True: seen).
 
-    Where the sequences of a batch differ, by padding, the three have axes [B, 1] before these.
+    The mask stands once for each query of a group, as the layers lay them out. Where the sequences of a batch differ,
+    by padding, the three have axes [B, 1] before these.
     """
 
     cos: Tensor
@@ -206,5 +206,11 @@ class Frame:
     def of(cls, config: LayerConfig, past_length: int, chunk: int, device: torch.device) -> "Frame":
         """The frame of ``chunk`` tokens that follow ``past_length`` others."""
         positions = torch.arange(past_length, past_length + chunk, device=device)
-        seen = torch.arange(past_length + chunk, device=device)
-        return cls(*rope_tables(config, positions), mask=seen[None, :] <= positions[:, None])
+        keys = torch.arange(past_length + chunk, device=device)
+        return cls.at(config, positions, keys[None, :] <= positions[:, None])
+
+    @classmethod
+    def at(cls, config: LayerConfig, positions: Tensor, seen: Tensor) -> "Frame":
+        """The frame of tokens at ``positions`` [C] int64 that see what is True in ``seen`` [C, P + C]."""
+        group = config.num_attention_heads // config.num_key_value_heads
+        return cls(*rope_tables(config, positions), mask=torch.cat([seen] * group, dim=-2))

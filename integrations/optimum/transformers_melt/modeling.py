@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from melt_layers import Frame, Layer, RMSNorm, rope_tables
+from melt_layers import Frame, Layer, RMSNorm
 
 
 class MeltConfig(PretrainedConfig):
@@ -123,7 +123,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
     def frame(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_length: int
     ) -> Frame:
-        """Rotary tables [B, 1, C, dh / 2] and mask [B, 1, C, P + C], each sequence with padding of its own."""
+        """The frame of these tokens, each sequence with padding of its own: its tensors begin with axes [B, 1]."""
         places = torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)
         if position_ids is None:
             position_ids = places.expand(input_ids.shape)
@@ -133,4 +133,4 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
             # A padding token sees itself, so that no row is empty: nobody sees it.
             itself = (keys[None, :] == places[:, None])[None, None]
             mask = mask & (attention_mask[:, None, None, :] != 0) | itself
-        return Frame(*rope_tables(self.config, position_ids[:, None]), mask=mask)
+        return Frame.at(self.config, position_ids[:, None], mask)
