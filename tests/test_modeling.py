@@ -99,8 +99,10 @@ def test_a_continued_cache_equals_one_pass():
 def test_cache_slots():
     for kind, slots in (("elementwise", 1), ("none", 4)):
         model = random_model(gate_kind=kind)
-        cache = model(ids()).past_key_values
-        assert len(cache.slots) == slots * model.config.num_hidden_layers
+        output = model(ids())
+        assert output.cache is output.past_key_values
+        assert output.cache.length == ids().shape[1]
+        assert len(output.cache.slots) == slots * model.config.num_hidden_layers
 
 
 def test_new_gates_start_near_zero():
@@ -158,6 +160,19 @@ def test_auto_classes_round_trip(tmp_path, tied):
 def test_bad_configurations_name_field_rule_and_value(changes, message):
     with pytest.raises(ValueError, match=message):
         MeltConfig(**{**{"hidden_size": 64, "num_attention_heads": 4}, **changes})
+
+
+def test_a_greedy_continuation_uses_the_cache():
+    """Token by token equals the whole text again: a cache that were lost would go unnoticed otherwise."""
+    model, tokens = random_model(), ids(9)
+    new = model.generate_greedy(tokens, 8, chunk_size=1)
+    again = model(torch.cat((tokens, new), dim=1), chunk_size=1).logits[:, 8:-1].argmax(-1)
+    torch.testing.assert_close(new, again)
+
+
+def test_forward_refuses_a_cache_of_another_kind():
+    with pytest.raises(TypeError, match="past_key_values must be a KVCache or None, got tuple"):
+        random_model()(ids(), past_key_values=())
 
 
 @pytest.mark.parametrize("name", ["loops", "chunk_size"])
