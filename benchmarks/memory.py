@@ -20,8 +20,11 @@ from melt_runtime import MeltModel
 from melt_runtime.bench import fill_cache, new_process
 from melt_runtime.contract import ModelShape
 from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import format_bytes, new_figure, plan_memory, resident_bytes
-from melt_runtime.state import State, StatePlan
+from melt_runtime.memory import format_bytes, plan_memory
+from melt_runtime.plan import StatePlan
+from melt_runtime.plots import new_figure
+from melt_runtime.process_memory import resident_bytes
+from melt_runtime.state import State
 
 CONTEXTS = (1000, 4000, 8000, 16000)
 LOOPS = (1, 2, 4, 8)

@@ -29,9 +29,9 @@ from melt_export.trace import graph_modules, model_shape, sampling_modules, trac
 from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
+from melt_files import require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
-from melt_models.staging import require_absent, staged
 from melt_runtime import MeltModel
 from melt_runtime.contract import (
     ACTIVATIONS,
@@ -57,7 +57,8 @@ from melt_runtime.manifest import (
     file_entry,
     write_manifest,
 )
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider
 from melt_runtime.state import State
 

@@ -15,16 +15,17 @@ from melt_export.formats import BLOCKS
 from melt_export.genai import export_genai
 from melt_export.quantize import ROUNDINGS
 from melt_export.source import ExportError, checkpoint_source, random_source
+from melt_files import require_absent
 from melt_models import CheckpointError
 from melt_models.checkpoint import Checkpoint
 from melt_models.convert import looplm_to_melt
 from melt_models.families import KNOWN_TYPES
 from melt_models.hub import checkpoint_folder
 from melt_models.shapes import SHAPES, shape_config
-from melt_models.staging import require_absent
 from melt_runtime import Manifest, MeltError
 from melt_runtime.contract import ACTIVATIONS, PRECISIONS
-from melt_runtime.memory import format_bytes, resident_bytes
+from melt_runtime.memory import format_bytes
+from melt_runtime.process_memory import resident_bytes
 
 _EPILOG = """\
 examples:

@@ -20,8 +20,8 @@ from melt_export.genai_graph import PAST, PRESENT, join_graphs
 from melt_export.probe import choose_probe
 from melt_export.source import ExportError, Source, special_token
 from melt_export.verify import ParityError
+from melt_files import require_absent, staged
 from melt_models.configuration import MeltConfig
-from melt_models.staging import require_absent, staged
 from melt_runtime.contract import ModelShape
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,

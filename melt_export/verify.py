@@ -23,7 +23,8 @@ from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime.errors import MeltError
 from melt_runtime.loop import LoopRunner, Sessions
 from melt_runtime.manifest import Manifest
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider, make_session
 from melt_runtime.state import Array, State
 

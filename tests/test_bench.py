@@ -7,7 +7,7 @@ import pytest
 from melt_runtime import bench, cli_bench, read_manifest
 from melt_runtime.bench import BenchOptions, read_bandwidth, run_bench
 from melt_runtime.cli import main
-from melt_runtime.model import plan_state
+from melt_runtime.plan import plan_state
 
 OPTIONS = BenchOptions(loops=(1, 3), positions=(20, 50), chunks=(8,), batches=(1, 2), kv_caches=("float", "int8"))
 

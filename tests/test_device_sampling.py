@@ -16,7 +16,8 @@ from melt_runtime.errors import NumericalError
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import read_manifest
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider, make_session
 from melt_runtime.sampler import filtered_probabilities
 from melt_runtime.state import Buffer, State

@@ -10,7 +10,8 @@ from melt_export.verify import verify_bundle
 from melt_models.modeling import KVCache
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import read_manifest
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider
 from melt_runtime.state import State
 

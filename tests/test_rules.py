@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = {
+    "melt_files": ROOT / "runtime" / "melt_files",
     "melt_runtime": ROOT / "runtime" / "melt_runtime",
     "melt_layers": ROOT / "models" / "melt_layers",
     "melt_models": ROOT / "models" / "melt_models",
@@ -16,15 +17,16 @@ PACKAGES = {
     "transformers_melt": ROOT / "integrations" / "optimum" / "transformers_melt",
 }
 ALLOWED = {
-    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_runtime"},
+    "melt_files": {"melt_files"},
+    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_files", "melt_runtime"},
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
-        *("datasets", "pyarrow", "matplotlib", "melt_layers", "melt_models"),
+        *("datasets", "pyarrow", "matplotlib", "melt_files", "melt_layers", "melt_models"),
     },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
-        *("melt_layers", "melt_models", "melt_runtime", "melt_export"),
+        *("melt_files", "melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
     "transformers_melt": {"torch", "transformers", "onnx", "optimum", "melt_layers", "transformers_melt"},
 }
@@ -33,16 +35,16 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
     {"errors", "contract"},
-    {"manifest", "generation_config"},
-    {"cuda", "load_cache"},
-    {"providers"},
-    {"state"},
+    {"manifest", "generation_config", "process_memory"},
+    {"cuda", "load_cache", "plan"},
+    {"providers", "memory"},
+    {"state", "plots"},
     {"sampler", "text", "device_sampler", "prepacked"},
     {"loop"},
     {"generate"},
-    {"session"},
+    {"session", "opening"},
     {"model"},
-    {"memory", "doctor"},
+    {"doctor"},
     {"bench", "cli_info"},
     {"bench_report"},
     {"cli_bench"},

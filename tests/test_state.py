@@ -8,7 +8,8 @@ import pytest
 from melt_runtime.contract import ModelShape
 from melt_runtime.errors import CapacityError
 from melt_runtime.memory import format_bytes
-from melt_runtime.state import State, StatePlan
+from melt_runtime.plan import StatePlan
+from melt_runtime.state import State
 
 SHAPE = ModelShape(
     layers=3,

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from melt_files import require_absent, staged
 from melt_models.checkpoint import WEIGHTS_NAME, CheckpointError
 from melt_models.families import FAMILIES
-from melt_models.staging import require_absent, staged
 
 
 def gguf_to_checkpoint(file: Path, out: Path) -> None:

@@ -13,7 +13,8 @@ from melt_runtime.errors import BundleError, CapacityError, MeltError, Numerical
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.manifest import Manifest, read_manifest
-from melt_runtime.model import MeltModel, plan_state
+from melt_runtime.model import MeltModel
+from melt_runtime.plan import plan_state
 from melt_runtime.session import Session
 from melt_runtime.text import Message
 

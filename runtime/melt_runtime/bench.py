@@ -23,8 +23,8 @@ import onnxruntime as ort
 from melt_runtime.contract import KVCacheKind
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import Manifest, read_manifest
-from melt_runtime.memory import resident_bytes
 from melt_runtime.model import MeltModel
+from melt_runtime.process_memory import resident_bytes
 from melt_runtime.state import State
 
 DECODE_STEPS = 12

@@ -4,7 +4,8 @@ from itertools import groupby
 from pathlib import Path
 
 from melt_runtime.bench import Row
-from melt_runtime.memory import format_bytes, new_figure
+from melt_runtime.memory import format_bytes
+from melt_runtime.plots import new_figure
 
 _COLUMNS = (
     "bundle",

@@ -16,8 +16,10 @@ from melt_runtime.errors import MeltError
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import check_files, read_manifest
-from melt_runtime.memory import format_bytes, format_plan, plan_memory, plot_plan, resident_bytes
+from melt_runtime.memory import format_bytes, format_plan, plan_memory
 from melt_runtime.model import MeltModel
+from melt_runtime.plots import plot_plan
+from melt_runtime.process_memory import resident_bytes
 
 _DESCRIPTION = """\
 Run MELT looped language models through ONNX Runtime. Depth (--loops) is a knob: more loops, more steps of reasoning,

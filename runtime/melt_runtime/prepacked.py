@@ -18,8 +18,8 @@ import onnxruntime as ort
 from melt_runtime.errors import BundleError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import WEIGHTS_NAME, Manifest
+from melt_runtime.plan import stored_type
 from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session, session_options
-from melt_runtime.state import stored_type
 
 _GRAPH = "graph.onnx"
 _DATA = "graph.data"

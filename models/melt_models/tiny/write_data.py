@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from melt_models.staging import require_absent, staged
+from melt_files import require_absent, staged
 from melt_models.tiny.data import IGNORED, Encoder
 from melt_models.tiny.task import MAX_HOPS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer

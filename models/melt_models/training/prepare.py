@@ -16,8 +16,8 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerFast
 
+from melt_files import require_absent, staged
 from melt_models.checkpoint import CheckpointError, read_config
-from melt_models.staging import require_absent, staged
 from melt_models.training.errors import TrainingError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from melt_files import replace_text, staged
 from melt_models.checkpoint import load_checkpoint
 from melt_models.modeling import MeltCausalLM
-from melt_models.staging import replace_text, staged
 from melt_models.training.errors import TrainingError
 from melt_models.training.processes import Processes
 
