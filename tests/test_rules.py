@@ -10,6 +10,7 @@ from conftest import ROOT
 
 PACKAGES = {
     "melt_files": ROOT / "runtime" / "melt_files",
+    "melt_plots": ROOT / "runtime" / "melt_plots",
     "melt_runtime": ROOT / "runtime" / "melt_runtime",
     "melt_layers": ROOT / "models" / "melt_layers",
     "melt_models": ROOT / "models" / "melt_models",
@@ -18,11 +19,12 @@ PACKAGES = {
 }
 ALLOWED = {
     "melt_files": {"melt_files"},
-    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "matplotlib", "melt_files", "melt_runtime"},
+    "melt_plots": {"matplotlib", "cycler", "melt_plots"},
+    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "melt_files", "melt_plots", "melt_runtime"},
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
-        *("datasets", "pyarrow", "matplotlib", "melt_files", "melt_layers", "melt_models"),
+        *("datasets", "pyarrow", "matplotlib", "melt_files", "melt_plots", "melt_layers", "melt_models"),
     },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
