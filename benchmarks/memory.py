@@ -4,7 +4,7 @@
     python benchmarks/make_checkpoint.py ouro-1.4b build/ouro-1.4b
     python export.py build/melt-1.6b --out build/melt-1.6b-int4 --precision int4
     python export.py build/ouro-1.4b --out build/ouro-1.4b-int4 --precision int4
-    python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/measured/memory.json
+    python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/data/memory.json
 
 Each point is a process of its own: it loads the bundle with an int8 KV cache for that context and those loops, fills
 the cache, processes a prompt of 128 tokens at its end, decodes one token, and states its peak.

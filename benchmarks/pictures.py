@@ -1,4 +1,4 @@
-"""Draws every picture of the documents again, from what was measured and stands in ``docs/measured``.
+"""Draws every picture of the documents again, from what was measured and stands in ``docs/data``.
 
     python benchmarks/pictures.py
 
@@ -23,7 +23,7 @@ AT = 8000
 
 def read(name: str) -> Any:
     """What was measured."""
-    return json.loads((DOCS / "measured" / name).read_text(encoding="utf-8"))
+    return json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))
 
 
 def draw_memory(points: list[dict[str, Any]], path: Path) -> None:

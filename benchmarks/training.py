@@ -3,7 +3,7 @@
     python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher
     python -m melt_models.tiny.write_data --rows 6000 --out build/training-data
     python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
-        --out build/training-tables --jobs 2 --json docs/measured/training.json
+        --out build/training-tables --jobs 2 --json docs/data/training.json
 
 Every row is a run of ``models/recipes/melt-tiny-short.toml`` with a few numbers changed, in a process of its own with
 one thread. A run that was stopped goes on, and a finished one is only read. ``--json`` writes what the pictures of
