@@ -37,12 +37,14 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
     {"errors", "contract"},
+    {"arguments", "hold"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
     {"providers", "memory"},
     {"state", "plots"},
     {"sampler", "text", "device_sampler", "prepacked"},
     {"loop"},
+    {"history"},
     {"generate"},
     {"session", "opening"},
     {"model"},

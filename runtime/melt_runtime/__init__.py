@@ -9,9 +9,20 @@ Example::
 """
 
 from melt_runtime.cuda import CudaOptions
-from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError
+from melt_runtime.errors import (
+    BundleError,
+    BusyError,
+    CapacityError,
+    MeltError,
+    NumericalError,
+    ProviderError,
+    StreamError,
+    TokenError,
+)
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.load_cache import LoadCache
+from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import Manifest, read_manifest
 from melt_runtime.model import MeltModel
 from melt_runtime.plan import plan_state
@@ -20,11 +31,14 @@ from melt_runtime.text import Message
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CapacityError",
     "CudaOptions",
     "GenerationConfig",
     "GenerationResult",
     "GenerationStream",
+    "LoadCache",
+    "LoopRunner",
     "Manifest",
     "MeltError",
     "MeltModel",
@@ -32,6 +46,7 @@ __all__ = [
     "NumericalError",
     "ProviderError",
     "Session",
+    "StreamError",
     "Timings",
     "TokenError",
     "plan_state",

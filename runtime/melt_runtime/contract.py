@@ -57,6 +57,9 @@ ACTIVATIONS = ("float32", "float16", "bfloat16")
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
+MAX_LOOPS = 1024
+"""Most loops that may be asked for: far beyond what any model was trained with, and an answer still ends."""
+
 Dimension = int | str
 CacheKind = Literal["shared", "per_loop"]
 KVCacheKind = Literal["float", "int8", "int4"]
@@ -69,7 +72,7 @@ class ModelShape:
     """What the runtime must know of a model.
 
     Attributes:
-        trained_loops: loops T that the model was trained for; any other count of at least 1 may be asked for.
+        trained_loops: loops T that the model was trained for; any other count from 1 to ``MAX_LOOPS`` may be asked for.
         trained_chunk: tokens processed in parallel in training, the default of prefill.
         max_positions: longest sequence that the rotary tables cover.
         cache_kind: ``shared``, one KV cache for all loops (MELT), or ``per_loop`` (LoopLM).

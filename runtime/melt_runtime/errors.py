@@ -5,7 +5,9 @@
     ├── CapacityError    more tokens than the state was allocated for
     ├── ProviderError    an execution provider that was asked for and cannot run
     ├── TokenError       text or token ids that the model cannot take
-    └── NumericalError   the model computed NaN
+    ├── NumericalError   the model computed NaN or infinity
+    ├── BusyError        a session, stream or runner that is at work already
+    └── StreamError      a stream that cannot go on, or has no result
 
 Arguments outside their rule raise ``ValueError`` with field, rule and value.
 """
@@ -32,4 +34,12 @@ class TokenError(MeltError):
 
 
 class NumericalError(MeltError):
-    """The model gave NaN: its weights are damaged, or its precision is too low for it."""
+    """The model gave NaN or infinity: its weights are damaged, or its precision is too low for it."""
+
+
+class BusyError(MeltError):
+    """Something serves one call at a time and is at work; nothing was computed or changed by this one."""
+
+
+class StreamError(MeltError, RuntimeError):
+    """A stream whose conversation went on without it, or whose result was asked for before its end."""
