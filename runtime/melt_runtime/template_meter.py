@@ -99,9 +99,8 @@ def _children(value: Any) -> Iterable[Any] | None:
         value = _attributes(value)
     if isinstance(value, dict):
         return chain(value.keys(), value.values())
-    if isinstance(value, _VIEWS):
-        return chain(value)  # of a type that mypy cannot name
-    return None
+    views: Any = value
+    return views if isinstance(value, _VIEWS) else None
 
 
 def _attributes(space: Namespace) -> dict[str, Any]:
