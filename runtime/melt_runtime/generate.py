@@ -103,7 +103,11 @@ class AnswerText:
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
-        return self._stops.flush()
+        if self._stops.found is not None:
+            return ""
+        piece = self._stops.push(self._decoder.flush())
+        self.stopped = self.stopped or self._stops.found is not None
+        return piece + self._stops.flush()
 
 
 class Turn:
