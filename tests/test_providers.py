@@ -54,7 +54,7 @@ def test_options_of_a_device_reach_the_provider(monkeypatch):
             },
         )
     ]
-    with pytest.raises(ValueError, match="memory_limit must be at least 1 byte, got 0"):
+    with pytest.raises(ValueError, match="memory_limit must be at least 1, got 0"):
         CudaOptions(memory_limit=0)
 
 

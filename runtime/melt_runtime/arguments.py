@@ -6,21 +6,29 @@ from typing import Any
 
 import numpy as np
 
-_MOST_BITS = 256  # longer integers are described, since Python refuses to print the longest
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
+_MOST_BITS = 256
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` of bounded length that never fails: Python refuses to print the longest integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        """As Python prints it, unless it is very long."""
+        return repr(value) if value.bit_length() <= _MOST_BITS else f"a number of {value.bit_length()} bits"
 
 
 def shown(value: object) -> str:
     """``value`` as a message shows it, whatever its length."""
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return f"a number of {value.bit_length()} bits"
-    return _REPR.repr(value)
+    return _Repr().repr(value)
 
 
 def is_whole(value: object) -> bool:
     """Whether ``value`` is an integer, Python's or numpy's; a truth value is none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
 
 
 def whole_number(name: str, value: object, least: int, most: int, why: str = "") -> int:

@@ -217,9 +217,11 @@ class Session:
             if self._holds_raw:
                 raise ValueError("prompt must be raw text or ids until reset(): the session holds such, not a chat")
             return [*self.messages, {"role": "user", "content": prompt}]
-        if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence | np.ndarray):
+        if isinstance(prompt, np.ndarray):
+            return None
+        if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
             raise ValueError(f"prompt must be text, messages or token ids, got {shown(prompt)}")
-        if len(prompt) == 0:
+        if not prompt:
             raise TokenError("prompt must hold at least one message or token id")
         if isinstance(prompt[0], Mapping):
             return list(cast(Sequence[Message], prompt))
