@@ -16,6 +16,7 @@ from melt_runtime.manifest import Manifest, read_manifest
 from melt_runtime.model import MeltModel, plan_state
 from melt_runtime.session import Session
 from melt_runtime.text import Message
+from melt_runtime.version import __version__
 
 __all__ = [
     "BundleError",
@@ -33,6 +34,7 @@ __all__ = [
     "Session",
     "Timings",
     "TokenError",
+    "__version__",
     "plan_state",
     "read_manifest",
 ]
