@@ -32,7 +32,7 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
-    {"errors", "contract"},
+    {"errors", "contract", "version"},
     {"manifest", "generation_config"},
     {"cuda", "load_cache"},
     {"providers"},
@@ -46,7 +46,9 @@ FLOORS = (
     {"bench", "cli_info"},
     {"bench_report"},
     {"cli_bench"},
+    {"cli_demo"},
     {"cli"},
+    {"__main__"},
 )
 
 
