@@ -8,7 +8,7 @@ QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva repo
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
 # PyPI's torch for Linux carries CUDA's libraries, some gigabytes: without an NVIDIA driver it comes from PyTorch's index.
-NVIDIA ?= $(if $(shell command -v nvidia-smi)$(wildcard /proc/driver/nvidia/version),yes)
+NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver/nvidia/version),yes)
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
@@ -106,14 +106,14 @@ lock:
 
 setup: $(VENV)/ready
 
-# Makes the virtual environment $(1) within the constraints $(2). torch goes first and alone, so that no other package
-# is looked for on its index; where that cannot be reached, pip says so once and takes torch from the others.
+# Makes the virtual environment $(1) within the constraints $(2). torch goes in before its dependencies, so that no other
+# package is looked for on its index; where that cannot be reached, pip says so once and takes torch from the others.
 define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, got " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --upgrade setuptools
 	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --no-deps torch \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) setuptools
 	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --no-build-isolation -e '.[$(RUNTIME),dev]'
 endef
 
