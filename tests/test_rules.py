@@ -39,7 +39,7 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
-    {"errors", "contract"},
+    {"errors", "contract", "version"},
     {"arguments", "hold"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
@@ -59,7 +59,9 @@ FLOORS = (
     {"bench", "cli_info"},
     {"bench_report"},
     {"cli_bench"},
+    {"cli_demo"},
     {"cli"},
+    {"__main__"},
 )
 
 

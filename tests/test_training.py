@@ -15,6 +15,7 @@ from melt_models.modeling import KVCache
 from melt_models.training import Phase, Recipe, TrainingError, read_recipe
 from melt_models.training.forward import TrainingCache, forward_chunk
 from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
+from melt_models.training.recipe_files import RECIPES, recipe_path
 from melt_models.training.trainer import draw_step
 
 LENGTH, CHUNK, LOOPS = 24, 8, 4
@@ -207,7 +208,7 @@ def test_steps_are_drawn_from_recipe_and_number_alone():
 
 
 def test_the_papers_recipe_has_the_papers_numbers():
-    recipe = read_recipe(ROOT / "models" / "recipes" / "ouro-1.4b.toml")
+    recipe = read_recipe(recipe_path("ouro-1.4b"))
     assert recipe.chunk_sizes == (500,)
     assert recipe.batch_size * 10_000 == 320_000
     assert (recipe.base_learning_rate, recipe.gate_learning_rate) == (8e-6, 5e-4)
@@ -263,8 +264,10 @@ def test_a_bad_recipe_is_refused_with_key_and_rule(tmp_path, old, new, message):
 
 
 def test_every_recipe_that_ships_can_be_read():
-    recipes = sorted((ROOT / "models" / "recipes").glob("*.toml"))
+    recipes = sorted(RECIPES.glob("*.toml"))
     assert len(recipes) >= 3
     assert all(read_recipe(path).steps > 0 for path in recipes)
     with pytest.raises(TrainingError, match="cannot be read: No such file"):
-        read_recipe(ROOT / "nowhere.toml")
+        read_recipe(recipe_path(str(ROOT / "nowhere.toml")))
+    with pytest.raises(TrainingError, match="a .toml file or one of melt-tiny, melt-tiny-short, ouro-1.4b, smoke, got"):
+        recipe_path("ouro")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model, save_checkpoint
+from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from published import write_ouro
 from transformers import PreTrainedTokenizerFast
@@ -69,7 +69,7 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def command(recipe: Path, teacher: Path, data: Path, out: Path, *more: str) -> list[str]:
+def command(recipe: Path | str, teacher: Path, data: Path, out: Path, *more: str) -> list[str]:
     paths = ["--teacher", str(teacher), "--data", str(data), "--out", str(out)]
     return [str(recipe), *paths, "--device", "cpu", *more]
 
@@ -271,8 +271,7 @@ def test_the_guide_from_an_ouro_checkpoint_to_a_bundle(tmp_path, capsys):
     texts = [{"text": f"Ana reports to Ben, {n} works for {n + 1}."} for n in range(80)]
     assert prepared(write_texts(tmp_path / "texts.jsonl", texts), ouro, tmp_path / "tokens") == 0
     assert "rows of 64 tokens" in capsys.readouterr().out
-    recipe = ROOT / "models" / "recipes" / "smoke.toml"
-    assert cli.main(command(recipe, ouro, tmp_path / "tokens", tmp_path / "run")) == 0
+    assert cli.main(command("smoke", ouro, tmp_path / "tokens", tmp_path / "run")) == 0
     model = load_checkpoint(tmp_path / "run" / "model")
     assert (model.config.gate_kind, model.config.cache_kind, model.dtype) == ("elementwise", "shared", torch.bfloat16)
     assert model.config.eos_token_id == load_checkpoint(ouro).config.eos_token_id
