@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -79,33 +81,52 @@ def log_of(out: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-KILLED = """
-import os, signal, sys
-from melt_models.training import cli, saving
+MOMENTS = (
+    "text",  # run.json
+    "half a line:3",
+    "checkpoint",  # the first one: there is none yet
+    "random:0:4",
+    "step:7",
+    "text",  # the log, when it is cut to the last checkpoint
+    "before removal",
+    "step:13",
+    "removal",
+    "random:1:17",
+    "random:2:19",
+    "step:20",
+    "model",
+)
+WHOLE = re.compile(
+    r"run\.json|log\.jsonl|checkpoints(/step-\d{6}(/(config|generation_config)\.json|/model\.safetensors|/optimizer\.pt)?)?"
+)
 
-def log(folder, record, log=saving.RunFolder.log):
-    log(folder, record)
-    if record["step"] == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
 
-saving.RunFolder.log = log
-cli.main(sys.argv[2:])
-"""
-
-
-def run_killed_after(step: int, arguments: list[str]) -> None:
-    """A run in a process of its own that dies without a warning, its last step in the log."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(step), *arguments], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def run_killed(moments: Sequence[str], arguments: list[str]) -> list[dict]:
+    """Runs in processes of their own that die without a warning; what lay in the folder after each."""
+    script = [sys.executable, str(Path(__file__).parent / "killed_training.py"), json.dumps(moments)]
+    done = subprocess.run([*script, *arguments], capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [entry["moment"] for entry in found] == list(moments), done.stderr
+    assert {entry["status"] for entry in found} == {-signal.SIGKILL}, found
+    return found
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(recipe, teacher, data, tmp_path):
+    """Killed at every kind of moment and at random ones: nothing half-made is visible, and nothing of it stays."""
     straight = train(read_recipe(recipe), teacher, data, tmp_path / "straight", device="cpu")
+    recipe.write_text(RECIPE.replace("checkpoint_every = 10", "checkpoint_every = 5"))
     out = tmp_path / "killed"
-    run_killed_after(13, command(recipe, teacher, data, out))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000010"]
-    assert not (out / "model").exists()
+    for entry in run_killed(MOMENTS, command(recipe, teacher, data, out)):
+        visible = [path for path in entry["there"] if not re.search(r"(^|/)\.", path)]
+        assert [path for path in visible if not WHOLE.fullmatch(path)] == [], entry
+        checkpoints = {path.split("/")[1] for path in visible if path.startswith("checkpoints/")}
+        for name in checkpoints:
+            assert {f"checkpoints/{name}/{file}" for file in ("model.safetensors", "optimizer.pt")} <= set(visible)
+        newest = {"step:7": ["step-000005"], "step:13": ["step-000010"], "model": ["step-000020"]}
+        assert sorted(checkpoints) == newest.get(entry["moment"], sorted(checkpoints))
     assert cli.main(command(recipe, teacher, data, out)) == 0
+    assert [path for path in out.rglob(".*") if path.suffix == ".old"] == []
+    assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-000020"]
     expected, resumed = load_checkpoint(straight).state_dict(), load_checkpoint(out / "model").state_dict()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert log_of(out) == log_of(tmp_path / "straight")
@@ -237,7 +258,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, teacher, data, tmp_p
     out = tmp_path / "run"
     assert cli.main(command(recipe, teacher, data, tmp_path / "whole")) == 0
     recipe.write_text(RECIPE.replace("checkpoint_every = 10", "checkpoint_every = 5"))
-    run_killed_after(7, command(recipe, teacher, data, out))
+    run_killed(["step:7"], command(recipe, teacher, data, out))
     (kept,) = (out / "checkpoints").glob("step-*")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     limited = subprocess.run(
@@ -301,7 +322,7 @@ def test_texts_and_chats_become_rows_of_one_length(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "length", "message"),
     [
-        ("a.csv", "x", 8, "must be a file that ends in .jsonl"),
+        ("a.csv", "x", 8, "must end in .jsonl"),
         ("a.jsonl", '{"prose": "x"}\n', 8, "must have a column text or messages, got prose"),
         ("a.jsonl", '{"text": "Ana"}\n', 8, "fewer than one row of 8"),
         ("a.jsonl", "{not json\n", 8, "cannot be read as json"),
