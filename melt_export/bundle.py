@@ -45,7 +45,7 @@ from melt_runtime.contract import (
     loop_graph,
     offered_kv_caches,
 )
-from melt_runtime.generation_config import GenerationConfig, write_generation_config
+from melt_runtime.generation_config import write_generation_config
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import (
@@ -281,7 +281,7 @@ def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
-    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=source.config.stop_ids))
+    write_generation_config(folder / GENERATION_CONFIG_NAME, source.generation)
 
 
 def _producer() -> dict[str, str]:

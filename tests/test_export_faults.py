@@ -74,7 +74,7 @@ def test_missing_and_damaged_files(checkpoint):
     with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
         load_checkpoint(checkpoint)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="missing weight files: model.safetensors"):
+    with pytest.raises(CheckpointError, match="missing weight file model.safetensors"):
         load_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="config.json does not exist"):
         load_checkpoint(checkpoint / "nowhere")
@@ -141,7 +141,7 @@ def test_sharded_weights_load(checkpoint, tmp_path):
     for name, tensor in model.state_dict().items():
         assert tensor.equal(loaded.state_dict()[name]), name
     shutil.move(next(sharded.glob("model-00001*")), tmp_path / "lost")
-    with pytest.raises(CheckpointError, match="missing weight files: model-00001"):
+    with pytest.raises(CheckpointError, match="missing weight file model-00001"):
         load_checkpoint(sharded)
 
 

@@ -20,10 +20,12 @@ ALLOWED = {
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
-        *("datasets", "pyarrow", "matplotlib", "melt_layers", "melt_models"),
+        *("datasets", "pyarrow", "matplotlib", "pydantic", "pydantic_core", "typing_extensions"),
+        *("melt_layers", "melt_models"),
     },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
+        *("pydantic", "typing_extensions"),
         *("melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
     "transformers_melt": {"torch", "transformers", "onnx", "optimum", "melt_layers", "transformers_melt"},

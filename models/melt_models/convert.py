@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from melt_models.checkpoint import INDEX_NAME, Checkpoint, CheckpointError, empty_model
-from melt_models.configuration import GateKind, MeltConfig
+from melt_models.checkpoint import INDEX_NAME, Checkpoint, empty_model
+from melt_models.configuration import MeltConfig
+from melt_models.configuration_form import GateKind
+from melt_models.errors import CheckpointError
 from melt_models.modeling import MeltCausalLM
 from melt_models.staging import require_absent, staged
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
@@ -190,3 +190,7 @@ class MeltCausalLM(MeltPreTrainedModel):
             out = self(tokens[-1], past_key_values=out.past_key_values, loops=loops, chunk_size=1)
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
         return torch.cat(tokens, dim=1)
+
+
+AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
+AutoModelForCausalLM.register(MeltConfig, MeltCausalLM, exist_ok=True)
