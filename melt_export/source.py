@@ -76,7 +76,10 @@ def checkpoint_source(folder: Path) -> Source:
         faults += _inexpressible(config)
         generation, notes = read_generation(folder, config, faults)
     text, passed = examine_tokenizer(folder, config.vocab_size if config else None, faults)
-    template = "" if config is None else _template(folder, config, text, faults)
+    before, template = len(faults), ""
+    examine_settings(folder, faults)
+    if config is not None and text and len(faults) == before:
+        template = _template(folder, config, text, faults)
     examples = examine_examples(folder, faults)
     if checkpoint is None:
         raise CheckpointError(f"{folder} cannot be exported:", faults)
@@ -88,11 +91,7 @@ def checkpoint_source(folder: Path) -> Source:
 
 
 def _template(folder: Path, config: MeltConfig, tokenizer: str, faults: list[str]) -> str:
-    """The chat template, if there is nothing wrong yet with what it is made of."""
-    before = len(faults)
-    examine_settings(folder, faults)
-    if len(faults) > before or not tokenizer:
-        return ""
+    """The chat template, once what it is made of is sound; compiled here, so that a bad one is found before any work."""
     try:
         words = Tokenizer.from_str(tokenizer)
         template = chat_template(folder, config, words)

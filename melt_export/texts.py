@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter, with_config
+from pydantic_core import PydanticCustomError
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
 
@@ -21,7 +22,11 @@ class _Named(TypedDict):
 
 
 def _named(value: Any) -> Any:
-    return [{"name": "default", "template": value}] if isinstance(value, str) else value
+    if value is None or isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("template", "Input should be a text or a list of named templates")
+    return [{"name": "default", "template": value}]
 
 
 def _content(value: Any) -> Any:

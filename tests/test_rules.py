@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "melt_export": {
         *("torch", "numpy", "onnx_ir", "onnxruntime", "transformers", "tokenizers", "tqdm"),
-        *("pydantic", "typing_extensions"),
+        *("pydantic", "pydantic_core", "typing_extensions"),
         *("melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
     "transformers_melt": {"torch", "transformers", "onnx", "optimum", "melt_layers", "transformers_melt"},
