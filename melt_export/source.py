@@ -71,10 +71,9 @@ def checkpoint_source(folder: Path) -> Source:
     except CheckpointError as error:
         faults += error.faults
         config, _ = examine_config(folder, [])  # what lies beside it is still held against it
-    generation, notes = GenerationConfig(), list[str]()
     if config is not None:
         faults += _inexpressible(config)
-        generation, notes = read_generation(folder, config, faults)
+    generation, notes = read_generation(folder, config, faults)
     text, passed = examine_tokenizer(folder, config.vocab_size if config else None, faults)
     before, template = len(faults), ""
     examine_settings(folder, faults)
@@ -91,7 +90,7 @@ def checkpoint_source(folder: Path) -> Source:
 
 
 def _template(folder: Path, config: MeltConfig, tokenizer: str, faults: list[str]) -> str:
-    """The chat template, once what it is made of is sound; compiled here, so that a bad one is found before any work."""
+    """The chat template, made of what is sound, and compiled, so that a bad one is found before any work."""
     try:
         words = Tokenizer.from_str(tokenizer)
         template = chat_template(folder, config, words)

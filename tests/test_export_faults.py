@@ -96,6 +96,7 @@ def test_nonsense_is_listed_whole_before_anything_is_made(checkpoint, tmp_path):
     """Types and ranges together, of every file: one run shows all that must be corrected."""
     edit_config(checkpoint, colour="red", **{name: value for name, (value, _) in NONSENSE.items()})
     (checkpoint / "tokenizer_config.json").write_text('{"chat_template": 5, "eos_token": {"content": null}}')
+    (checkpoint / "generation_config.json").write_text('{"top_p": 1.4}')
     (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     (checkpoint / "evaluation.jsonl").write_text('{"messages": ["hi"], "answer": "x", "group": "g"}\nnot json\n')
     (checkpoint / "model.safetensors").write_bytes(b"\xff" * 64)
@@ -105,6 +106,7 @@ def test_nonsense_is_listed_whole_before_anything_is_made(checkpoint, tmp_path):
         assert re.search(rf"config.json: {name}\S* must be {rule}, got ", str(raised.value)), name
     for message in (
         "config.json: unknown configuration keys ['colour']",
+        "generation_config.json: top_p must be at most 1, got 1.4",
         "tokenizer_config.json: chat_template must be a text or a list of named templates, got 5",
         "tokenizer.json cannot be used: ",
         "evaluation.jsonl, line 1: messages[0] must be",
