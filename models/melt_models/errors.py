@@ -1,7 +1,6 @@
 """What this package raises on purpose, without a framework: ``melt-export --help`` and its like need none."""
 
 from collections.abc import Sequence
-from typing import Any
 
 _MOST, _LONGEST = 40, 400  # faults, characters of one
 
@@ -33,5 +32,5 @@ def missing_package(error: ModuleNotFoundError, command: str, extra: str) -> str
         command: that needs it.
         extra: of this distribution that brings it.
     """
-    package: Any = (error.name or str(error)).partition(".")[0]
+    package = (error.name or str(error)).partition(".")[0]
     return f"{command} needs {package}, which is not installed: pip install 'melt-onnx[{extra}]'"
