@@ -69,10 +69,9 @@ def checkpoint_source(folder: Path) -> Source:
     except CheckpointError as error:
         faults += error.faults
         config, _ = examine_config(folder, [])  # what lies beside it is still held against it
-    generation, notes = GenerationConfig(), list[str]()
     if config is not None:
         faults += _inexpressible(config)
-        generation, notes = read_generation(folder, config, faults)
+    generation, notes = read_generation(folder, config, faults)
     text, passed = examine_tokenizer(folder, config.vocab_size if config else None, faults)
     template, doubts = chat_template(folder, config, Tokenizer.from_str(text) if text else None, faults)
     examples = examine_examples(folder, faults)

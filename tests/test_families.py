@@ -15,7 +15,9 @@ from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.source import ExportError, checkpoint_source
 from melt_models import CheckpointError, MeltConfig, load_checkpoint
 from melt_models.checkpoint import Checkpoint
-from melt_models.families import read_llama, read_ouro
+from melt_models.convert import looplm_to_melt
+from melt_models.families import READERS, read_llama, read_ouro
+from melt_models.model_types import KNOWN_TYPES
 from melt_runtime import MeltModel
 
 IDS = [5, 700, 3, 3, 250, 17, 42, 0, 99, 511, 8, 640]
@@ -81,6 +83,29 @@ def test_right_token_ids_are_left_alone(tmp_path):
     checkpoint = Checkpoint(write_ouro(tmp_path, bos_token_id=7, eos_token_id=8, pad_token_id=0))
     assert checkpoint.notes == ()
     assert (checkpoint.config.bos_token_id, checkpoint.config.eos_token_id) == (7, 8)
+
+
+@pytest.mark.parametrize("stored", [{"bos_token_id": 0, "eos_token_id": 0}, {"eos_token_id": [0]}])
+def test_the_same_error_beside_the_configuration_is_corrected(tmp_path, stored):
+    """transformers wrote Ouro's generation_config.json from its config.json; a MELT made of it inherits the file."""
+    folder = write_ouro(tmp_path / "ouro")
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    looplm_to_melt(Checkpoint(folder), tmp_path / "melt")
+    for made in (folder, tmp_path / "melt"):
+        source = checkpoint_source(made)
+        assert source.generation.stop_ids == (2,)
+        assert "eos 0 of Ouro's published generation_config.json is corrected to 2 (<|im_end|>)" in source.notes
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert checkpoint_source(folder).generation.stop_ids == (2, 0)
+
+
+def test_an_exit_threshold_is_said_to_be_passed_over(tmp_path):
+    (note,) = Checkpoint(write_ouro(tmp_path, early_exit_threshold=0.5, bos_token_id=1)).notes
+    assert note.startswith("early_exit_threshold 0.5 is passed over")
+
+
+def test_every_known_type_has_its_reader():
+    assert tuple(READERS) == KNOWN_TYPES
 
 
 def test_the_chat_template_gets_the_corrected_tokens(tmp_path):
@@ -209,7 +234,7 @@ def test_quantized_tensors_are_refused(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     folder = write_ouro(tmp_path, 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing weight files: model-00002-of-00003.safetensors"):
+    with pytest.raises(CheckpointError, match="missing weight file model-00002-of-00003.safetensors"):
         Checkpoint(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(CheckpointError, match="is not an index of shards"):
