@@ -21,7 +21,8 @@ from melt_export import bundle as bundle_module
 from melt_export import cli as cli_module
 from melt_export.bundle import write_text_files
 from melt_export.cli import main
-from melt_export.source import chat_template, checkpoint_source
+from melt_export.source import checkpoint_source
+from melt_export.templates import chat_template
 from melt_models import CheckpointError, MeltConfig, load_checkpoint
 from melt_runtime import GenerationConfig
 from melt_runtime.text import TextCodec
@@ -350,7 +351,11 @@ def test_chat_templates_become_self_contained(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer, config = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")), MeltConfig()
     messages = [{"role": "user", "content": "hi"}]
-    assert TextCodec(tokenizer, chat_template(tmp_path, config, tokenizer)).render(messages) == "<s>hi</s>"
+    faults: list[str] = []
+    template, _ = chat_template(tmp_path, config, tokenizer, faults)
+    assert not faults
+    assert TextCodec(tokenizer, template).render(messages) == "<s>hi</s>"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert chat_template(tmp_path, config, tokenizer) == "{{ messages[0].content }}"
-    assert chat_template(tmp_path / "nowhere", config, tokenizer) == ""
+    assert chat_template(tmp_path, config, tokenizer, faults) == ("{{ messages[0].content }}", ())
+    assert chat_template(tmp_path / "nowhere", config, tokenizer, faults) == ("", ())
+    assert not faults
