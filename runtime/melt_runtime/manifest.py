@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter
+
 from melt_runtime.contract import (
     ACTIVATIONS,
     KV_CACHES,
@@ -23,6 +25,7 @@ from melt_runtime.contract import (
     loop_graph,
 )
 from melt_runtime.errors import BundleError
+from melt_runtime.measured import Parity, Quality
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -67,9 +70,9 @@ class Manifest:
         streamed_bytes: bytes of matrices that one run of ``loop`` and of ``head`` reads whole: what decoding on a CPU
             costs.
         producer: what made the bundle: names and versions.
-        parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; empty where that was
+        parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; None where that was
             not checked.
-        quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; empty where not measured.
+        quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; None where not measured.
     """
 
     model: ModelShape
@@ -82,8 +85,8 @@ class Manifest:
     weight_bytes: int
     streamed_bytes: dict[str, int]
     producer: dict[str, str]
-    parity: dict[str, Any]
-    quality: dict[str, Any]
+    parity: Parity | None
+    quality: Quality | None
 
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
@@ -190,8 +193,8 @@ def _parse_manifest(values: dict[str, Any], faults: list[str]) -> Manifest | Non
         weight_bytes=parsed["weight_bytes"],
         streamed_bytes=parsed["streamed_bytes"],
         producer=parsed["producer"],
-        parity=parsed["parity"],
-        quality=parsed["quality"],
+        parity=TypeAdapter(Parity | None).validate_python(parsed["parity"]),
+        quality=TypeAdapter(Quality | None).validate_python(parsed["quality"]),
     )
 
 
