@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from melt_runtime.contract import KVCacheKind
 from melt_runtime.manifest import Manifest
 from melt_runtime.measured import Parity, Quality
 from melt_runtime.memory import format_bytes
@@ -29,7 +30,7 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
         f"made for    {', '.join(manifest.providers)}",
         f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}",
         *_parity(manifest.parity),
-        *_quality(manifest.quality),
+        *_quality(manifest.quality, manifest.kv_caches),
     ]
     for name, graph in manifest.graphs.items():
         lines.append(f"{name}.onnx  {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
@@ -45,23 +46,21 @@ def _parity(parity: Parity | None) -> list[str]:
         return ["parity      not compared with torch"]
     lines = [f"parity      beside torch with the same weights, in {parity.activations}, every tensor after every loop:"]
     for run in parity.runs:
-        at_once = "" if run.layers_at_once == parity.layers else f", {run.layers_at_once} layers at a time"
         lines.append(
             f"  {run.kv_cache:<9} KV cache: {run.loops} loops, {run.prompt_tokens} prompt tokens in chunks of "
-            f"{run.chunk}, {run.decode_tokens} decoded{at_once}"
+            f"{run.chunk}, {run.decode_tokens} decoded"
         )
         lines += [
             f"            {name:<11} {found.error:.1e} of {found.magnitude:.3g} (allowed {found.allowed:.1e})"
             for name, found in run.tensors.items()
         ]
-        if run.greedy_tokens:
-            lines.append(f"            greedy tokens equal: {run.greedy_tokens_equal} of {run.greedy_tokens}")
+        lines.append(f"            first choice equal: {run.greedy_tokens_equal} of {run.greedy_tokens}")
         if run.codes_equal is not None:
             lines.append(f"            codes equal: {100 * run.codes_equal:.4g} %, the others next to torch's")
     return lines
 
 
-def _quality(quality: Quality | None) -> list[str]:
+def _quality(quality: Quality | None, offered: tuple[KVCacheKind, ...]) -> list[str]:
     if quality is None:
         return ["quality     not measured"]
     lines = [
@@ -77,7 +76,7 @@ def _quality(quality: Quality | None) -> list[str]:
             f"            error of the hidden state after each loop, %: {errors}",
         ]
         if found.limit is not None:
-            verdict = "within" if found.within_limit else "BEYOND"
+            verdict = "within" if found.within_limit else "beyond" if kind in offered else "left out: beyond"
             lines.append(
                 f"            {verdict} the limit: KL divergence {found.limit.kl:g}, first choice equal for "
                 f"{100 * found.limit.greedy_agreement:g} %"

@@ -29,13 +29,12 @@ class ParityRun:
 
     Attributes:
         kv_cache: over which kind of KV cache; torch rounds keys and values of the quantized ones with their scales.
-        layers_at_once: layers that ran as one model: all of them, or as many as fit, then the next ones, to the last.
         loops: loops that every token went through, each compared.
         chunk: most tokens processed in parallel.
         prompt_tokens: tokens in chunks.
         decode_tokens: tokens after them, one by one.
-        greedy_tokens: decoded tokens whose choice was compared; 0 where the head did not run.
-        greedy_tokens_equal: those of them that are torch's; where others are, torch had both within the tolerance.
+        greedy_tokens: first choices compared, one after every chunk and every decoded token.
+        greedy_tokens_equal: those of them that are torch's; of the others torch had both within the tolerance.
         tensors: by kind of tensor: ``latent``, ``key``, ``value``, ``hidden``, ``exit_logit``, ``logits``.
         hidden_by_loop: by number of the loop, error over magnitude of the hidden state.
         codes_equal: fraction of a quantized cache's codes that torch rounds to as well; the others are next to them,
@@ -43,7 +42,6 @@ class ParityRun:
     """
 
     kv_cache: KVCacheKind
-    layers_at_once: int
     loops: int
     chunk: int
     prompt_tokens: int
@@ -62,12 +60,10 @@ class Parity:
     Attributes:
         activations: type of activations in which the graphs ran; another than the bundle's where the exporting
             machine cannot run that one.
-        layers: of the model.
-        runs: at least one for every kind of KV cache.
+        runs: one for every kind of KV cache that was made, each over all layers.
     """
 
     activations: str
-    layers: int
     runs: tuple[ParityRun, ...]
 
 
