@@ -26,10 +26,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class Probe:
-    """Passages, and where they come from."""
+    """Passages, and where they come from.
+
+    Attributes:
+        says_loss: whether what rounding costs here is what it costs in use; it is not for random tokens.
+    """
 
     passages: tuple[Passage, ...]
     name: str
+    says_loss: bool = True
 
     @property
     def scored(self) -> int:
@@ -64,7 +69,7 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
             prompt = codec.encode(codec.render(example.chat))
             passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
         return Probe(tuple(passages), "the model's own evaluation")
-    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens")
+    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens", says_loss=False)
 
 
 def random_ids(config: MeltConfig, chunk: int, most: int) -> list[int]:
