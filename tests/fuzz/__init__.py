@@ -1,4 +1,4 @@
-"""Damaged inputs by the thousand: what may come out is an answer or one of this project's errors, soon, and nothing else.
+"""Damaged inputs by the thousand. What may come out, soon: an answer or one of this project's errors.
 
 pool.py      runs cases in processes that may die or hang, which is a finding and not the end
 edits.py     damage to JSON values and to bytes

@@ -4,7 +4,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,16 +18,20 @@ class Outcome:
 
     Attributes:
         kind: ``refused``, ``answered`` or ``finding``.
-        what: the kind of damage, and what happened; the first line tells findings of one cause together.
+        what: of a finding, what happened; its first line tells findings of one cause together.
         number: of the case, which makes it again; -1 before it is known.
+        damage: what was done.
     """
 
     kind: str
     what: str
     number: int = -1
+    damage: str = ""
 
 
-Case = Callable[[int], Outcome]
+Tell = Callable[[str], None]
+"""Told what a case is about to try, so that it is known when the process dies."""
+Case = Callable[[int, Tell], Outcome]
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -38,7 +42,8 @@ class _Worker:
 
     make: Callable[..., Case]
     arguments: tuple[Any, ...]
-    number: int | None = None
+    number: int = -1
+    damage: str = ""
     deadline: float = 0.0
     process: BaseProcess = field(init=False)
     pipe: Connection = field(init=False)
@@ -51,7 +56,7 @@ class _Worker:
         assert self.pipe.recv() == "ready"  # what it imports is not the case's time
 
     def begin(self, number: int, seconds: float) -> None:
-        self.number, self.deadline = number, time.monotonic() + seconds
+        self.number, self.damage, self.deadline = number, "", time.monotonic() + seconds
         self.pipe.send(number)
 
     def end(self) -> None:
@@ -85,13 +90,16 @@ def run_cases(
             ready = wait([worker.pipe for worker in crew], timeout=max(0.0, soonest - time.monotonic()))
             for worker in list(crew):
                 if worker.pipe in ready:
-                    outcome = _receive(worker)
+                    received = _receive(worker)
+                    if isinstance(received, str):
+                        worker.damage = received
+                        continue
+                    outcome = received
                 elif time.monotonic() > worker.deadline:
                     outcome = Outcome(FINDING, f"took more than {seconds:g} seconds")
                 else:
                     continue
-                assert worker.number is not None
-                yield Outcome(outcome.kind, outcome.what, worker.number)
+                yield replace(outcome, number=worker.number, damage=worker.damage)
                 following = next(waiting, None)
                 if outcome.kind == FINDING or following is None:
                     worker.end()
@@ -106,14 +114,14 @@ def run_cases(
             worker.end()
 
 
-def _receive(worker: _Worker) -> Outcome:
+def _receive(worker: _Worker) -> Outcome | str:
     try:
-        outcome = worker.pipe.recv()
-    except EOFError:
+        received = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
         worker.process.join()
         return Outcome(FINDING, f"the process ended with status {worker.process.exitcode}")
-    assert isinstance(outcome, Outcome)
-    return outcome
+    assert isinstance(received, Outcome | str)
+    return received
 
 
 def _work(pipe: Connection, make: Callable[..., Case], arguments: tuple[Any, ...]) -> None:
@@ -122,7 +130,7 @@ def _work(pipe: Connection, make: Callable[..., Case], arguments: tuple[Any, ...
     while True:
         number = pipe.recv()
         try:
-            outcome = case(number)
+            outcome = case(number, pipe.send)
         except BaseException as error:  # a panic of tokenizers is no Exception
             lines = traceback.format_exception(error)
             text = f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             if outcome.kind == FINDING:
                 cause = outcome.what.partition("\n")[0]
                 if cause not in causes:
-                    print(f"\ncase {outcome.number}: {outcome.what}\n", flush=True)
+                    print(f"\ncase {outcome.number}, {outcome.damage}\n{outcome.what}\n", flush=True)
                 causes.setdefault(cause, []).append(outcome.number)
             if sys.stderr.isatty() or done % 500 == 0:
                 print(f"\r{done} of {args.count}: {dict(kinds)}", end="", file=sys.stderr, flush=True)
