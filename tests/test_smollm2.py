@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from melt_export.bundle import ExportOptions, export_bundle, open_runner
+from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.probe import Passage, Probe
 from melt_export.quality import perplexity, trace_bundle
+from melt_export.record import open_runner
 from melt_models import CheckpointError
 from melt_models.gguf import gguf_to_checkpoint
 from melt_models.gguf import main as gguf_main
