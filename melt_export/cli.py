@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from melt_export.bundle import ExportOptions, export_bundle, export_source
 from melt_export.formats import BLOCKS
 from melt_export.genai import export_genai
+from melt_export.progress import Stages
 from melt_export.quantize import ROUNDINGS
 from melt_export.source import ExportError, checkpoint_source, random_source
 from melt_export.summary import summarize
@@ -183,7 +184,7 @@ def _make_bundle(args: argparse.Namespace) -> str:
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
         allow_loss=args.allow_loss,
-        report=lambda line: print(line, file=sys.stderr),
+        report=Stages(),
     )
     if args.format == "genai":
         return _make_genai(args, options)
