@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from melt_export.choices import BLOCKS, ROUNDINGS
+from melt_export.progress import Stages
 from melt_export.summary import summarize
 from melt_files import require_absent
 from melt_models.errors import CheckpointError, missing_package
@@ -189,7 +190,7 @@ def _make_bundle(args: argparse.Namespace) -> str:
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
         allow_loss=args.allow_loss,
-        report=lambda line: print(line, file=sys.stderr),
+        report=Stages(),
     )
     if args.format == "genai":
         return _make_genai(args, options)

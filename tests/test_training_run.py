@@ -15,6 +15,7 @@ import torch
 from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from published import write_ouro
+from tolerances import TORCH, assert_close
 from transformers import PreTrainedTokenizerFast
 
 from melt_export import cli as export
@@ -160,10 +161,11 @@ def test_two_processes_share_a_batch(recipe, teacher, data, tmp_path):
     run = [*torchrun, "-m", "melt_models.training", *command(recipe, teacher, data, tmp_path / "two")]
     subprocess.run(run, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     expected, got = (load_checkpoint(folder).state_dict() for folder in (alone, tmp_path / "two" / "model"))
-    assert all(torch.allclose(expected[name], got[name], atol=1e-5) for name in expected)
+    for name, tensor in expected.items():
+        assert_close(got[name], tensor, TORCH)
     pairs = list(zip(log_of(tmp_path / "alone"), log_of(tmp_path / "two"), strict=True))
     assert all(one["tokens"] == two["tokens"] for one, two in pairs)
-    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
+    assert_close([one["loss"] for one, _ in pairs], [two["loss"] for _, two in pairs], TORCH)
 
 
 def refuse(capsys, arguments: list[str], *fragments: str) -> None:
