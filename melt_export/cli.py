@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _heed_signals()
     begin = time.monotonic()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         _require_packages()
         print(_make_checkpoint(args) if args.melt else _make_bundle(args))
@@ -238,7 +237,9 @@ def _require_packages() -> None:
             import_module(module)
     except ModuleNotFoundError as error:
         raise MeltError(missing_package(error, "melt-export", "export")) from error
-    transformers_logging.disable_progress_bar()  # the stages of the export are the progress
+    # The stages of an export are its progress. torch sets its loggers when it is imported, so ours comes after it.
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def _heed_signals() -> None:

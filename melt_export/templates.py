@@ -48,7 +48,7 @@ def chat_template(
     older = {} if "added_tokens_decoder" in settings else _read(folder / MAP_NAME, faults)
     text = _choose(_named_templates(folder, settings, faults), faults, notes)
     tokens = _special_tokens({**settings, **older}, faults)
-    is_ouro = {tokens.get(name) for name in ("bos_token", "eos_token")} <= {_OURO_SAYS, None}
+    is_ouro = {tokens.get(name) for name in ("bos_token", "eos_token")} - {None} == {_OURO_SAYS}
     if is_ouro and config is not None and tokenizer is not None:
         tokens |= _ouro_tokens(config, tokenizer)
     tokens = {name: token for name, token in tokens.items() if name in text}

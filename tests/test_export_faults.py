@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
+from conftest import ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig as TransformersGenerationConfig
@@ -22,10 +22,8 @@ from melt_export import cli as cli_module
 from melt_export.bundle import write_text_files
 from melt_export.cli import main
 from melt_export.source import checkpoint_source
-from melt_export.templates import chat_template
-from melt_models import CheckpointError, MeltConfig, load_checkpoint
+from melt_models import CheckpointError, load_checkpoint
 from melt_runtime import GenerationConfig
-from melt_runtime.text import TextCodec
 
 
 @pytest.fixture
@@ -339,23 +337,3 @@ def test_sharded_weights_load(checkpoint, tmp_path):
     shutil.move(next(sharded.glob("model-00001*")), tmp_path / "lost")
     with pytest.raises(CheckpointError, match="missing weight file model-00001"):
         load_checkpoint(sharded)
-
-
-def test_chat_templates_become_self_contained(tmp_path):
-    """From tokenizer_config.json where there is no file, with the special tokens that the template names."""
-    settings = {
-        "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "special": True},
-        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer, config = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")), MeltConfig()
-    messages = [{"role": "user", "content": "hi"}]
-    faults: list[str] = []
-    template, _ = chat_template(tmp_path, config, tokenizer, faults)
-    assert not faults
-    assert TextCodec(tokenizer, template).render(messages) == "<s>hi</s>"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert chat_template(tmp_path, config, tokenizer, faults) == ("{{ messages[0].content }}", ())
-    assert chat_template(tmp_path / "nowhere", config, tokenizer, faults) == ("", ())
-    assert not faults

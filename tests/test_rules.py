@@ -22,7 +22,7 @@ ALLOWED = {
     "melt_plots": {"matplotlib", "cycler", "melt_plots"},
     "melt_runtime": {
         *("numpy", "onnxruntime", "tokenizers", "jinja2", "pydantic", "pydantic_core", "annotated_types"),
-        *("melt_files", "melt_plots", "melt_runtime"),
+        *("prompt_toolkit", "tqdm", "melt_files", "melt_plots", "melt_runtime"),
     },
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
@@ -56,7 +56,7 @@ FLOORS = (
     {"history"},
     {"generate"},
     {"session", "opening"},
-    {"model"},
+    {"model", "chat"},
     {"doctor"},
     {"bench", "cli_info"},
     {"bench_report"},
