@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, random_model, save_checkpoint
+from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig as TransformersGenerationConfig
