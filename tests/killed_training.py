@@ -41,10 +41,6 @@ def prepare(moment: str) -> None:
         path.write_bytes(b"half")
         die()
 
-    def half_replaced(path: Path, _text: str) -> None:
-        path.with_name(f".{path.name}.partial").write_text("half")
-        die()
-
     def half_removed(folder: Path) -> None:
         (folder / "config.json").unlink()
         die()
@@ -54,7 +50,7 @@ def prepare(moment: str) -> None:
     elif name == "checkpoint":
         saving.torch.save = half_written
     elif name == "text":
-        saving.replace_text = half_replaced
+        os.replace = die
     elif name == "before removal":
         saving.Path.rename = lambda path, to, rename=Path.rename: die() if to.suffix == ".old" else rename(path, to)
     elif name == "removal":

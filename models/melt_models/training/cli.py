@@ -9,6 +9,7 @@ next step is: python export.py OUT/model --out BUNDLE
 
 import argparse
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,14 +53,17 @@ def _train(args: argparse.Namespace) -> Path:
     if args.plot and find_spec("matplotlib") is None:  # before the training, not after it
         raise TrainingError("--plot needs matplotlib: pip install 'melt-onnx[plot]'")
     try:
-        import transformers
-
-        from melt_models.hub import checkpoint_folder
-        from melt_models.training.recipe import read_recipe
-        from melt_models.training.recipe_files import recipe_path
-        from melt_models.training.trainer import train
+        for module in ("torch", "melt_models.training.trainer"):  # torch first: transformers warns where it is not
+            import_module(module)
     except ModuleNotFoundError as error:
         raise TrainingError(missing_package(error, "melt-train", "train")) from error
-    transformers.utils.logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    from melt_models.hub import checkpoint_folder
+    from melt_models.training.recipe import read_recipe
+    from melt_models.training.recipe_files import recipe_path
+    from melt_models.training.trainer import train
+
+    logging.disable_progress_bar()
     recipe = read_recipe(recipe_path(args.recipe))
     return train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)

@@ -33,7 +33,7 @@ def plot_log(out: Path) -> Path:
                 points = [(record["step"], record[name]) for record in records if name in record]
                 axis.plot(*zip(*points, strict=True), linewidth=1)
                 axis.set_ylabel(_TERMS[name])
-                _choose_scale(axis, [value for _, value in points if value > 0])
+                choose_scale(axis, [value for _, value in points if value > 0])
                 if 0 < boundary < len(records):
                     axis.axvline(boundary + 0.5, color="#555555", linestyle="--", linewidth=1)
             if 0 < boundary < len(records):
@@ -47,7 +47,7 @@ def plot_log(out: Path) -> Path:
     return out / PLOT_NAME
 
 
-def _choose_scale(axis: Any, values: list[float]) -> None:
+def choose_scale(axis: Any, values: list[float]) -> None:
     """A logarithmic axis where values differ widely, with plain numbers beside its ticks.
 
     Values far below the largest are left out of view: at alpha 0 the student is its teacher, and the rest is rounding.

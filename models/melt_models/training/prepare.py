@@ -9,6 +9,7 @@ tokens; what is left at the end is dropped. All tokens are labels.
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from melt_models.errors import CheckpointError, missing_package
@@ -44,13 +45,16 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(args: argparse.Namespace) -> tuple[int, int]:
     """Writes the data set; what takes seconds to import is imported here."""
     try:
-        from datasets import disable_progress_bars
-
-        from melt_models.hub import checkpoint_folder
-        from melt_models.progress import writes_bars
-        from melt_models.training.packing import pack_texts
+        for module in ("torch", "melt_models.training.packing"):  # torch first: transformers warns where it is not
+            import_module(module)
     except ModuleNotFoundError as error:
         raise TrainingError(missing_package(error, "preparing data", "train")) from error
+    from datasets import disable_progress_bars
+
+    from melt_models.hub import checkpoint_folder
+    from melt_models.progress import writes_bars
+    from melt_models.training.packing import pack_texts
+
     if not writes_bars():
         disable_progress_bars()
     return pack_texts(args.source, checkpoint_folder(args.tokenizer, with_weights=False), args.length, args.out)

@@ -7,6 +7,7 @@
 
 Everything appears whole or not at all: a checkpoint that cannot be written leaves the one before it, and a process that
 is killed at any moment leaves nothing that the next one takes for whole.
+Only one process trains in a folder at a time.
 """
 
 import json
@@ -15,17 +16,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from melt_files import replace_text, staged
+from melt_files.locks import lock
 from melt_models.checkpoint import load_checkpoint
 from melt_models.modeling import MeltCausalLM
 from melt_models.training.errors import TrainingError
 from melt_models.training.processes import Processes
 
 RUN_NAME, LOG_NAME, CHECKPOINTS_NAME, MODEL_NAME = "run.json", "log.jsonl", "checkpoints", "model"
+_LOCK_NAME = ".lock"
 _STATE_NAME = "optimizer.pt"
 _STEP = re.compile(r"step-\d+")
 _OLD = ".old"
@@ -37,7 +40,7 @@ _TEXTS = (
 
 
 class RunFolder:
-    """Reads and writes a run's folder; of several processes, only the first one writes."""
+    """Reads and writes a run's folder; of several processes, only the first one writes. Used with ``with``."""
 
     def __init__(self, out: Path, settings: dict[str, Any], processes: Processes):
         """Makes the folder, or opens that of a run with the same settings.
@@ -57,14 +60,24 @@ class RunFolder:
                     f"{out} holds a run with other settings: {'; '.join(changes)}. Give it the same settings to go "
                     "on, or choose another --out"
                 )
-        elif out.exists() and not (out.is_dir() and all(_is_hidden(entry) for entry in out.iterdir())):
+        elif out.exists() and not (out.is_dir() and all(map(_is_leftover, out.iterdir()))):
             raise TrainingError(f"{out} exists and is not a training run: choose another --out")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(settings, indent=2) + "\n")
         if processes.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(out)
+            if not path.is_file():
+                replace_text(path, json.dumps(settings, indent=2) + "\n")
             self._keep_newest()
             processes.wait()
+
+    def __enter__(self) -> "RunFolder":
+        """The folder itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets other processes train in it."""
+        if self._processes.is_first:
+            self._lock.close()
 
     @property
     def model(self) -> Path:
@@ -110,14 +123,16 @@ class RunFolder:
         """
         folder, step = self.newest(), 0
         if folder is not None:
+            path = folder
             try:
                 student.load_state_dict(load_checkpoint(folder).state_dict())
-                state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
+                path = folder / _STATE_NAME
+                state = torch.load(path, map_location=device, weights_only=True)
                 optimizer.load_state_dict(state["optimizer"])
                 step = int(state["step"])
             except Exception as error:  # torch raises what its readers do
                 raise TrainingError(
-                    f"{folder} is damaged ({error}): put it back from a copy, or remove it to begin from the start"
+                    f"{path} is damaged ({error!r}): put it back from a copy, or remove {folder} to begin anew"
                 ) from error
         if self._processes.is_first and (self.out / LOG_NAME).is_file():
             kept = [record for record in read_log(self.out) if record["step"] <= step]
@@ -197,9 +212,22 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether it is what a process left that was killed while it made the folder."""
-    return path.name.startswith(f".{RUN_NAME}.")
+def _is_leftover(path: Path) -> bool:
+    """Whether it is of a process that was killed while it made the run's folder."""
+    return path.name == _LOCK_NAME or path.name.startswith(f".{RUN_NAME}.")
+
+
+def _locked(out: Path) -> IO[bytes]:
+    """A file that, while it is open, keeps other processes from training in ``out``.
+
+    Raises:
+        TrainingError: another process trains there.
+    """
+    file = (out / _LOCK_NAME).open("ab")
+    if lock(file.fileno(), wait=False) is False:
+        file.close()
+        raise TrainingError(f"another process trains in {out}: wait for it, end it, or choose another --out")
+    return file
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

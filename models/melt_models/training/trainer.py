@@ -75,19 +75,19 @@ def _train(
         "student": None if student is None else _identity(pair.student),
         "data": {"rows": tokens.rows, "tokens": tokens.tokens},
     }
-    folder = RunFolder(out, settings, processes)
-    if folder.model.is_dir():
-        return folder.model
-    objective = Objective(
-        pair.student.to(place).train(),
-        pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
-        recipe.supervised_loops == "every",
-        recipe.gradient_checkpointing,
-    )
-    optimizer = make_optimizer(objective.student, recipe)
-    done = folder.restore(objective.student, optimizer, place)
-    _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
-    return folder.finish(objective.student.to("cpu", pair.stored), teacher)
+    with RunFolder(out, settings, processes) as folder:
+        if folder.model.is_dir():
+            return folder.model
+        objective = Objective(
+            pair.student.to(place).train(),
+            pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
+            recipe.supervised_loops == "every",
+            recipe.gradient_checkpointing,
+        )
+        optimizer = make_optimizer(objective.student, recipe)
+        done = folder.restore(objective.student, optimizer, place)
+        _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
+        return folder.finish(objective.student.to("cpu", pair.stored), teacher)
 
 
 def choose_device(device: str) -> torch.device:
