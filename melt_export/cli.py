@@ -14,11 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from melt_export.choices import BLOCKS, ROUNDINGS
+from melt_export.progress import Stages
+from melt_export.summary import summarize
 from melt_files import require_absent
 from melt_models.errors import CheckpointError, missing_package
 from melt_models.model_types import KNOWN_TYPES
 from melt_models.shapes import SHAPES, shape_config
-from melt_runtime import Manifest, MeltError
+from melt_runtime import MeltError
 from melt_runtime.contract import ACTIVATIONS, PRECISIONS
 from melt_runtime.memory import format_bytes
 from melt_runtime.process_memory import resident_bytes
@@ -46,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _heed_signals()
     begin = time.monotonic()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         _require_packages()
         print(_make_checkpoint(args) if args.melt else _make_bundle(args))
@@ -132,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text to calibrate and measure on (default: the checkpoint's evaluation.jsonl, else random tokens)",
     )
+    parser.add_argument(
+        "--allow-loss",
+        action="store_true",
+        help="write the bundle, with every KV cache, even where rounding costs more than docs/quantization.md allows",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -143,7 +149,17 @@ def _make_checkpoint(args: argparse.Namespace) -> str:
     from melt_models.hub import checkpoint_folder
 
     parser = _parser()
-    for name in ("format", "loops", "precision", "activations", "layer", "block", "rounding", "eval_text"):
+    for name in (
+        "format",
+        "loops",
+        "precision",
+        "activations",
+        "layer",
+        "block",
+        "rounding",
+        "eval_text",
+        "allow_loss",
+    ):
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
     if args.checkpoint is None:
@@ -172,7 +188,8 @@ def _make_bundle(args: argparse.Namespace) -> str:
         rounding=args.rounding,
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
-        report=lambda line: print(line, file=sys.stderr),
+        allow_loss=args.allow_loss,
+        report=Stages(),
     )
     if args.format == "genai":
         return _make_genai(args, options)
@@ -182,7 +199,7 @@ def _make_bundle(args: argparse.Namespace) -> str:
         manifest = export_source(random_source(shape_config(args.shape)), args.out, options)
     else:
         manifest = export_bundle(args.checkpoint, args.out, options)
-    return _summary(args.out, manifest)
+    return summarize(args.out, manifest)
 
 
 def _make_genai(args: argparse.Namespace, options: "ExportOptions") -> str:
@@ -197,7 +214,7 @@ def _make_genai(args: argparse.Namespace, options: "ExportOptions") -> str:
     else:
         source = checkpoint_source(checkpoint_folder(args.checkpoint))
     manifest = export_genai(source, args.out, args.loops, options)
-    return f"{args.out}: a decoder for ONNX Runtime GenAI; {_summary(args.out, manifest)}"
+    return f"{args.out}: a decoder for ONNX Runtime GenAI; {summarize(args.out, manifest)}"
 
 
 def _layer(text: str) -> tuple[str, str]:
@@ -205,26 +222,6 @@ def _layer(text: str) -> tuple[str, str]:
     if not separator:
         raise ValueError(f"--layer must be PATTERN=PRECISION, got {text!r}")
     return pattern, precision
-
-
-def _summary(out: Path, manifest: Manifest) -> str:
-    """What was made, in a line or two."""
-    line = f"{out}: {manifest.weight_bytes / 1e6:.2f} MB of {manifest.precision} weights"
-    if not manifest.parity:
-        return f"{line}, not compared with torch"
-    parity, quality = manifest.parity, manifest.quality
-    line += (
-        f", largest difference from torch {max(parity['max_abs_error'].values()):.1e}, "
-        f"{parity['greedy_tokens_equal']} of {parity['decode_tokens']} greedy tokens equal"
-    )
-    if not quality:
-        return f"{line} (the same graphs in float32: no {manifest.activations} here); quality not measured"
-    cost = quality["kv_cache"]["float"]
-    return (
-        f"{line}\nbeside float32, on {quality['text']}: perplexity {cost['perplexity']:.4g} against "
-        f"{quality['perplexity_of_float32']:.4g}, KL divergence {cost['kl']:.2g}, first choice equal for "
-        f"{100 * cost['greedy_agreement']:.1f} % of {quality['tokens']} tokens"
-    )
 
 
 def _require_packages() -> None:
@@ -240,7 +237,9 @@ def _require_packages() -> None:
             import_module(module)
     except ModuleNotFoundError as error:
         raise MeltError(missing_package(error, "melt-export", "export")) from error
-    transformers_logging.disable_progress_bar()  # the stages of the export are the progress
+    # The stages of an export are its progress. torch sets its loggers when it is imported, so ours comes after it.
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def _heed_signals() -> None:

@@ -50,18 +50,18 @@ _NEUTRAL = {
 }
 
 
-def read_generation(folder: Path, config: MeltConfig, faults: list[str]) -> tuple[GenerationConfig, list[str]]:
+def read_generation(folder: Path, config: MeltConfig | None, faults: list[str]) -> tuple[GenerationConfig, list[str]]:
     """Reads the file where there is one; else the end-of-text tokens of ``config.json`` are all.
 
     Args:
         folder: the checkpoint's.
-        config: its configuration.
+        config: its configuration; None where that cannot be read, and only the file itself is checked.
         faults: what is wrong is added, a sentence each.
 
     Returns:
         The defaults of generation, and what was corrected or passed over, a sentence each.
     """
-    plain = GenerationConfig(stop_ids=config.stop_ids)
+    plain = GenerationConfig(stop_ids=config.stop_ids if config else ())
     path = folder / GENERATION_CONFIG_NAME
     values = read_json(path, faults) if path.is_file() else None
     if values is None:
@@ -69,9 +69,11 @@ def read_generation(folder: Path, config: MeltConfig, faults: list[str]) -> tupl
     before, notes = len(faults), list[str]()
     good = {name: value for name, value in fitting(_FORM, values, path.name, faults).items() if value is not None}
     for name in ("bos_token_id", "eos_token_id"):
-        faults += [f"{path.name}: {fault}" for fault in outside(name, good.get(name), config.vocab_size)]
+        faults += [
+            f"{path.name}: {fault}" for fault in outside(name, good.get(name), config.vocab_size if config else None)
+        ]
     changes = _sampling(good, path.name, faults, notes)
-    changes["stop_ids"] = _stop_ids(good, config, notes)
+    changes["stop_ids"] = _stop_ids(good, config, notes) if config else ()
     if stop := good.get("stop_strings"):
         changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     for name in ("repetition_penalty", "max_new_tokens"):

@@ -27,10 +27,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class Probe:
-    """Passages, and where they come from."""
+    """Passages, and where they come from.
+
+    Attributes:
+        says_loss: whether what rounding costs here is what it costs in use; it is not for random tokens.
+    """
 
     passages: tuple[Passage, ...]
     name: str
+    says_loss: bool = True
 
     @property
     def scored(self) -> int:
@@ -71,7 +76,7 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
                 f"{config.max_position_embeddings}: shorten or remove it"
             )
         return Probe(tuple(passages), "the model's own evaluation")
-    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens")
+    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens", says_loss=False)
 
 
 def random_ids(config: MeltConfig, chunk: int, most: int) -> list[int]:

@@ -1,49 +1,14 @@
 """A checkpoint's tokenizer and the settings beside it: read and checked before any long work."""
 
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BeforeValidator, TypeAdapter, with_config
 from tokenizers import Tokenizer
-from typing_extensions import TypedDict
 
-from melt_models.forms import STRICT, fitting, read_json, read_text
-from melt_runtime.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
+from melt_models.forms import read_text
+from melt_runtime.manifest import TOKENIZER_NAME
 
 SETTINGS_NAME = "tokenizer_config.json"
 _SAMPLE = "A line, 1 or 2.\nÄ 世界 🙂"
-
-
-@with_config(STRICT)
-class _Named(TypedDict):
-    name: str
-    template: str
-
-
-def _named(value: Any) -> Any:
-    return [{"name": "default", "template": value}] if isinstance(value, str) else value
-
-
-def _content(value: Any) -> Any:
-    return value.get("content", value) if isinstance(value, dict) else value
-
-
-_Token = Annotated[str | None, BeforeValidator(_content)]
-
-
-@with_config(STRICT)
-class _Settings(TypedDict, total=False):
-    chat_template: Annotated[list[_Named] | None, BeforeValidator(_named)]
-    bos_token: _Token
-    eos_token: _Token
-    pad_token: _Token
-    unk_token: _Token
-    cls_token: _Token
-    sep_token: _Token
-    mask_token: _Token
-
-
-_SETTINGS = TypeAdapter(_Settings)
 
 
 def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -> tuple[str, list[str]]:
@@ -83,14 +48,3 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
     return tokenizer.to_str(pretty=True), [
         f"{' and '.join(cut)} of {TOKENIZER_NAME} is left out: a prompt is never cut or filled up"
     ]
-
-
-def examine_settings(folder: Path, faults: list[str]) -> None:
-    """Checks what a chat template is made of: ``tokenizer_config.json`` and ``chat_template.jinja``."""
-    path = folder / SETTINGS_NAME
-    values = read_json(path, faults) if path.is_file() else None
-    if values is not None:
-        fitting(_SETTINGS, values, SETTINGS_NAME, faults)
-    template = folder / CHAT_TEMPLATE_NAME
-    if template.is_file():
-        read_text(template, faults)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from melt_runtime import MeltModel
+from melt_runtime.contract import SCHEMA_VERSION
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 
@@ -62,10 +63,10 @@ def test_cpp_runs_other_gates_and_weights(gate_kind, precision, cpp_program, ran
 
 def test_cpp_says_what_it_cannot_run(cpp_program, bundle_copy, random_bundle):
     manifest = bundle_copy / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    manifest.write_text(manifest.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 2'))
     looplm = random_bundle(gate_kind="none")
     cases = (
-        ((bundle_copy, 4, 8, 5), "schema_version must be 3, got 2"),
+        ((bundle_copy, 4, 8, 5), f"schema_version must be {SCHEMA_VERSION}, got 2"),
         ((looplm, 4, 8, 5), "a LoopLM has one for each loop"),
         ((bundle_copy, 0, 8, 5), "LOOPS and NEW_TOKENS must be at least 1"),
         ((bundle_copy / "absent", 4, 8, 5), "manifest.json cannot be read"),

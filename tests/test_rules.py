@@ -20,7 +20,10 @@ PACKAGES = {
 ALLOWED = {
     "melt_files": {"melt_files"},
     "melt_plots": {"matplotlib", "cycler", "melt_plots"},
-    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "melt_files", "melt_plots", "melt_runtime"},
+    "melt_runtime": {
+        *("numpy", "onnxruntime", "tokenizers", "jinja2", "pydantic", "pydantic_core", "annotated_types"),
+        *("prompt_toolkit", "tqdm", "melt_files", "melt_plots", "melt_runtime"),
+    },
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
@@ -38,21 +41,29 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
-    {"errors", "contract"},
+    {"errors", "contract", "version"},
+    {"arguments", "hold"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
     {"providers", "memory"},
     {"state", "plots"},
-    {"sampler", "text", "device_sampler", "prepacked"},
+    {"sampler", "messages", "template_meter", "device_sampler", "prepacked"},
+    {"template_values"},
+    {"template_filters"},
+    {"templates"},
+    {"text"},
     {"loop"},
+    {"history"},
     {"generate"},
     {"session", "opening"},
-    {"model"},
+    {"model", "chat"},
     {"doctor"},
     {"bench", "cli_info"},
     {"bench_report"},
     {"cli_bench"},
+    {"cli_demo"},
     {"cli"},
+    {"__main__"},
 )
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model, save_checkpoint
+from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from matplotlib.figure import Figure
 from published import write_ouro
+from tolerances import TORCH, assert_close
 from transformers import PreTrainedTokenizerFast
 
 from melt_export import cli as export
@@ -75,7 +76,7 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def command(recipe: Path, teacher: Path, data: Path, out: Path, *more: str) -> list[str]:
+def command(recipe: Path | str, teacher: Path, data: Path, out: Path, *more: str) -> list[str]:
     paths = ["--teacher", str(teacher), "--data", str(data), "--out", str(out)]
     return [str(recipe), *paths, "--device", "cpu", *more]
 
@@ -164,10 +165,11 @@ def test_two_processes_share_a_batch(recipe, teacher, data, tmp_path):
     run = [*torchrun, "-m", "melt_models.training", *command(recipe, teacher, data, tmp_path / "two")]
     subprocess.run(run, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     expected, got = (load_checkpoint(folder).state_dict() for folder in (alone, tmp_path / "two" / "model"))
-    assert all(torch.allclose(expected[name], got[name], atol=1e-5) for name in expected)
+    for name, tensor in expected.items():
+        assert_close(got[name], tensor, TORCH)
     pairs = list(zip(log_of(tmp_path / "alone"), log_of(tmp_path / "two"), strict=True))
     assert all(one["tokens"] == two["tokens"] for one, two in pairs)
-    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
+    assert_close([one["loss"] for one, _ in pairs], [two["loss"] for _, two in pairs], TORCH)
 
 
 def refuse(capsys, arguments: list[str], *fragments: str) -> None:
@@ -399,8 +401,7 @@ def test_the_guide_from_an_ouro_checkpoint_to_a_bundle(tmp_path, capsys):
     texts = [{"text": f"Ana reports to Ben, {n} works for {n + 1}."} for n in range(80)]
     assert prepared(write_texts(tmp_path / "texts.jsonl", texts), ouro, tmp_path / "tokens") == 0
     assert "rows of 64 tokens" in capsys.readouterr().out
-    recipe = ROOT / "models" / "recipes" / "smoke.toml"
-    assert cli.main(command(recipe, ouro, tmp_path / "tokens", tmp_path / "run")) == 0
+    assert cli.main(command("smoke", ouro, tmp_path / "tokens", tmp_path / "run")) == 0
     model = load_checkpoint(tmp_path / "run" / "model")
     assert (model.config.gate_kind, model.config.cache_kind, model.dtype) == ("elementwise", "shared", torch.bfloat16)
     assert model.config.eos_token_id == load_checkpoint(ouro).config.eos_token_id

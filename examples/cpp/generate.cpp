@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-constexpr int kSchemaVersion = 3;
+constexpr int kSchemaVersion = 4;
 using Ids = std::vector<int64_t>;
 
 nlohmann::json read_manifest(const std::string& bundle) {

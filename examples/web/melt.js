@@ -5,7 +5,7 @@ import * as ort from "./vendor/ort.wasm.min.mjs";
 import { Template } from "./vendor/jinja.js";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 
-export const SCHEMA_VERSION = 3;
+export const SCHEMA_VERSION = 4;
 const GRAPHS = ["embed", "loop", "head"];
 // The smallest module with an instruction of wasm SIMD (i8x16.splat): valid only where the browser has it.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];

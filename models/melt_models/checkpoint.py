@@ -1,10 +1,12 @@
 """Reads a checkpoint folder strictly: every fault of configuration and tensors is listed before weights are read."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, TypeAdapter, with_config
 from safetensors import safe_open
 from tqdm import tqdm
@@ -142,13 +144,22 @@ def examine_config(folder: Path, faults: list[str]) -> tuple[MeltConfig | None, 
     check_configuration(arguments, CONFIG_NAME, faults)
     if len(faults) > before:
         return None, notes
-    config = MeltConfig(**arguments)
+    try:
+        config = MeltConfig(**{name: _as_float(name, value) for name, value in arguments.items()})
+    except (TypeError, ValueError, StrictDataclassError) as error:  # what transformers refuses beyond our rules
+        faults.append(f"{CONFIG_NAME}: {error}")
+        return None, notes
     if config.early_exit_threshold < 1:
         notes.append(
             f"early_exit_threshold {config.early_exit_threshold:g} is passed over: a bundle runs the loops that each "
             "call asks for, and leaves none of them early"
         )
     return config, notes
+
+
+def _as_float(name: str, value: Any) -> Any:
+    """JSON writes 1e6 as 1000000 too; transformers wants a float where one is declared."""
+    return float(value) if isinstance(getattr(MeltConfig, name, None), float) else value
 
 
 def empty_model(config: MeltConfig) -> MeltCausalLM:
@@ -175,9 +186,8 @@ def _stored_tensors(folder: Path, faults: list[str]) -> tuple[dict[str, Stored],
     before = len(faults)
     index = folder / INDEX_NAME
     names = _shards(index, faults) if index.is_file() else [WEIGHTS_NAME]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        faults.append(f"missing weight files: {', '.join(missing)}")
+    missing = [name for name in names if not os.path.isfile(folder / name)]  # Path.is_file raises on odd names
+    faults += [f"missing weight file {name}" for name in missing]
     found: dict[str, Stored] = {}
     for name in names:
         if name in missing:
@@ -202,7 +212,7 @@ def _shards(index: Path, faults: list[str]) -> list[str]:
     faults += [
         f"{index.name}: weight_map must name files of this folder, got {shown(name)}"
         for name in names
-        if Path(name).name != name or "\0" in name
+        if Path(name).name != name
     ]
     if len(faults) == before:
         return names

@@ -16,7 +16,6 @@ GATE_KINDS: tuple[str, ...] = get_args(GateKind)
 """``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3)."""
 
 NormPlacement = Literal["sandwich", "pre"]
-NORM_PLACEMENTS: tuple[str, ...] = get_args(NormPlacement)
 """``sandwich``: before and after attention and MLP (Ouro); ``pre``: before them only (Llama)."""
 
 CHUNK = 500
@@ -69,7 +68,6 @@ class _Form(TypedDict, total=False):
 _FORM = TypeAdapter(_Form)
 FIELDS = tuple(_Form.__annotations__)
 """Every field of a configuration."""
-MOST_POSITIONS = 1 << 20
 
 
 def check_configuration(values: Mapping[str, Any], where: str, faults: list[str]) -> None:

@@ -1,9 +1,8 @@
 """What this package raises on purpose, without a framework: ``melt-export --help`` and its like need none."""
 
 from collections.abc import Sequence
-from typing import Any
 
-_MOST = 40
+_MOST, _LONGEST = 40, 400  # faults, characters of one
 
 
 class CheckpointError(Exception):
@@ -21,7 +20,8 @@ class CheckpointError(Exception):
 def list_faults(faults: Sequence[str]) -> str:
     """Faults as lines of a message; of very many the first ones and their number."""
     more = [f"and {len(faults) - _MOST} more"] if len(faults) > _MOST else []
-    return "".join(f"\n  {fault}" for fault in [*faults[:_MOST], *more])
+    lines = [*faults[:_MOST], *more]
+    return "".join(f"\n  {line if len(line) <= _LONGEST else line[:_LONGEST] + '...'}" for line in lines)
 
 
 def missing_package(error: ModuleNotFoundError, command: str, extra: str) -> str:
@@ -32,5 +32,5 @@ def missing_package(error: ModuleNotFoundError, command: str, extra: str) -> str
         command: that needs it.
         extra: of this distribution that brings it.
     """
-    package: Any = (error.name or str(error)).partition(".")[0]
+    package = (error.name or str(error)).partition(".")[0]
     return f"{command} needs {package}, which is not installed: pip install 'melt-onnx[{extra}]'"

@@ -4,6 +4,7 @@ A form is a ``TypedDict`` whose types carry their ranges; pydantic checks it str
 text, nor a truth value for a number.
 """
 
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,12 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
-_WORDS = {
-    "Input should": "must",
-    "should": "must",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-}
+_WORDS = (
+    (r"^(Input|List|Dictionary|String) should", "must"),
+    (r" after validation, not \d+$", ""),
+    (r"greater than or equal to", "at least"),
+    (r"less than or equal to", "at most"),
+)
 """pydantic's words for a rule, and this project's."""
 
 
@@ -88,6 +89,6 @@ def _sentence(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{path} is missing"
     rule = fault["msg"]
-    for theirs, ours in _WORDS.items():
-        rule = rule.replace(theirs, ours)
+    for theirs, ours in _WORDS:
+        rule = re.sub(theirs, ours, rule)
     return f"{path} {rule}, got {shown(fault['input'])}"

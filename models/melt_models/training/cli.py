@@ -1,6 +1,6 @@
 """``melt-train``: makes a MELT model out of a LoopLM.
 
-    melt-train models/recipes/ouro-1.4b.toml --teacher ByteDance/Ouro-1.4B --data tokens --out build/run
+    melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run
 
 Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
 outputs included. Stopped at any point, the same command goes on from the last checkpoint. The model is OUT/model; the
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="melt-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="TOML file with every number of the run (see models/recipes)")
+    parser.add_argument("recipe", help="one that ships, such as ouro-1.4b, or a TOML file with every number of a run")
     parser.add_argument("--teacher", required=True, help="LoopLM checkpoint: a folder, or a name on the hub")
     parser.add_argument("--data", type=Path, required=True, help="data set on disk (see melt_models.training.prepare)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: log, checkpoints, model")
@@ -61,8 +61,9 @@ def _train(args: argparse.Namespace) -> Path:
 
     from melt_models.hub import checkpoint_folder
     from melt_models.training.recipe import read_recipe
+    from melt_models.training.recipe_files import recipe_path
     from melt_models.training.trainer import train
 
     logging.disable_progress_bar()
-    recipe = read_recipe(args.recipe)
+    recipe = read_recipe(recipe_path(args.recipe))
     return train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)

@@ -1,4 +1,4 @@
-"""Recipes: every number that decides a training run, from one TOML file. ``models/recipes`` has the ready ones.
+"""Recipes: every number that decides a training run, from one TOML file. ``melt_models/recipes`` has the ready ones.
 
 A recipe names no paths: teacher, data and output are given to the run, so that a recipe serves any of them.
 """
