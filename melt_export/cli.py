@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from melt_export.bundle import ExportOptions, export_bundle, export_source
 from melt_export.formats import BLOCKS
-from melt_export.genai import export_genai
+from melt_export.genai import decoder_loops, export_genai
 from melt_export.quantize import ROUNDINGS
 from melt_export.source import ExportError, checkpoint_source, random_source
 from melt_files import require_absent
@@ -185,7 +185,9 @@ def _make_genai(args: argparse.Namespace, options: ExportOptions) -> str:
     if args.shape is not None:
         source = random_source(shape_config(args.shape))
     else:
-        source = checkpoint_source(checkpoint_folder(args.checkpoint))
+        folder = checkpoint_folder(args.checkpoint)
+        decoder_loops(Checkpoint(folder).config, args.loops, options)  # before every weight is read
+        source = checkpoint_source(folder)
     manifest = export_genai(source, args.out, args.loops, options)
     return f"{args.out}: a decoder for ONNX Runtime GenAI; {_summary(args.out, manifest)}"
 
