@@ -6,8 +6,8 @@ tensor at a time.
 """
 
 import importlib.metadata
+import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,18 +29,20 @@ from melt_export.trace import graph_modules, model_shape, sampling_modules, trac
 from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
-from melt_files import require_absent, staged
+from melt_files import partial_folder, require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
 from melt_runtime import MeltModel
 from melt_runtime.contract import (
     ACTIVATIONS,
     KV_CACHES,
+    METADATA_KEY,
     PRECISIONS,
     PROVIDERS,
     GraphSpec,
     KVCacheKind,
     activation_dtype,
+    graph_metadata,
     graph_specs,
     loop_graph,
     offered_kv_caches,
@@ -54,6 +56,7 @@ from melt_runtime.manifest import (
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
+    Quantization,
     file_entry,
     write_manifest,
 )
@@ -147,16 +150,20 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
         weights = WeightFile(folder)
         modules = graph_modules(config, formats, dtype, options.rounding)
         streamed = {}
+        described = {METADATA_KEY: json.dumps(graph_metadata(shape, precision, dtype))}
         for name, module in modules.items():
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
+            graph.metadata_props.update(described)
             report(f"packing the weights of {name}.onnx")
             streamed[name] = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
         if "greedy" in specs:
             for name, module in sampling_modules(config).items():
                 report(f"tracing {name}.onnx")
-                ir.save(trace_graph(name, module, specs[name]), folder / f"{name}.onnx")
+                graph = trace_graph(name, module, specs[name])
+                graph.metadata_props.update(described)
+                ir.save(graph, folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
             precision=precision,
@@ -242,9 +249,9 @@ def _verify_twin(source: Source, out: Path, options: ExportOptions) -> dict[str,
     dtype = getattr(torch, options.dtype)
     rounded = replace(source, read=lambda name: source.read(name).to(dtype).float(), notes=())
     precision = "float32" if options.precision in ACTIVATIONS else options.precision
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
+    with partial_folder(out.parent, out.name) as place:
         options = replace(options, precision=precision, activations=None, report=lambda _: None)
-        twin = export_source(rounded, Path(place) / "twin", options)
+        twin = export_source(rounded, place / "twin", options)
     return {**twin.parity, "activations": "float32"}
 
 
@@ -270,12 +277,12 @@ def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Pr
     }
 
 
-def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
+def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> Quantization:
     """What the manifest says of the rounding."""
     kinds = sorted(
         {f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()}
     )
-    return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
+    return Quantization(tuple(kinds), dict(options.layers), options.rounding)
 
 
 def write_text_files(source: Source, folder: Path) -> None:

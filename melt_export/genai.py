@@ -5,7 +5,6 @@ that bundle is verified against torch like any other.
 """
 
 import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from melt_export.genai_graph import PAST, PRESENT, join_graphs
 from melt_export.probe import choose_probe
 from melt_export.source import ExportError, Source, special_token
 from melt_export.verify import ParityError
-from melt_files import require_absent, staged
+from melt_files import partial_folder, require_absent, staged
 from melt_models.configuration import MeltConfig
 from melt_runtime.contract import ACTIVATIONS, ModelShape
 from melt_runtime.generation_config import GenerationConfig, read_generation_config
@@ -60,9 +59,8 @@ def export_genai(source: Source, out: Path, loops: int | None, options: ExportOp
     """
     require_absent(out, ExportError)
     loops = decoder_loops(source.config, loops, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
-        bundle = Path(place) / "bundle"
+    with partial_folder(out.parent, out.name) as place:
+        bundle = place / "bundle"
         step = replace(options, quantized_caches=False, report=lambda line: _report(options, line, bundle))
         manifest = export_source(source, bundle, step)
         with staged(out) as folder:

@@ -116,7 +116,7 @@ def _exact_sessions(folder: Path, manifest: Manifest) -> Sessions:
 
 
 def _is_quantized(manifest: Manifest) -> bool:
-    return any(" block " in name for name in manifest.quantization["formats"])
+    return any(" block " in name for name in manifest.quantization.formats)
 
 
 class _Comparison:

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from melt_runtime import MeltModel
+from melt_runtime.contract import SCHEMA_VERSION
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 
@@ -141,22 +142,17 @@ def test_cpp_refuses_bundles_in_a_sentence(cpp_program, bundle_texts, random_bun
         return json.dumps({**values, "model": {**values["model"], **changes}})
 
     for path, content, message in (
-        (manifest, json.dumps({**values, "schema_version": 2}), "schema_version must be 3, got 2"),
-        (manifest, json.dumps({**values, "schema_version": "3"}), "schema_version must be a whole number from 0 to"),
+        (manifest, json.dumps({**values, "schema_version": 3}), f"schema_version must be {SCHEMA_VERSION}, got 3"),
+        (manifest, json.dumps({**values, "schema_version": "4"}), "schema_version must be a whole number from 0 to"),
         (manifest, json.dumps({**values, "model": 5}), "manifest.json: model must be an object, got 5"),
         (manifest, json.dumps({**values, "activations": "float16"}), "activations must be float32"),
         (manifest, with_model(layers=2**31), "layers must be a whole number from 1 to 1024, got 2147483648"),
         (manifest, with_model(layers=2**63), "layers must be a whole number from 1 to 1024, got 9223372036854775808"),
-        (manifest, with_model(layers=3), "layers must be the graphs' 2, got 3"),
         (manifest, with_model(trained_chunk=0), "trained_chunk must be a whole number from 1"),
         (manifest, with_model(has_latent="no"), 'has_latent must be true or false, got "no"'),
-        (manifest, with_model(has_latent=False), "has_latent must be the graphs' 1, got 0"),
-        (manifest, with_model(hidden_size=95), "hidden_size must be the graphs' 96, got 95; copy the bundle again"),
-        (manifest, with_model(vocab_size=7), "vocab_size must be the graphs' 663, got 7"),
+        (manifest, with_model(layers=3), "does not fit its graphs: copy the bundle again\n  layers is 3, "),
+        (manifest, with_model(gate_kind="mean", max_positions=5000), "max_positions is 5000, "),
         (manifest, with_model(vocab_size=2), "stop_ids must be a whole number from 0 to 1, got 3"),
-        (manifest, with_model(head_dim=24, kv_heads=7), "; head_dim must be the graphs'"),
-        (manifest, with_model(gate_kind="mean"), "gate_kind mean must be the graphs' 0, got 1"),
-        (manifest, with_model(max_positions=5000), "cos_cache"),
         (manifest, "[1]", "manifest.json: the file must hold a JSON object"),
         (manifest, "[" * 20000, "manifest.json is not JSON (nested too deep)"),
         (settings, '{"stop_ids": ' + "[" * 200000 + "]" * 200000 + "}", "is not JSON (nested too deep)"),
@@ -167,7 +163,7 @@ def test_cpp_refuses_bundles_in_a_sentence(cpp_program, bundle_texts, random_bun
     ):
         before = path.read_bytes()
         path.write_text(content, encoding="utf-8", errors="surrogateescape")
-        done = run_cpp(cpp_program, bundle_texts, 1, 8, *([5] * (4200 if "5000" in content else 3)))
+        done = run_cpp(cpp_program, bundle_texts, 1, 8, 5)
         path.write_bytes(before)
         assert done.returncode == 1, content[:80]
         assert message in done.stderr, content[:80]

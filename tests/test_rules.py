@@ -20,7 +20,10 @@ PACKAGES = {
 ALLOWED = {
     "melt_files": {"melt_files"},
     "melt_plots": {"matplotlib", "cycler", "melt_plots"},
-    "melt_runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "melt_files", "melt_plots", "melt_runtime"},
+    "melt_runtime": {
+        *("numpy", "onnxruntime", "tokenizers", "jinja2", "pydantic", "pydantic_core", "annotated_types"),
+        *("melt_files", "melt_plots", "melt_runtime"),
+    },
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),

@@ -133,7 +133,7 @@ def test_damaged_files_of_a_bundle_are_named(tiny_bundle, tmp_path):
         files = {"generation_config.json": content, "manifest.json": json.dumps(values).encode()}
         cases[name] = (files, message)
 
-    manifest("version", f"has schema_version 2, this page reads {SCHEMA_VERSION}: export", schema_version=2)
+    manifest("version", f"has schema_version 3, this page reads {SCHEMA_VERSION}: export", schema_version=3)
     manifest("layers", "model.layers must be a whole number from 1 to 1024, got 2147483648", model={"layers": 2**31})
     manifest("chunk", 'model.trained_chunk must be a whole number from 1 to 1048576, got "8"; model.head_dim',
              model={"trained_chunk": "8", "head_dim": None})  # fmt: skip

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-constexpr int kSchemaVersion = 3;
+constexpr int kSchemaVersion = 4;
 constexpr int64_t kMostSize = 1 << 20, kMostCount = 1 << 10;  // far above every model: beyond them a file is damaged
 constexpr int kMostDepth = 64;  // copying and printing call themselves
 using Ids = std::vector<int64_t>;
@@ -18,19 +18,15 @@ using Ids = std::vector<int64_t>;
 // A JSON object out of a file; what is wrong with it names the file and the field.
 class Fields {
  public:
+  // Out of a file of a bundle.
   Fields(const std::string& bundle, const std::string& name) : path_(bundle + "/" + name) {
     std::ifstream file(path_);
     if (!file) throw std::runtime_error(path_ + " cannot be read: give the folder of a bundle");
-    const auto shallow = [](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
-      return depth < kMostDepth ? true : throw std::runtime_error("nested too deep");
-    };
-    try {
-      values_ = nlohmann::json::parse(file, shallow);
-    } catch (const std::exception& error) {
-      throw std::runtime_error(path_ + " is not JSON (" + error.what() + "): export the checkpoint again");
-    }
-    if (!values_.is_object()) refuse("the file", "hold a JSON object", values_);
+    parse(file);
   }
+  // Out of what PATH says of itself.
+  Fields(std::string path, std::istream&& text) : path_(std::move(path)) { parse(text); }
+
   Fields inner(const char* name) const {
     if (!field(name).is_object()) refuse(name, "be an object", field(name));
     Fields inside = *this;
@@ -58,7 +54,30 @@ class Fields {
     return field(name).get<Ids>();
   }
 
+  // Holds these values against those that OTHER gives under the same names with PREFIX.
+  void require_equal(const Fields& other, const std::string& prefix) const {
+    std::string faults;
+    for (const auto& [name, value] : values_.items()) {
+      const auto found = other.values_.find(prefix + name);
+      if (found == other.values_.end() || *found != value)
+        faults += "\n  " + name + " is " + value.dump() + ", " + other.path_ + " has " +
+                  (found == other.values_.end() ? "none" : found->dump());
+    }
+    if (!faults.empty()) throw std::runtime_error(path_ + " does not fit its graphs: copy the bundle again" + faults);
+  }
+
  private:
+  void parse(std::istream& text) {
+    const auto shallow = [](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
+      return depth < kMostDepth ? true : throw std::runtime_error("nested too deep");
+    };
+    try {
+      values_ = nlohmann::json::parse(text, shallow);
+    } catch (const std::exception& error) {
+      throw std::runtime_error(path_ + " is not JSON (" + error.what() + "): export the checkpoint again");
+    }
+    if (!values_.is_object()) refuse("the file", "hold a JSON object", values_);
+  }
   const nlohmann::json& field(const char* name) const {
     const auto found = values_.find(name);
     if (found == values_.end())
@@ -83,8 +102,7 @@ struct Shape {
   bool has_latent, has_loop_idx, has_exit_gate;
 };
 
-inline Shape read_shape(const std::string& bundle) {
-  const Fields manifest(bundle, "manifest.json");
+inline Shape read_shape(const Fields& manifest) {
   const int64_t version = manifest.whole("schema_version", 0, INT32_MAX);
   if (version != kSchemaVersion)
     throw std::runtime_error("schema_version must be " + std::to_string(kSchemaVersion) + ", got " +

@@ -15,11 +15,10 @@
 #include <cstring>
 #include <functional>
 #include <iostream>
-#include <map>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "bundle.hpp"
@@ -47,13 +46,12 @@ struct Buffer {
 class Model {
  public:
   explicit Model(const std::string& bundle)
-      : shape_(read_shape(bundle)),
+      : manifest_(bundle, "manifest.json"),
+        shape_(read_shape(manifest_)),
         stop_ids_(Fields(bundle, "generation_config.json").ids("stop_ids", shape_.vocab_size)),
-        embed_(env_, (bundle + "/embed.onnx").c_str(), Ort::SessionOptions{}),
-        loop_(env_, (bundle + "/loop.onnx").c_str(), Ort::SessionOptions{}),
-        head_(env_, (bundle + "/head.onnx").c_str(), Ort::SessionOptions{}) {
-    require_graphs(bundle);
-  }
+        embed_(open(bundle + "/embed.onnx")),
+        loop_(open(bundle + "/loop.onnx")),
+        head_(open(bundle + "/head.onnx")) {}
 
   // Runs a chunk through all loops after the tokens so far; returns the largest logit's id at its last token.
   int64_t step(const Ids& ids, int loops) {
@@ -134,37 +132,20 @@ class Model {
   }
 
  private:
-  // Holds the manifest's sizes against the graphs' own.
-  void require_graphs(const std::string& bundle) const {
-    std::map<std::string, std::vector<int64_t>> inputs;
-    int64_t layers = 0;
-    for (size_t i = 0; i < loop_.GetInputCount(); ++i) {
-      const std::string name = loop_.GetInputNameAllocated(i, Ort::AllocatorWithDefaultOptions{}).get();
-      inputs[name] = loop_.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetShape();
-      layers += name.rfind("past_key.", 0) == 0;
-    }
-    const auto logits = head_.GetOutputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
-    const auto& cache = inputs["past_key.0"];
-    const auto has = [&inputs](const char* name) { return static_cast<int64_t>(inputs.count(name)); };
-    if (inputs["hidden"].size() != 3 || cache.size() != 4 || logits.size() != 3)
-      throw std::runtime_error(bundle + ": the graphs are not those of a bundle: export the checkpoint again");
-    const std::tuple<const char*, int64_t, int64_t> sizes[] = {
-        {"layers", layers, shape_.layers},           {"hidden_size", inputs["hidden"][2], shape_.hidden_size},
-        {"kv_heads", cache[1], shape_.kv_heads},     {"head_dim", cache[3], shape_.head_dim},
-        {"vocab_size", logits[2], shape_.vocab_size}, {"has_latent", has("latent.0"), shape_.has_latent},
-        {"gate_kind mean", has("loop_idx"), shape_.has_loop_idx},
-    };
-    std::string faults;
-    for (const auto& [name, graphs, manifests] : sizes)
-      if (graphs != manifests)
-        faults += std::string(name) + " must be the graphs' " + std::to_string(graphs) + ", got " +
-                  std::to_string(manifests) + "; ";
-    if (!faults.empty()) throw std::runtime_error(bundle + "/manifest.json: " + faults + "copy the bundle again");
+  // A graph of the bundle; it says of its model what the manifest says.
+  Ort::Session open(const std::string& path) const {
+    Ort::Session session(env_, path.c_str(), Ort::SessionOptions{});
+    Ort::AllocatorWithDefaultOptions allocator;
+    const auto said = session.GetModelMetadata().LookupCustomMetadataMapAllocated("melt", allocator);
+    if (!said) throw std::runtime_error(path + " says nothing of its model: export the checkpoint again");
+    manifest_.inner("model").require_equal(Fields(path, std::istringstream(said.get())), "model.");
+    return session;
   }
 
+  Ort::Env env_;
+  Fields manifest_;
   Shape shape_;
   Ids stop_ids_;
-  Ort::Env env_;
   Ort::Session embed_, loop_, head_;
   std::vector<Buffer<float>> cache_;
   int64_t length_ = 0;

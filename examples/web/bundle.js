@@ -1,6 +1,6 @@
 // Reads the files of a bundle as its manifest describes them. Knows nothing of ONNX Runtime.
 
-export const SCHEMA_VERSION = 3;
+export const SCHEMA_VERSION = 4;
 const REMAKE = "export the checkpoint again with the export.py that belongs to this page";
 const [SIZES, MOST_SIZE] = [["hidden_size", "vocab_size", "max_positions", "trained_chunk"], 2 ** 20];
 const [COUNTS, MOST_COUNT] = [["layers", "kv_heads", "head_dim", "trained_loops"], 2 ** 10];

@@ -9,7 +9,15 @@ Example::
 """
 
 from melt_runtime.cuda import CudaOptions
-from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError
+from melt_runtime.errors import (
+    BundleError,
+    CapacityError,
+    MeltError,
+    NumericalError,
+    ProviderError,
+    RunError,
+    TokenError,
+)
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.manifest import Manifest, read_manifest
@@ -31,6 +39,7 @@ __all__ = [
     "Message",
     "NumericalError",
     "ProviderError",
+    "RunError",
     "Session",
     "Timings",
     "TokenError",

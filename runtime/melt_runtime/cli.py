@@ -14,7 +14,7 @@ from melt_runtime.cuda import CudaOptions
 from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
 from melt_runtime.generation_config import GenerationConfig
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.load_cache import LoadCache, folder_bytes
 from melt_runtime.manifest import check_files, read_manifest
 from melt_runtime.memory import format_bytes, format_plan, plan_memory
 from melt_runtime.model import MeltModel
@@ -225,14 +225,21 @@ def _plan(args: argparse.Namespace) -> None:
 def _cache(args: argparse.Namespace) -> None:
     cache = LoadCache()
     if args.clear:
-        print(f"{cache.folder}: freed {format_bytes(cache.clear())}")
+        cleared = cache.clear()
+        print(f"{cache.folder}: freed {format_bytes(cleared.freed)}")
+        for path in cleared.left:
+            print(f"  left alone, not ours or in use: {path}")
         return
     entries = cache.entries()
-    total = sum(entry.nbytes for entry in entries)
+    partials = [(folder_bytes(partial.folder), partial.dead) for partial in cache.partials()]
+    total = sum(entry.nbytes for entry in entries) + sum(nbytes for nbytes, _ in partials)
     print(f"{cache.folder}: {format_bytes(total)} of at most {format_bytes(cache.limit)}")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         print(f"  {format_bytes(entry.nbytes):>10}  used {used}  {entry.source}")
+    for nbytes, dead in partials:
+        state = "left by a process that died; the next copy or --clear removes it" if dead else "being made now"
+        print(f"  {format_bytes(nbytes):>10}  {state}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -5,14 +5,17 @@
     ├── CapacityError    more tokens than the state was allocated for
     ├── ProviderError    an execution provider that was asked for and cannot run
     ├── TokenError       text or token ids that the model cannot take
+    ├── RunError         ONNX Runtime gave up in the middle: a graph that computes something else, or no memory left
     └── NumericalError   the model computed NaN
 
-Arguments outside their rule raise ``ValueError`` with field, rule and value.
+Beside it: arguments outside their rule raise ``ValueError`` with field, rule and value; a disk or file that refuses
+raises ``OSError``. ``melt_models`` has trees of its own, ``CheckpointError`` and ``TrainingError``: it does not know
+the runtime.
 """
 
 
 class MeltError(Exception):
-    """Base of everything this project raises on purpose."""
+    """Base of what the runtime and the exporter raise on purpose, but for ``ValueError`` and ``OSError``."""
 
 
 class BundleError(MeltError):
@@ -29,6 +32,10 @@ class ProviderError(MeltError):
 
 class TokenError(MeltError):
     """An empty prompt, unknown token ids, or text that the tokenizer cannot encode."""
+
+
+class RunError(MeltError):
+    """ONNX Runtime stopped with an error; the state holds what stood in it before, or part of what was computed."""
 
 
 class NumericalError(MeltError):

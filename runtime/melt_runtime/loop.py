@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from melt_runtime.contract import ModelShape, cache_names, latent_names
 from melt_runtime.device_sampler import DeviceSampler
-from melt_runtime.errors import TokenError
+from melt_runtime.errors import RunError, TokenError
 from melt_runtime.state import Array, Buffer, State
 
 Observer = Callable[[int], None]
@@ -52,8 +52,15 @@ class Bound:
     options: ort.RunOptions | None
 
     def run(self) -> None:
-        """Runs it; what it gives lies in the buffers."""
-        self.session.run_with_iobinding(self.binding, self.options)
+        """Runs it; what it gives lies in the buffers.
+
+        Raises:
+            RunError: ONNX Runtime could not.
+        """
+        try:
+            self.session.run_with_iobinding(self.binding, self.options)
+        except Exception as error:  # ONNX Runtime has no common base class below Exception
+            raise RunError(f"ONNX Runtime cannot run a graph of the bundle: {error}") from error
 
 
 @dataclass(frozen=True)

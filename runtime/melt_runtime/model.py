@@ -10,7 +10,7 @@ from melt_runtime.generation_config import GenerationConfig, read_generation_con
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
 from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
-from melt_runtime.opening import check_bundle, open_sessions, require_memory, with_memory_limit
+from melt_runtime.opening import check_bundle, check_vocabulary, open_sessions, require_memory, with_memory_limit
 from melt_runtime.plan import StatePlan, plan_state
 from melt_runtime.providers import ProviderChoice, choose_provider
 from melt_runtime.session import Prompt, Session
@@ -91,6 +91,7 @@ class MeltModel:
         check_bundle(folder, manifest, cache)
         codec = TextCodec.read(folder)
         defaults = read_generation_config(folder / GENERATION_CONFIG_NAME)
+        check_vocabulary(codec, defaults, manifest.model)
         sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache)
         return cls(manifest, provider, sessions, codec, defaults, plan)
 
