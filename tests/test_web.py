@@ -135,7 +135,7 @@ def test_damaged_files_of_a_bundle_are_named(tiny_bundle, tmp_path):
 
     manifest("version", f"has schema_version 3, this page reads {SCHEMA_VERSION}: export", schema_version=3)
     manifest("layers", "model.layers must be a whole number from 1 to 1024, got 2147483648", model={"layers": 2**31})
-    manifest("chunk", 'model.trained_chunk must be a whole number from 1 to 1048576, got "8"; model.head_dim',
+    manifest("chunk", 'model.head_dim must be a whole number from 1 to 1048576, got null; model.trained_chunk',
              model={"trained_chunk": "8", "head_dim": None})  # fmt: skip
     manifest("caches", "model.cache_kind must be shared or per_loop, got 5", model={"cache_kind": 5})
     manifest("files", "files.weights.data must be size and sha256, got 7", files={"weights.data": 7})

@@ -11,8 +11,9 @@
 #include <vector>
 
 constexpr int kSchemaVersion = 4;
-constexpr int64_t kMostSize = 1 << 20, kMostCount = 1 << 10;  // far above every model: beyond them a file is damaged
-constexpr int kMostDepth = 64;  // copying and printing call themselves
+// Layers and loops, sizes, tokens, as in the contract: a number beyond them is damage.
+constexpr int64_t kMostDepth = 1 << 10, kMostWidth = 1 << 20, kMostTokens = 1 << 26;
+constexpr int kMostNesting = 64;  // copying and printing call themselves
 using Ids = std::vector<int64_t>;
 
 // A JSON object out of a file; what is wrong with it names the file and the field.
@@ -69,7 +70,7 @@ class Fields {
  private:
   void parse(std::istream& text) {
     const auto shallow = [](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
-      return depth < kMostDepth ? true : throw std::runtime_error("nested too deep");
+      return depth < kMostNesting ? true : throw std::runtime_error("nested too deep");
     };
     try {
       values_ = nlohmann::json::parse(text, shallow);
@@ -112,16 +113,16 @@ inline Shape read_shape(const Fields& manifest) {
   const Fields model = manifest.inner("model");
   if (model.text("cache_kind") != "shared")
     throw std::runtime_error("this program drives MELT's one KV cache; a LoopLM has one for each loop");
-  const auto size = [&model](const char* name) { return model.whole(name, 1, kMostSize); };
-  const auto count = [&model](const char* name) { return model.whole(name, 1, kMostCount); };
+  const auto width = [&model](const char* name) { return model.whole(name, 1, kMostWidth); };
+  const auto tokens = [&model](const char* name) { return model.whole(name, 1, kMostTokens); };
   Shape shape{};
-  shape.layers = count("layers");
-  shape.kv_heads = count("kv_heads");
-  shape.head_dim = count("head_dim");
-  shape.hidden_size = size("hidden_size");
-  shape.vocab_size = size("vocab_size");
-  shape.max_positions = size("max_positions");
-  shape.trained_chunk = size("trained_chunk");
+  shape.layers = model.whole("layers", 1, kMostDepth);
+  shape.kv_heads = width("kv_heads");
+  shape.head_dim = width("head_dim");
+  shape.hidden_size = width("hidden_size");
+  shape.vocab_size = tokens("vocab_size");
+  shape.max_positions = tokens("max_positions");
+  shape.trained_chunk = tokens("trained_chunk");
   shape.has_latent = model.flag("has_latent");
   shape.has_loop_idx = model.text("gate_kind") == "mean";
   shape.has_exit_gate = model.flag("has_exit_gate");

@@ -163,10 +163,10 @@ int64_t argument(const char* name, const char* text, int64_t least, int64_t most
 
 int main(int argc, char** argv) try {
   if (argc < 5) throw std::runtime_error("usage: generate BUNDLE LOOPS NEW_TOKENS ID [ID ...]");
-  const int loops = static_cast<int>(argument("LOOPS", argv[2], 1, kMostCount));
-  const int64_t new_tokens = argument("NEW_TOKENS", argv[3], 1, kMostSize);
+  const int loops = static_cast<int>(argument("LOOPS", argv[2], 1, kMostDepth));
+  const int64_t new_tokens = argument("NEW_TOKENS", argv[3], 1, kMostTokens);
   Ids prompt;
-  for (int i = 4; i < argc; ++i) prompt.push_back(argument("ID", argv[i], 0, kMostSize));
+  for (int i = 4; i < argc; ++i) prompt.push_back(argument("ID", argv[i], 0, kMostTokens));
   Model model(argv[1]);
   for (const int64_t id : model.generate(prompt, loops, new_tokens)) std::cout << id << ' ';
   std::cout << std::endl;

@@ -2,8 +2,18 @@
 
 export const SCHEMA_VERSION = 4;
 const REMAKE = "export the checkpoint again with the export.py that belongs to this page";
-const [SIZES, MOST_SIZE] = [["hidden_size", "vocab_size", "max_positions", "trained_chunk"], 2 ** 20];
-const [COUNTS, MOST_COUNT] = [["layers", "kv_heads", "head_dim", "trained_loops"], 2 ** 10];
+// Sizes of a model and the most that each may be, as in the contract: a number beyond is damage.
+const [DEPTH, WIDTH, TOKENS] = [2 ** 10, 2 ** 20, 2 ** 26];
+const SIZES = {
+  layers: DEPTH,
+  hidden_size: WIDTH,
+  kv_heads: WIDTH,
+  head_dim: WIDTH,
+  vocab_size: TOKENS,
+  max_positions: TOKENS,
+  trained_loops: DEPTH,
+  trained_chunk: TOKENS,
+};
 const CACHE_KINDS = ["shared", "per_loop"];
 
 export class MeltError extends Error {}
@@ -63,8 +73,7 @@ export async function fetchManifest(url) {
   check(typeof activations === "string", "activations", "a string", activations);
   check(isWhole(weightBytes, 0), "weight_bytes", "a whole number", weightBytes);
   check(isObject(model), "model", "an object", model);
-  for (const name of [...SIZES, ...COUNTS]) {
-    const most = SIZES.includes(name) ? MOST_SIZE : MOST_COUNT;
+  for (const [name, most] of Object.entries(SIZES)) {
     check(isWhole(model?.[name], 1, most), `model.${name}`, `a whole number from 1 to ${most}`, model?.[name]);
   }
   check(typeof model?.has_latent === "boolean", "model.has_latent", "true or false", model?.has_latent);
