@@ -14,19 +14,21 @@ import onnx_ir as ir
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from melt_export.bundle import ExportOptions, export_source, open_runner
+from melt_export.bundle import ExportOptions, export_source
 from melt_export.genai_graph import PAST, PRESENT, join_graphs
 from melt_export.probe import choose_probe
-from melt_export.source import ExportError, Source, special_token
+from melt_export.record import open_runner
+from melt_export.source import ExportError, Source
+from melt_export.templates import special_token
+from melt_export.tolerances import INTEGER_PRODUCTS, PARITY
 from melt_export.verify import ParityError
 from melt_files import partial_folder, require_absent, staged
 from melt_models.configuration import MeltConfig
-from melt_runtime.contract import ACTIVATIONS, ModelShape
-from melt_runtime.generation_config import GenerationConfig, read_generation_config
+from melt_runtime.contract import ACTIVATIONS, MAX_LOOPS, ModelShape
+from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,
     GENAI_CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
@@ -34,11 +36,8 @@ from melt_runtime.manifest import (
 from melt_runtime.state import Array
 
 MODEL_NAME = "model.onnx"
-_MOST_LOOPS = 1024
 _MOST_TOKENS = 4096  # GenAI allocates the whole cache at once: a default that fits a machine
 _PROMPTS, _NEW_TOKENS = 3, 24
-# Share of the largest logit: the same kernels in another graph, which round activations where the weights are rounded.
-_TOLERANCES = {"float32": 1e-3, "float16": 4e-2, "quantized": 5e-2}
 
 
 def export_genai(source: Source, out: Path, loops: int | None, options: ExportOptions) -> Manifest:
@@ -68,10 +67,9 @@ def export_genai(source: Source, out: Path, loops: int | None, options: ExportOp
             parts = {name: ir.load(bundle / f"{name}.onnx") for name in ("embed", "loop", "head")}
             decoder = join_graphs(parts, manifest.model, manifest.activations, loops)
             ir.save(decoder, folder / MODEL_NAME)
-            settings = read_generation_config(bundle / GENERATION_CONFIG_NAME)
-            _write_texts(source, folder, manifest.model, settings)
+            _write_texts(source, folder, manifest.model)
             for name in ("min_p", "stop"):
-                if value := getattr(settings, name):
+                if value := getattr(source.generation, name):
                     options.report(f"note: {name} {value!r} is left out: ONNX Runtime GenAI has no such default")
             answers = _bundle_answers(source, bundle, manifest, loops, options) if options.verified else []
             (bundle / WEIGHTS_NAME).rename(folder / WEIGHTS_NAME)  # the bundle is only a step on the way
@@ -91,12 +89,12 @@ def decoder_loops(config: MeltConfig, loops: int | None, options: ExportOptions)
         options: of the weights.
 
     Raises:
-        ExportError: ``loops`` is no whole number from 1 to 1,024, the model keeps a KV cache for each of several loops,
-            or the decoder could not be compared here.
+        ExportError: ``loops`` is no whole number from 1 to ``MAX_LOOPS``, the model keeps a KV cache for each of
+            several loops, or the decoder could not be compared here.
     """
     loops = config.total_ut_steps if loops is None else loops
-    if not isinstance(loops, int) or isinstance(loops, bool) or not 1 <= loops <= _MOST_LOOPS:
-        raise ExportError(f"loops must be a whole number from 1 to {_MOST_LOOPS}, got {loops!r}")
+    if not isinstance(loops, int) or isinstance(loops, bool) or not 1 <= loops <= MAX_LOOPS:
+        raise ExportError(f"loops must be a whole number from 1 to {MAX_LOOPS}, got {loops!r}")
     if config.cache_kind == "per_loop" and loops > 1:
         raise ExportError(
             f"--format genai has one KV cache a layer, and a LoopLM with {loops} loops "
@@ -112,9 +110,9 @@ def _report(options: ExportOptions, line: str, bundle: Path) -> None:
         options.report(line)
 
 
-def _write_texts(source: Source, folder: Path, shape: ModelShape, settings: GenerationConfig) -> None:
+def _write_texts(source: Source, folder: Path, shape: ModelShape) -> None:
     """Configuration, tokenizer and chat template in the form that GenAI reads."""
-    values = genai_config(source.config, shape, settings)
+    values = genai_config(source.config, shape, source.generation)
     (folder / GENAI_CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     tokenizer = Tokenizer.from_str(source.tokenizer)
@@ -195,11 +193,10 @@ def _compare(folder: Path, manifest: Manifest, answers: list[tuple[list[int], Ar
         ParityError: they differ.
     """
     session = open_decoder(folder)
-    rounded = manifest.precision not in ACTIVATIONS
-    tolerance = _TOLERANCES["quantized" if rounded else manifest.activations]
+    tolerance = PARITY[manifest.activations] if manifest.precision in ACTIVATIONS else INTEGER_PRODUCTS
     for ids, expected in answers:
         actual = decode(session, manifest, ids, len(expected), expected.argmax(-1).tolist())
-        error, allowed = np.abs(actual - expected).max(), tolerance * np.abs(expected).max()
+        error, allowed = np.abs(actual - expected).max(), tolerance.allowed(expected)
         if not error <= allowed:  # written so that NaN fails too
             place = int(np.abs(actual - expected).max(-1).argmax())
             raise ParityError(

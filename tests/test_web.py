@@ -7,18 +7,17 @@ import socket
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_model
+from tolerances import PARITY, assert_close, assert_greedy
 
+from melt_export.tolerances import INTEGER_PRODUCTS
 from melt_runtime import MeltModel
 from melt_runtime.contract import SCHEMA_VERSION
 
 PAGE = ROOT / "examples" / "web"
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-# Share of the largest logit. wasm has kernels of its own for rounded weights, which round activations otherwise.
-TOLERANCES = {"float32": 1e-4, "int8": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -62,23 +61,25 @@ def test_the_browser_gives_pythons_tokens(web, tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"gate_kind": "none"}, {"gate_kind": "mean"}, {"precision": "int8"}],
+    ("changes", "tolerance"),
+    # wasm has kernels of its own for rounded weights, which round activations otherwise.
+    [
+        ({"gate_kind": "none"}, PARITY["float32"]),
+        ({"gate_kind": "mean"}, PARITY["float32"]),
+        ({"precision": "int8"}, INTEGER_PRODUCTS),
+    ],
     ids=["looplm", "mean", "int8"],
 )
-def test_other_models_give_the_runtimes_logits(web, random_bundle, tmp_path, changes):
+def test_other_models_give_the_runtimes_logits(web, random_bundle, tmp_path, changes, tolerance):
     """A cache for each loop, the loop's number as an input, rounded weights; a prompt of two chunks."""
     bundle = random_bundle(**changes)
     ids = [7, 400, 31, 9, 9, 220, 5, 66, 12, 300, 41]
     done = check(web, bundle, tmp_path / "dist", loops=[3], newTokens=12, prompt=ids, question="Ana")
     model = MeltModel.load(bundle, device="cpu", capacity=64)
-    expected = model.session.runner.prefill(ids, 3)
-    precision = changes.get("precision", "float32")
-    difference = np.abs(np.array(done["logits"]["3"]) - expected).max()
-    assert difference <= TOLERANCES[precision] * np.abs(expected).max()
-    if precision == "float32":
-        tokens = model.generate(ids, loops=3, max_new_tokens=12, stop_ids=()).token_ids
-        assert done["tokens"]["3"] == list(tokens)
+    expected = model.new_runner().prefill(ids, 3)
+    assert_close(done["logits"]["3"], expected, tolerance)
+    if "gate_kind" in changes:
+        assert_greedy(random_model(**changes), ids, done["tokens"]["3"], loops=3)
 
 
 def test_what_the_page_cannot_run_is_said_on_the_page(web, tiny_bundle, tmp_path):

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from melt_runtime import cli_bench
+from melt_runtime import cli_bench, cli_demo
 from melt_runtime.cli_info import describe_bundle
 from melt_runtime.contract import KV_CACHES
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
-from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.generation_config import GENERAL_DEFAULTS, GenerationConfig
 from melt_runtime.load_cache import LoadCache, folder_bytes
 from melt_runtime.manifest import check_files, read_manifest
 from melt_runtime.memory import format_bytes, format_plan, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.plots import plot_plan
 from melt_runtime.process_memory import resident_bytes
+from melt_runtime.version import __version__
 
 _DESCRIPTION = """\
 Run MELT looped language models through ONNX Runtime. Depth (--loops) is a knob: more loops, more steps of reasoning,
@@ -27,6 +28,7 @@ in the same memory.
 """
 _EPILOG = """\
 examples:
+  melt demo                                           the model in this package answers with 1, 2, 3 and 4 loops
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
   melt generate build/melt-tiny "..." --loops 1       answer with less depth
   melt chat build/melt-tiny                           several turns, the past is not recomputed
@@ -58,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"melt {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _add(commands, "demo", cli_demo.run, "ask the small model in this package, at several depths", bundle=False)
+    cli_demo.add_options(demo)
 
     generate = _add(commands, "generate", _generate, "answer one prompt", bundle=True)
     generate.add_argument("prompt", help="a user's message; '-' reads standard input")
@@ -107,9 +113,9 @@ def _add(
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
-    defaults = GenerationConfig()
+    defaults = GENERAL_DEFAULTS
     parser.add_argument("--loops", type=int, help="depth T (default: as trained)")
-    parser.add_argument("--max-new-tokens", type=int, help=f"default: {defaults.max_new_tokens}")
+    parser.add_argument("--max-new-tokens", type=int, help="default: what is left of the capacity")
     parser.add_argument("--temperature", type=float, help=f"0 is greedy (default: {defaults.temperature})")
     parser.add_argument("--top-k", type=int, help=f"0 keeps all (default: {defaults.top_k})")
     parser.add_argument("--top-p", type=float, help=f"default: {defaults.top_p}")

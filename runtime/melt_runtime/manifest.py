@@ -28,6 +28,7 @@ from melt_runtime.contract import (
     loop_graph,
 )
 from melt_runtime.errors import BundleError
+from melt_runtime.measured import Parity, Quality
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -98,9 +99,9 @@ class Manifest:
         streamed_bytes: bytes of matrices that one run of ``loop`` and of ``head`` reads whole: what decoding on a CPU
             costs.
         producer: what made the bundle: names and versions.
-        parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; empty where that was
+        parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; None where that was
             not checked.
-        quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; empty where not measured.
+        quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; None where not measured.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
@@ -115,8 +116,8 @@ class Manifest:
     weight_bytes: Bytes
     streamed_bytes: dict[Name, Bytes]
     producer: dict[Name, Name]
-    parity: dict[str, Any]
-    quality: dict[str, Any]
+    parity: Parity | None
+    quality: Quality | None
 
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
@@ -125,9 +126,17 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json`` into ``folder``."""
+    """Writes ``manifest.json`` into ``folder``.
+
+    Raises:
+        BundleError: a number in it is not finite.
+    """
     values = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
-    (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(values, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise BundleError(f"what was measured is not finite, the model computes no numbers: {error}") from error
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -273,6 +282,14 @@ def _check_values(manifest: Manifest) -> list[str]:
             f"weight_bytes must be the size of {WEIGHTS_NAME} ({manifest.files[WEIGHTS_NAME].size}), got "
             f"{manifest.weight_bytes}"
         )
+    if manifest.quality is not None:
+        tables = {kind: found.exact_match for kind, found in manifest.quality.kv_cache.items()}
+        groups = {kind: {loops: set(table[loops]) for loops in table} for kind, table in tables.items()}
+        faults += [
+            f"quality.kv_cache.{kind}.exact_match must have the loops and groups of quality.kv_cache.float"
+            for kind in groups
+            if groups[kind] != groups.get("float")
+        ]
     if manifest.streamed_bytes.keys() != {"loop", "head"}:
         faults.append(f"streamed_bytes must have loop and head, got {sorted(manifest.streamed_bytes)}")
     return faults
