@@ -64,7 +64,7 @@ def run_genai(python: Path, folder: Path) -> list[int]:
     return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.parametrize("gate_kind", ["elementwise", "mean", "last"])
+@pytest.mark.parametrize("gate_kind", ["elementwise", "mean"])
 def test_the_decoder_gives_torchs_tokens(gate_kind, tmp_path):
     model = random_model(gate_kind=gate_kind, eos_token_id=[3, 7])
     source = checkpoint_source(save_checkpoint(model, tmp_path / "checkpoint"))
@@ -122,7 +122,7 @@ def test_a_decoder_that_is_not_its_bundle_is_refused(tmp_path, monkeypatch):
 
 def test_int4_weights_give_the_bundles_tokens(tmp_path):
     """The export itself compares the decoder with its bundle, and that with torch."""
-    checkpoint = save_checkpoint(random_model(hidden_size=128), tmp_path / "checkpoint")
+    checkpoint = save_checkpoint(random_model(hidden_size=128, gate_kind="last"), tmp_path / "checkpoint")
     arguments = [str(checkpoint), "--out", str(tmp_path / "out"), "--format", "genai", "--loops", "2"]
     assert cli.main([*arguments, "--precision", "int4"]) == 0
     assert not list(tmp_path.glob(".out*"))
