@@ -33,3 +33,5 @@ PARITY = {
     "float16": Tolerance(4e-2, 1e-3),
     "quantized": Tolerance(1e-3, 1e-5),
 }
+INTEGER_PRODUCTS = Tolerance(0.05, 1e-3)
+"""Rounded weights through kernels, or in graphs, that round activations differently."""
