@@ -77,7 +77,7 @@ class Bundles:
         shutil.rmtree(self.place, ignore_errors=True)
         folder = self.place / "bundle"
         shutil.copytree(self.base, folder, copy_function=os.link)
-        names, weights = zip(*_KINDS.items(), strict=True)
+        names, weights = zip(*KINDS.items(), strict=True)
         kind = chance.choices(names, weights)[0]
         what = f"{kind}: {getattr(self, f'_{kind}')(folder, chance)}"
         tell(what)
@@ -96,7 +96,7 @@ class Bundles:
         describe_bundle(folder, manifest, graphs=True)
         format_plan(plan_memory(manifest))
         cache = LoadCache(self.place / "cache", min_bytes=min_bytes)
-        model = MeltModel.load(folder, device="cpu", capacity=64, threads=1, cache=cache)
+        model = MeltModel.load(folder, device="cpu", threads=1, cache=cache)
         model.new_session().generate(PROMPT, max_new_tokens=3)
         return model.generate(IDS, max_new_tokens=4).token_ids
 
@@ -195,7 +195,7 @@ class Bundles:
         _write(folder / "manifest.json", as_text(values))
 
 
-_KINDS = {
+KINDS = {
     "value": 40,
     "text": 8,
     "tokenizer": 10,
