@@ -56,7 +56,7 @@ def measure(bundle: str, loops: int, context: int) -> Point:
     manifest = read_manifest(bundle)
     plan = plan_memory(manifest, context, loops=loops, kv_cache=KV_CACHE, chunk=CHUNK)
     model = MeltModel.load(bundle, device="cpu", capacity=context, chunk=CHUNK, loops=loops, kv_cache=KV_CACHE)
-    runner = model.session.runner
+    runner = model.new_runner()
     fill_cache(runner.state, context)
     start = context - CHUNK - 1
     runner.state.advance(start, 0, loops)

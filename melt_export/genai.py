@@ -18,7 +18,8 @@ from melt_export.bundle import ExportOptions, export_source
 from melt_export.genai_graph import PAST, PRESENT, join_graphs
 from melt_export.probe import choose_probe
 from melt_export.record import open_runner
-from melt_export.source import ExportError, Source, special_token
+from melt_export.source import ExportError, Source
+from melt_export.templates import special_token
 from melt_export.verify import ParityError
 from melt_files import partial_folder, require_absent, staged
 from melt_models.configuration import MeltConfig

@@ -10,11 +10,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from melt_export.templates import chat_template
 from melt_models.checkpoint import Checkpoint, empty_model
 from melt_models.configuration import MeltConfig
 from melt_models.evaluation import Example, read_examples
 from melt_runtime.errors import MeltError
-from melt_runtime.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
+from melt_runtime.manifest import TOKENIZER_NAME
 
 HEAD_DIM_MULTIPLE = 16
 """GroupQueryAttention rotates heads of this multiple only."""
@@ -70,8 +71,10 @@ def checkpoint_source(folder: Path) -> Source:
     examples = read_examples(folder)
     checkpoint.require_finite()
     text = tokenizer.read_text(encoding="utf-8")
-    template = chat_template(folder, config, Tokenizer.from_str(text))
-    return Source(config, checkpoint.read, text, template, examples, checkpoint.notes)
+    template, notes = chat_template(folder, config, Tokenizer.from_str(text), faults)
+    if faults:
+        raise ExportError(f"{folder} cannot be exported:\n  " + "\n  ".join(faults))
+    return Source(config, checkpoint.read, text, template, examples, checkpoint.notes + notes)
 
 
 def random_source(config: MeltConfig, seed: int = 0) -> Source:
@@ -95,35 +98,6 @@ def random_source(config: MeltConfig, seed: int = 0) -> Source:
 def tensor_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a model, by name."""
     return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
-
-
-def chat_template(folder: Path, config: MeltConfig, tokenizer: Tokenizer) -> str:
-    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top.
-
-    Args:
-        folder: the checkpoint's.
-        config: its token ids say what ``bos_token``, ``eos_token`` and ``pad_token`` are.
-        tokenizer: gives their texts.
-    """
-    settings_path, template_path = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE_NAME
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    stored = settings.get("chat_template") or ""
-    text = template_path.read_text(encoding="utf-8") if template_path.is_file() else stored
-    values = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if name in text:
-            written = settings.get(name) or ""
-            written = written["content"] if isinstance(written, dict) else written
-            values[name] = special_token(name, config, tokenizer) or written
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
-
-
-def special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | None:
-    """The text of a special token by the configuration's id; of several that end a text the first."""
-    ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
-    token = ids.get(name)
-    token = token[0] if isinstance(token, list) else token
-    return None if token is None else tokenizer.id_to_token(token)
 
 
 def _token_ids(tokenizer: Path) -> list[int]:

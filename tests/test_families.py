@@ -56,7 +56,7 @@ def test_an_ouro_bundle_follows_its_equations(ouro_bundle):
     logits, exits = ouro_forward(ouro_tensors(OURO), OURO, IDS)
     model = MeltModel.load(folder, device="cpu", capacity=64, chunk=4)
     assert model.manifest.model.cache_kind == "per_loop"
-    runner = model.session.runner
+    runner = model.new_runner()
     given: list[float] = []
     actual = runner.prefill(IDS[:8], 4)
     np.testing.assert_allclose(actual, logits[-1][7], **TOLERANCE)
@@ -124,7 +124,7 @@ def test_a_llama_is_a_model_with_one_loop(tmp_path, tied):
     manifest = export_bundle(tmp_path / "llama", tmp_path / "bundle")
     assert "exit_logit" not in {tensor.name for tensor in manifest.graphs["loop"].outputs}
     model = MeltModel.load(tmp_path / "bundle", device="cpu", capacity=96, chunk=7)
-    runner = model.session.runner
+    runner = model.new_runner()
     assert model.state_bytes == runner.state.plan.total_bytes
     np.testing.assert_allclose(runner.prefill(IDS, 1), expected[0, -1], **TOLERANCE)
     options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}

@@ -48,7 +48,7 @@ def load(bundle, cache, **options) -> MeltModel:
 
 
 def logits(model: MeltModel) -> np.ndarray:
-    return model.session.runner.prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4).copy()
+    return model.new_runner().prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4).copy()
 
 
 def test_the_copy_gives_the_same_bits(bundle, cache):

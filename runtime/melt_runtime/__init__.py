@@ -11,15 +11,19 @@ Example::
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.errors import (
     BundleError,
+    BusyError,
     CapacityError,
     MeltError,
     NumericalError,
     ProviderError,
     RunError,
+    StreamError,
     TokenError,
 )
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.load_cache import LoadCache
+from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import Manifest, read_manifest
 from melt_runtime.model import MeltModel
 from melt_runtime.plan import plan_state
@@ -28,11 +32,14 @@ from melt_runtime.text import Message
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CapacityError",
     "CudaOptions",
     "GenerationConfig",
     "GenerationResult",
     "GenerationStream",
+    "LoadCache",
+    "LoopRunner",
     "Manifest",
     "MeltError",
     "MeltModel",
@@ -41,6 +48,7 @@ __all__ = [
     "ProviderError",
     "RunError",
     "Session",
+    "StreamError",
     "Timings",
     "TokenError",
     "plan_state",

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +230,7 @@ def _measure(case: Case) -> list[Row]:
         threads=case.threads,
         kv_cache=case.kv_cache,
     )
-    runner = model.session.runner
-    if case.batch > 1:
-        runner = LoopRunner(runner.sessions, State(replace(runner.state.plan, batch=case.batch), "cpu"))
+    runner = model.new_runner(case.batch)
     load_seconds = time.perf_counter() - begin
     rows = []
     for loops in case.loops:

@@ -13,7 +13,7 @@ from melt_runtime.contract import KV_CACHES
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.doctor import diagnose
 from melt_runtime.errors import MeltError
-from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.generation_config import GENERAL_DEFAULTS, GenerationConfig
 from melt_runtime.load_cache import LoadCache, folder_bytes
 from melt_runtime.manifest import check_files, read_manifest
 from melt_runtime.memory import format_bytes, format_plan, plan_memory
@@ -102,14 +102,14 @@ def _add(
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if bundle:
-        parser.add_argument("bundle", type=Path, help="folder written by export.py")
+        parser.add_argument("bundle", type=Path, help="folder written by melt-export")
     return parser
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
-    defaults = GenerationConfig()
+    defaults = GENERAL_DEFAULTS
     parser.add_argument("--loops", type=int, help="depth T (default: as trained)")
-    parser.add_argument("--max-new-tokens", type=int, help=f"default: {defaults.max_new_tokens}")
+    parser.add_argument("--max-new-tokens", type=int, help="default: what is left of the capacity")
     parser.add_argument("--temperature", type=float, help=f"0 is greedy (default: {defaults.temperature})")
     parser.add_argument("--top-k", type=int, help=f"0 keeps all (default: {defaults.top_k})")
     parser.add_argument("--top-p", type=float, help=f"default: {defaults.top_p}")

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from melt_runtime.contract import KVCacheKind
-from melt_runtime.manifest import Manifest
+from melt_runtime.contract import KVCacheKind, ModelShape
+from melt_runtime.generation_config import describe_defaults, read_generation_config
+from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest
 from melt_runtime.measured import Parity, Quality
 from melt_runtime.memory import format_bytes
 
@@ -24,6 +25,7 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
         f"positions   {shape.max_positions} tokens at most",
         f"loops       trained with {shape.trained_loops}; gate {shape.gate_kind}, KV cache {shape.cache_kind}",
         f"chunk       {shape.trained_chunk} tokens in parallel in prefill",
+        *_defaults(folder, shape),
         f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding.formats)})",
         *(f"            layers {pattern}: {precision}" for pattern, precision in rounding.layers.items()),
         f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.activations}",
@@ -39,6 +41,14 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
                 for tensor in tensors:
                     lines.append(f"  {mark} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
     return "\n".join(lines)
+
+
+def _defaults(folder: Path, shape: ModelShape) -> list[str]:
+    said = read_generation_config(folder / GENERATION_CONFIG_NAME, shape.vocab_size)
+    fields = describe_defaults(said, shape.trained_loops)
+    return [
+        f"{'defaults' if number == 0 else '':<11} {name} {value}" for number, (name, value) in enumerate(fields.items())
+    ]
 
 
 def _parity(parity: Parity | None) -> list[str]:

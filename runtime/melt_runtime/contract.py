@@ -64,6 +64,9 @@ ACTIVATIONS = get_args(Activations)
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
+MAX_LOOPS = 1024
+"""Most loops that may be asked for: far beyond what any model was trained with, and an answer still ends."""
+
 GateKind = Literal["elementwise", "mean", "last", "none"]
 CacheKind = Literal["shared", "per_loop"]
 KVCacheKind = Literal["float", "int8", "int4"]
@@ -71,7 +74,7 @@ KV_CACHES: tuple[KVCacheKind, ...] = ("float", "int8", "int4")
 """How keys and values are stored; ``float`` is the activation type."""
 
 # Upper bounds, far above any model: a number beyond them is damage, and would take the memory or never come back.
-Depth = Annotated[int, Interval(ge=1, le=1 << 10)]
+Depth = Annotated[int, Interval(ge=1, le=MAX_LOOPS)]
 """A count of layers or loops."""
 Width = Annotated[int, Interval(ge=1, le=1 << 20)]
 """A size of the hidden state or the MLP, or a count of heads."""
@@ -88,7 +91,7 @@ class ModelShape:
     """What the runtime must know of a model.
 
     Attributes:
-        trained_loops: loops T that the model was trained for; any other count of at least 1 may be asked for.
+        trained_loops: loops T that the model was trained for; any other count from 1 to ``MAX_LOOPS`` may be asked for.
         trained_chunk: tokens processed in parallel in training, the default of prefill.
         max_positions: longest sequence that the rotary tables cover.
         cache_kind: ``shared``, one KV cache for all loops (MELT), or ``per_loop`` (LoopLM).

@@ -6,7 +6,9 @@
     ├── ProviderError    an execution provider that was asked for and cannot run
     ├── TokenError       text or token ids that the model cannot take
     ├── RunError         ONNX Runtime gave up in the middle: a graph that computes something else, or no memory left
-    └── NumericalError   the model computed NaN
+    ├── NumericalError   the model computed NaN or infinity
+    ├── BusyError        a session, stream or runner that is at work already
+    └── StreamError      a stream that cannot go on, or has no result
 
 Beside it: arguments outside their rule raise ``ValueError`` with field, rule and value; a disk or file that refuses
 raises ``OSError``. ``melt_models`` has trees of its own, ``CheckpointError`` and ``TrainingError``: it does not know
@@ -39,4 +41,12 @@ class RunError(MeltError):
 
 
 class NumericalError(MeltError):
-    """The model gave NaN: its weights are damaged, or its precision is too low for it."""
+    """The model gave NaN or infinity: its weights are damaged, or its precision is too low for it."""
+
+
+class BusyError(MeltError):
+    """Something serves one call at a time and is at work; nothing was computed or changed by this one."""
+
+
+class StreamError(MeltError, RuntimeError):
+    """A stream whose conversation went on without it, or whose result was asked for before its end."""

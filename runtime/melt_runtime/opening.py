@@ -10,10 +10,9 @@ from typing import Any
 from melt_runtime.contract import METADATA_KEY, KVCacheKind, ModelShape, graph_metadata, loop_graph
 from melt_runtime.cuda import free_memory
 from melt_runtime.errors import BundleError, ProviderError
-from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
-from melt_runtime.manifest import GENERATION_CONFIG_NAME, REMAKE, TOKENIZER_NAME, Manifest, check_files
+from melt_runtime.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.plan import StatePlan
 from melt_runtime.prepacked import open_graph
 from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session
@@ -39,22 +38,19 @@ def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
             cache.remember(folder, manifest)
 
 
-def check_vocabulary(codec: TextCodec, defaults: GenerationConfig, shape: ModelShape) -> None:
-    """Refuses texts that speak of tokens which the model has not.
+def check_vocabulary(codec: TextCodec, shape: ModelShape) -> None:
+    """Refuses a tokenizer that speaks of tokens which the model has not.
 
     Raises:
-        BundleError: lists tokens of the tokenizer and stop tokens outside the vocabulary.
+        BundleError: names some of them.
     """
-    size, faults = shape.vocab_size, []
+    size = shape.vocab_size
     unknown = {token: text for text, token in codec.tokenizer.get_vocab().items() if token >= size}
     if unknown:
         shown = ", ".join(f"{token} {unknown[token][:40]!r}" for token in sorted(unknown)[:_SHOWN])
-        faults.append(f"{TOKENIZER_NAME}: {len(unknown)} token ids must be below vocab_size ({size}), such as {shown}")
-    stops = sorted(token for token in defaults.stop_ids if token >= size)
-    if stops:
-        faults.append(f"{GENERATION_CONFIG_NAME}: stop_ids must be below vocab_size ({size}), got {stops[:_SHOWN]}")
-    if faults:
-        raise BundleError("\n  ".join(("the bundle contradicts itself:", *faults)) + f"\n{REMAKE}")
+        raise BundleError(
+            f"{TOKENIZER_NAME}: {len(unknown)} token ids must be below vocab_size ({size}), such as {shown}; {REMAKE}"
+        )
 
 
 def require_memory(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> None:
