@@ -5,7 +5,7 @@
     python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
         --out build/training-tables --jobs 2 --json docs/data/training.json
 
-Every row is a run of ``models/recipes/melt-tiny-short.toml`` with a few numbers changed, in a process of its own with
+Every row is a run of the recipe ``melt-tiny-short`` with a few numbers changed, in a process of its own with
 one thread. A run that was stopped goes on, and a finished one is only read. ``--json`` writes what the pictures of
 docs/training.md show; the tables are printed in Markdown, and OUT/results.json has every number.
 """
@@ -29,10 +29,11 @@ from melt_models import MeltCausalLM, load_checkpoint
 from melt_models.tiny.data import Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
 from melt_models.training import Phase, Recipe, read_recipe, train
+from melt_models.training.recipe_files import recipe_path
 from melt_models.training.saving import read_log
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "models" / "recipes" / "melt-tiny-short.toml"
+RECIPE = recipe_path("melt-tiny-short")
 DEPTHS = (1, 2, 3, 4)
 CONTEXTS = 2048
 WHOLE = 384

@@ -14,12 +14,12 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from melt_export.calibrate import collect_rows, key_scales, value_scales
 from melt_export.formats import BLOCKS, WeightFormat, weight_formats
 from melt_export.limits import LossError, describe_loss
 from melt_export.probe import Probe, choose_probe
+from melt_export.progress import bar
 from melt_export.quality import measure_quality
 from melt_export.quantize import ROUNDINGS, Rounding
 from melt_export.record import open_runner
@@ -46,7 +46,7 @@ from melt_runtime.contract import (
     loop_graph,
     offered_kv_caches,
 )
-from melt_runtime.generation_config import GenerationConfig, write_generation_config
+from melt_runtime.generation_config import write_generation_config
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
@@ -209,7 +209,7 @@ def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFil
     """Writes the weights of one graph and points its initializers at them; returns the bytes of its matrices."""
     keys = {}
     matrices = 0
-    for name, owner in tqdm(list(owners(module)), unit="module", leave=False, disable=None):
+    for name, owner in bar(list(owners(module)), "module"):
         origin = f"{module.prefix}{name}".strip(".")
         if origin == "lm_head" and source.config.tie_word_embeddings:
             origin = "model.embed_tokens"
@@ -279,7 +279,7 @@ def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
-    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=source.config.stop_ids))
+    write_generation_config(folder / GENERATION_CONFIG_NAME, source.generation)
 
 
 def _producer() -> dict[str, str]:

@@ -91,7 +91,9 @@ def _report(options: ExportOptions, line: str, bundle: Path) -> None:
 
 def _write_texts(source: Source, folder: Path, shape: ModelShape) -> None:
     """Configuration, tokenizer and chat template in the form that GenAI reads."""
-    (folder / GENAI_CONFIG_NAME).write_text(json.dumps(genai_config(source.config, shape), indent=2) + "\n")
+    (folder / GENAI_CONFIG_NAME).write_text(
+        json.dumps(genai_config(source.config, shape, source.generation.stop_ids), indent=2) + "\n"
+    )
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     tokenizer = Tokenizer.from_str(source.tokenizer)
     names = {name: special_token(name, source.config, tokenizer) for name in ("bos_token", "eos_token", "pad_token")}
@@ -102,7 +104,7 @@ def _write_texts(source: Source, folder: Path, shape: ModelShape) -> None:
         (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
 
 
-def genai_config(config: MeltConfig, shape: ModelShape) -> dict[str, Any]:
+def genai_config(config: MeltConfig, shape: ModelShape, stop_ids: tuple[int, ...]) -> dict[str, Any]:
     """``genai_config.json``: greedy search, the past and present of a layer in one buffer."""
     cache = {
         f"{name}_{part}_names": f"{stem}.%d.{part}"
@@ -127,7 +129,7 @@ def genai_config(config: MeltConfig, shape: ModelShape) -> dict[str, Any]:
     model = {
         "type": "decoder",
         "bos_token_id": 0 if config.bos_token_id is None else config.bos_token_id,
-        "eos_token_id": list(config.stop_ids),
+        "eos_token_id": list(stop_ids),
         "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
         "vocab_size": shape.vocab_size,
         "context_length": shape.max_positions,

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from melt_export.limits import loss_limit
 from melt_export.probe import Passage, Probe
+from melt_export.progress import bar
 from melt_export.record import open_runner
 from melt_export.reference import reference_model
 from melt_export.source import Source
@@ -48,7 +48,7 @@ def trace_reference(model: MeltCausalLM, probe: Probe) -> Trace:
     """Runs a probe through torch, with the chunk and the depth that the model was trained with."""
     config = model.config
     hidden, logits = [], []
-    for passage in probe.passages:
+    for passage in bar(probe.passages, "passage", "torch"):
         cache = KVCache(config)
         states, _ = model.model(torch.tensor([passage.ids]), config.total_ut_steps, config.chunk_size, cache)
         hidden.append([state[0].numpy() for state in states])
@@ -61,7 +61,7 @@ def trace_bundle(runner: LoopRunner, probe: Probe, loops: int) -> Trace:
     state, width = runner.state, runner.state.plan.shape.hidden_size
     hidden: list[list[Array]] = [[] for _ in range(loops)]
     logits = []
-    for passage in probe.passages:
+    for passage in bar(probe.passages, "passage", "ONNX Runtime"):
         state.reset()
         pieces: list[list[Array]] = [[] for _ in range(loops)]
 
@@ -103,7 +103,7 @@ def exact_match(model: MeltModel, examples: Sequence[Example], loops: int) -> di
     groups = sorted({example.group for example in examples})
     asked = {group: sum(example.group == group for example in examples) for group in groups}
     right = {depth: dict.fromkeys(groups, 0) for depth in range(1, loops + 1)}
-    for example in tqdm(examples, desc="answers", unit="example", leave=False, disable=None):
+    for example in bar(examples, "example", "answers"):
         room = len(model.codec.encode(example.answer)) + _ANSWER_ROOM
         for depth, found in right.items():
             result = model.generate(example.chat, loops=depth, max_new_tokens=room, temperature=0.0)

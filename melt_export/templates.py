@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from melt_models.configuration import MeltConfig
 from melt_models.families import CORRECT_OURO_IDS
+from melt_models.forms import read_json
 from melt_runtime.errors import BundleError
 from melt_runtime.manifest import CHAT_TEMPLATE_NAME
 from melt_runtime.templates import ChatTemplate
@@ -26,14 +27,14 @@ _OURO_SAYS = "<|endoftext|>"  # for begin, end and padding alike: wrong for the 
 
 
 def chat_template(
-    folder: Path, config: MeltConfig, tokenizer: Tokenizer, faults: list[str]
+    folder: Path, config: MeltConfig | None, tokenizer: Tokenizer | None, faults: list[str]
 ) -> tuple[str, tuple[str, ...]]:
     """The checkpoint's chat template, self-contained.
 
     Args:
         folder: the checkpoint's.
-        config: its token ids say what Ouro's special tokens are.
-        tokenizer: of its ``tokenizer.json``.
+        config: its token ids say what Ouro's special tokens are; None where it cannot be read.
+        tokenizer: of its ``tokenizer.json``; None where it cannot be read.
         faults: what is wrong is added, a sentence each: a file that cannot be read or holds something else, a template
             that cannot be compiled.
 
@@ -42,18 +43,19 @@ def chat_template(
     """
     before = len(faults)
     notes: list[str] = []
-    settings = _read_json(folder / SETTINGS_NAME, faults)
+    settings = _read(folder / SETTINGS_NAME, faults)
     # transformers' older files: the map counts unless the settings list their tokens themselves.
-    older = {} if "added_tokens_decoder" in settings else _read_json(folder / MAP_NAME, faults)
+    older = {} if "added_tokens_decoder" in settings else _read(folder / MAP_NAME, faults)
     text = _choose(_named_templates(folder, settings, faults), faults, notes)
     tokens = _special_tokens({**settings, **older}, faults)
-    if {tokens.get(name) for name in ("bos_token", "eos_token")} <= {_OURO_SAYS, None}:
+    is_ouro = {tokens.get(name) for name in ("bos_token", "eos_token")} - {None} == {_OURO_SAYS}
+    if is_ouro and config is not None and tokenizer is not None:
         tokens |= _ouro_tokens(config, tokenizer)
     tokens = {name: token for name, token in tokens.items() if name in text}
     notes += [
         f"the chat template's {name} is {token!r}, which is no token of the tokenizer: it is read letter by letter"
         for name, token in tokens.items()
-        if tokenizer.token_to_id(token) is None
+        if tokenizer is not None and tokenizer.token_to_id(token) is None
     ]
     # A line of its own for each: the newline after a tag is dropped, so that the template begins where it began.
     text = "".join(f"{{% set {name} = {_quote(token)} %}}\n" for name, token in tokens.items()) + text
@@ -73,19 +75,9 @@ def special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | 
     return None if token is None else tokenizer.id_to_token(token)
 
 
-def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
+def _read(path: Path, faults: list[str]) -> dict[str, Any]:
     """An object; an empty one where there is no file, or another thing in it."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{path.name} is not JSON: {error}")
-        return {}
-    if not isinstance(content, dict):
-        faults.append(f"{path.name} must hold an object, got {type(content).__name__}")
-        return {}
-    return content
+    return (read_json(path, faults) or {}) if path.is_file() else {}
 
 
 def _named_templates(folder: Path, settings: Mapping[str, Any], faults: list[str]) -> dict[str, str]:

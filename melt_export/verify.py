@@ -1,9 +1,9 @@
 """Torch against ONNX Runtime: after every loop of prefill and decode, tensor by tensor, over every kind of KV cache.
 
 The bundle runs first, through the runtime's own driver. Then torch follows the same tokens: the reference of
-``melt_models.modeling`` in float32 with the weights as the bundle rounded them, a batch of one sequence for each kind of
+``melt_models.modeling`` in float32 with the weights as the bundle rounded them, a sequence of a batch for each kind of
 KV cache. Quantized matrices are run with unrounded activations here, so that the comparison is as close as at float32;
-what rounding the activations too costs is in what ``melt_export.quality`` measures.
+``melt_export.quality`` measures what rounding costs, activations included.
 
 Over a quantized cache torch attends to the very rows that the bundle stored, after each of their codes was found to be
 one that torch's own value rounds to: on the boundary between two codes either is right.
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from melt_export.probe import random_ids
+from melt_export.progress import bar
 from melt_export.record import StepRecord, record_steps
 from melt_export.tolerances import PARITY, Tolerance
 from melt_export.variants import CODES, cache_codes, cache_scales, write_exact
@@ -69,16 +69,17 @@ def verify_bundle(
     chunk = min(config.chunk_size, _BRIEF_CHUNK) if brief else config.chunk_size
     count = _BRIEF_STEPS if brief else DECODE_STEPS
     prompt = random_ids(config, chunk, config.max_position_embeddings // 2) if prompt is None else prompt
+    chunk = min(chunk, len(prompt))
     exact = PARITY["quantized" if _is_quantized(manifest) else manifest.activations]
     lanes: list[_Lane] = []
-    for kind in tqdm(manifest.kv_caches, desc="ONNX Runtime", unit="KV cache", leave=False, disable=None):
+    for kind in bar(manifest.kv_caches, "KV cache", "ONNX Runtime"):
         plan = plan_state(manifest, len(prompt) + count, chunk=chunk, kv_cache=kind)
         runner = LoopRunner(_exact_sessions(folder, manifest, kind), State(plan, "cpu"))
         decoded = [step.ids[0] for step in lanes[0].steps[-count:]] if lanes else None
         steps = record_steps(runner, prompt, loops, decoded, count)
         lanes.append(_Lane(kind, steps, cache_scales(folder, kind), exact))
     cache, start = KVCache(config), 0
-    for place, step in enumerate(tqdm(lanes[0].steps, desc="torch", unit="step", leave=False, disable=None)):
+    for place, step in enumerate(bar(lanes[0].steps, "step", "torch")):
         decode_idx = place - (len(lanes[0].steps) - count)
         phase = f"decode step {decode_idx}" if decode_idx >= 0 else f"prefill from token {start}"
         _follow(reference, lanes, place, cache, loops, phase)

@@ -91,7 +91,8 @@ def test_frequencies_are_the_host_samplers_probabilities(sessions, said):
     grid = iter((np.arange(count, dtype=np.float32) + 0.5) / count)
     drawing.sampler._random = type("Grid", (), {"random": lambda *_, **__: np.array([[next(grid)]], np.float32)})()
     found = np.bincount([drawing.draw(logits) for _ in range(count)], minlength=VOCABULARY) / count
-    np.testing.assert_allclose(found, expected, atol=1.5 / count)
+    # A token is drawn for the grid points inside its share: at each end one may count or not.
+    assert np.abs(found - expected).max() <= 1.5 / count
 
 
 def test_a_seed_repeats_an_answer(sessions):

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from conftest import MELT_TINY, environment, random_model, save_checkpoint
+from tolerances import assert_greedy
 
 from melt_export import ExportError, ExportOptions, cli
 from melt_export.genai import decode_greedy, export_genai, open_decoder
@@ -31,10 +32,9 @@ def test_the_decoder_gives_torchs_tokens(gate_kind, tmp_path):
     source = checkpoint_source(save_checkpoint(model, tmp_path / "checkpoint"))
     manifest = export_genai(source, tmp_path / "out", 3, QUICK)
     ids = [7, 400, 31, 9, 9, 220, 5]
-    expected = model.generate_greedy(torch.tensor([ids]), 20, loops=3, chunk_size=len(ids))[0].tolist()
-    assert decode_greedy(open_decoder(tmp_path / "out"), manifest, ids, 20) == expected
-    shallow = model.generate_greedy(torch.tensor([ids]), 20, loops=2, chunk_size=len(ids))[0].tolist()
-    assert shallow != expected
+    tokens = decode_greedy(open_decoder(tmp_path / "out"), manifest, ids, 20)
+    assert_greedy(model, ids, tokens, loops=3, chunk_size=len(ids))
+    assert tokens != model.generate_greedy(torch.tensor([ids]), 20, loops=2, chunk_size=len(ids))[0].tolist()
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     assert {entry.key: entry.value for entry in graph.metadata_props}["melt.loops"] == "3"
     assert [node.op_type for node in graph.graph.node].count("Loop") == 1

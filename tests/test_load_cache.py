@@ -382,7 +382,7 @@ import numpy as np
 from melt_runtime import MeltModel
 from melt_runtime.load_cache import LoadCache
 model = MeltModel.load(sys.argv[1], device="cpu", capacity=64, cache=LoadCache(Path(sys.argv[2]), min_bytes=0))
-np.save(sys.argv[3], model.session.runner.prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4))
+np.save(sys.argv[3], model.new_runner().prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4))
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import MELT_TINY, random_model, save_checkpoint
 from test_parity import draw_ids, open_runner
-from tolerances import PARITY
+from tolerances import LAST_PLACE, PARITY, assert_close
 
 from melt_export import ExportError, ExportOptions, export_bundle, reference
 from melt_export.bundle import write_text_files
@@ -24,20 +24,14 @@ from melt_runtime import MeltModel, read_manifest
 TEXT = "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. " * 12
 
 
-@pytest.fixture(scope="module")
-def tiny_int4(tmp_path_factory):
-    out = tmp_path_factory.mktemp("int4") / "bundle"
-    export_bundle(MELT_TINY, out, ExportOptions("int4"))
-    return out
-
-
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("kind", ["elementwise", "scalar", "none"])
 def test_quantized_graphs_compute_what_torch_does_with_the_rounded_weights(random_bundle, precision, kind):
     """With unrounded activations the comparison is as close as at float32: nothing is packed in a wrong place."""
     parity = read_manifest(random_bundle(precision, verified=True, gate_kind=kind)).parity
-    assert max(parity["max_abs_error"].values()) <= PARITY["float32"], parity
-    assert parity["greedy_tokens_equal"] == parity["decode_tokens"]
+    assert [run.kv_cache for run in parity.runs] == ["float", "int8", "int4"]
+    for run in parity.runs:
+        assert all(found.error <= found.allowed < 0.01 * found.magnitude for found in run.tensors.values()), run
 
 
 def test_mixed_precision_lies_between(random_bundle):
@@ -57,22 +51,39 @@ def test_mixed_precision_lies_between(random_bundle):
 
 
 def last_error(manifest, kv_cache) -> float:
-    return manifest.quality["kv_cache"][kv_cache]["hidden_error_by_loop"][str(manifest.model.trained_loops)]
+    return manifest.quality.kv_cache[kv_cache].hidden_error_by_loop[str(manifest.model.trained_loops)]
 
 
 def test_the_cost_is_stated_for_every_loop_and_every_kv_cache(random_bundle):
-    for precision, limit in (("float32", 1e-5), ("int8", 0.1), ("int4", 0.6)):
-        quality = read_manifest(random_bundle(precision, verified=True)).quality
-        assert quality["text"] == "seeded random tokens"
-        assert set(quality["kv_cache"]) == {"float", "int8", "int4"}
-        for kind, found in quality["kv_cache"].items():
-            assert list(found["hidden_error_by_loop"]) == ["1", "2", "3", "4"]
-            assert found["perplexity"] > 1
-            assert 0 <= found["greedy_agreement"] <= 1
-            assert 0 <= found["kl"] < (0.05 if kind == "float" and precision != "int4" else 5)
-        assert max(quality["kv_cache"]["float"]["hidden_error_by_loop"].values()) < limit
-    quality = read_manifest(random_bundle("float32", verified=True)).quality["kv_cache"]
-    assert 0 < quality["int8"]["hidden_error_by_loop"]["4"] < quality["int4"]["hidden_error_by_loop"]["4"]
+    """Fewer bits cost more, of weights and of KV caches, after every loop; float32 costs nothing but rounding."""
+    found = {
+        precision: read_manifest(random_bundle(precision, verified=True)).quality
+        for precision in ("float32", "int8", "int4")
+    }
+    for quality in found.values():
+        assert quality.text == "seeded random tokens"
+        assert set(quality.kv_cache) == {"float", "int8", "int4"}
+        for cost in quality.kv_cache.values():
+            assert list(cost.hidden_error_by_loop) == ["1", "2", "3", "4"]
+            assert (cost.limit, cost.exact_match) == (None, {})
+    errors = {
+        (precision, kind): np.array(list(cost.hidden_error_by_loop.values()))
+        for precision, quality in found.items()
+        for kind, cost in quality.kv_cache.items()
+    }
+    assert (errors["float32", "float"] <= PARITY["float32"].relative).all()
+    for precision in found:
+        assert (errors[precision, "float"] < errors[precision, "int4"]).all()
+    for kind in ("int8", "int4"):
+        assert (errors["float32", kind] < errors["int4", kind]).all()
+    assert (errors["float32", "float"] < errors["float32", "int8"]).all()
+    assert (errors["float32", "int8"] < errors["float32", "int4"]).all()
+    assert (errors["float32", "float"] < errors["int8", "float"]).all()
+    assert (errors["int8", "float"] < errors["int4", "float"]).all()
+    divergences = [found[precision].kv_cache["float"].kl for precision in ("float32", "int8", "int4")]
+    assert divergences == sorted(divergences)
+    exact = found["float32"]
+    assert_close(exact.kv_cache["float"].perplexity, exact.perplexity_of_float32)
 
 
 def test_melt_tiny_answers_at_four_bits_with_every_kv_cache(tiny_int4):
@@ -81,7 +92,7 @@ def test_melt_tiny_answers_at_four_bits_with_every_kv_cache(tiny_int4):
     assert manifest.weight_bytes < 0.6 * 322_849 * 4
     examples = read_examples(MELT_TINY)
     for kind in manifest.kv_caches:
-        table = manifest.quality["kv_cache"][kind]["exact_match"]
+        table = manifest.quality.kv_cache[kind].exact_match
         for loops in range(1, 5):
             for hops, (_, share) in enumerate(sorted(table[str(loops)].items()), start=1):
                 assert share >= 0.85 if hops <= loops else share <= 0.3, (kind, table)
@@ -175,7 +186,7 @@ def test_scales_of_values_clip_only_where_that_helps():
     values = rng.standard_normal((1, 400, 2)).astype(np.float32)
     values[0, 0, 1] = 40.0  # an outlier
     peaks = np.abs(values).max(axis=1)
-    np.testing.assert_allclose(value_scales(values, "int8")[0], peaks[0] / 127, rtol=1e-6)
+    assert_close(value_scales(values, "int8")[0], peaks[0] / 127, LAST_PLACE)
     assert value_scales(values, "int4")[0, 0] < peaks[0, 0] / 7
     assert np.isfinite(value_scales(np.zeros((1, 4, 2), np.float32), "int4")).all()
 
@@ -199,14 +210,14 @@ def test_the_reference_is_the_same_whole_and_in_pieces(tmp_path, monkeypatch):
         expected = direct(torch.tensor([probe.passages[0].ids])).logits[0, :-1]
     assert whole.logits.equal(expected)
     found = compare(whole, streamed, probe)
-    assert (found["kl"], found["greedy_agreement"]) == (0.0, 1.0)
+    assert (found.kl, found.greedy_agreement) == (0.0, 1.0)
 
 
 def test_a_given_text_is_what_is_measured(tmp_path):
     checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
     manifest = export_bundle(checkpoint, tmp_path / "out", ExportOptions("int8", text=TEXT))
-    assert manifest.quality["text"] == "the given text"
-    assert manifest.quality["tokens"] == 127  # half of the model's 256 positions, all but the first
+    assert manifest.quality.text == "the given text"
+    assert manifest.quality.tokens == 127  # half of the model's 256 positions, all but the first
 
 
 def test_bad_options_leave_nothing_behind(tmp_path, capsys):

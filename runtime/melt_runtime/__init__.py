@@ -29,6 +29,7 @@ from melt_runtime.model import MeltModel
 from melt_runtime.plan import plan_state
 from melt_runtime.session import Session
 from melt_runtime.text import Message
+from melt_runtime.version import __version__
 
 __all__ = [
     "BundleError",
@@ -51,6 +52,7 @@ __all__ = [
     "StreamError",
     "Timings",
     "TokenError",
+    "__version__",
     "plan_state",
     "read_manifest",
 ]

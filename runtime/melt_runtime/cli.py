@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from melt_runtime import cli_bench
+from melt_runtime import cli_bench, cli_demo
 from melt_runtime.cli_info import describe_bundle
 from melt_runtime.contract import KV_CACHES
 from melt_runtime.cuda import CudaOptions
@@ -20,6 +20,7 @@ from melt_runtime.memory import format_bytes, format_plan, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.plots import plot_plan
 from melt_runtime.process_memory import resident_bytes
+from melt_runtime.version import __version__
 
 _DESCRIPTION = """\
 Run MELT looped language models through ONNX Runtime. Depth (--loops) is a knob: more loops, more steps of reasoning,
@@ -27,6 +28,7 @@ in the same memory.
 """
 _EPILOG = """\
 examples:
+  melt demo                                           the model in this package answers with 1, 2, 3 and 4 loops
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
   melt generate build/melt-tiny "..." --loops 1       answer with less depth
   melt chat build/melt-tiny                           several turns, the past is not recomputed
@@ -58,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"melt {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _add(commands, "demo", cli_demo.run, "ask the small model in this package, at several depths", bundle=False)
+    cli_demo.add_options(demo)
 
     generate = _add(commands, "generate", _generate, "answer one prompt", bundle=True)
     generate.add_argument("prompt", help="a user's message; '-' reads standard input")

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("batches", "sequences decoded together"),
     ):
         shown = ",".join(map(str, getattr(defaults, name)))
-        parser.add_argument(f"--{name}", type=_numbers, metavar="N,N", help=f"{text} (default: {shown})")
+        parser.add_argument(f"--{name}", type=parse_numbers, metavar="N,N", help=f"{text} (default: {shown})")
     parser.add_argument(
         "--kv-cache", type=_names, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)"
     )
@@ -75,6 +75,14 @@ def run(args: argparse.Namespace) -> None:
         plot_rows(rows, args.plot)
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """The type of an option that takes several whole numbers: ``1,4``."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from None
+
+
 def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
     """The bundle of a shape, made once by the exporter in a process of its own."""
     bundle = work / f"{shape.replace(':', '-')}-{precision}"
@@ -97,13 +105,6 @@ def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
     if done.returncode:
         raise ValueError(f"--shape {shape} could not be made: see the exporter's message above")
     return bundle
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -64,10 +64,9 @@ ACTIVATIONS = get_args(Activations)
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
+GateKind = Literal["elementwise", "scalar", "ema", "mean", "last", "none"]
 MAX_LOOPS = 1024
 """Most loops that may be asked for: far beyond what any model was trained with, and an answer still ends."""
-
-GateKind = Literal["elementwise", "mean", "last", "none"]
 CacheKind = Literal["shared", "per_loop"]
 KVCacheKind = Literal["float", "int8", "int4"]
 KV_CACHES: tuple[KVCacheKind, ...] = ("float", "int8", "int4")

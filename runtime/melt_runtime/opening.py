@@ -39,7 +39,7 @@ def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
 
 
 def check_vocabulary(codec: TextCodec, shape: ModelShape) -> None:
-    """Refuses a tokenizer that speaks of tokens which the model has not.
+    """Refuses a tokenizer whose texts become tokens that the model has not.
 
     Raises:
         BundleError: names some of them.

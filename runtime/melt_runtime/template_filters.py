@@ -147,7 +147,7 @@ def _unique(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _joined(meter: Meter, value: Any, d: Any = "", *_: Any, **__: Any) -> Any:
     value = materialized(meter, value)
-    meter.weigh(value, WRITE)
+    meter.weigh(value, 0 if isinstance(value, str) else WRITE)
     meter.spend(len(str(d)) * (len(value) if hasattr(value, "__len__") else 0) >> WRITE)
     return value
 

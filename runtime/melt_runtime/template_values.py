@@ -184,8 +184,8 @@ def lines(text: str) -> int:
 
 
 def materialized(meter: Meter, items: Any) -> Any:
-    """An iterator's items; other values as they are."""
-    return list(meter.counted(items)) if isinstance(items, Iterator) else items
+    """The items of what makes them as it runs; other values as they are."""
+    return list(meter.counted(items)) if isinstance(items, Iterator | range) else items
 
 
 class TextFormat:

@@ -6,6 +6,7 @@ are put into the parsed template here, the rest where it is called.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from jinja2 import nodes
@@ -23,7 +24,8 @@ from melt_runtime.template_meter import CALL, NODE, STEP, WRITE, Meter, MeteredC
 from melt_runtime.template_values import TextFormat, contains, operate, prepare_method
 
 MAX_TEMPLATE_BYTES = 1_000_000
-"""Published templates have some thousand bytes."""
+_MAX_TOKENS = 30_000
+"""Of Jinja; published templates have some thousand. Compiling takes a hundredth of a second for each hundred."""
 _UNITS = 10_000_000  # about a second
 _UNITS_PER_UNIT = 100  # of the messages: every character may be read and copied many times
 _MAX_REASON = 500  # characters of an error that a template raises
@@ -44,8 +46,12 @@ class ChatTemplate:
         """
         environment = _ChatEnvironment()
         try:
-            self._template = environment.from_string(source)
-            self.takes_parts = _reads(environment.parse(source), "text")
+            tokens = (kind for _, kind, _ in environment.lex(source) if kind != "whitespace")
+            if next(islice(tokens, _MAX_TOKENS, None), None) is not None:
+                raise SecurityError(f"it has more than {_MAX_TOKENS} tokens")
+            parsed = environment.parse(source)
+            self.takes_parts = _reads(parsed, "text")
+            self._template = environment.from_string(parsed)
         except Exception as error:  # jinja2's own, and what Python says of code that nests too deep
             raise BundleError(f"the chat template cannot be compiled: {_reason(error)}") from error
 
@@ -61,8 +67,8 @@ class ChatTemplate:
         variables = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         context = self._template.new_context(variables)
         assert isinstance(context, MeteredContext)
-        context.meter = _budget(messages)
         try:
+            context.meter = _budget(messages)
             return "".join(self._template.root_render_func(context))
         except Exception as error:  # a template can fail in every way that Python can
             raise TokenError(f"the chat template refuses these messages: {_reason(error)}") from error

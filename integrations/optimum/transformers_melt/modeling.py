@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from melt_layers import Frame, Layer, RMSNorm
+from melt_layers import Frame, KeyValue, Layer, RMSNorm, run_loops
 
 
 class MeltConfig(PretrainedConfig):
@@ -107,17 +107,18 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         past = past_key_values.to_legacy_cache() if past_key_values is not None else ()
         past_length = past[0][0].shape[2] if past else 0
         frame = self.frame(input_ids, attention_mask, position_ids, past_length)
+        presents: dict[int, KeyValue] = {}  # of each layer, after the latest loop
+
+        def run_layer(
+            layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
+        ) -> tuple[Tensor, Tensor]:
+            before = past[layer_idx] if past else None
+            x, latent, presents[layer_idx] = layer(x, latent, before, frame, loop_idx)
+            return x, latent
+
         hidden = self.model.embed_tokens(input_ids)
-        latents: list[Tensor | None] = [None] * len(self.model.layers)
-        presents: list[tuple[Tensor, Tensor]] = []
-        for loop_idx in range(self.config.total_ut_steps):
-            presents = []
-            for layer_idx, layer in enumerate(self.model.layers):
-                before = past[layer_idx] if past else None
-                hidden, latents[layer_idx], present = layer(hidden, latents[layer_idx], before, frame, loop_idx)
-                presents.append(present)
-            hidden = self.model.norm(hidden)
-        cache = DynamicCache.from_legacy_cache(tuple(presents)) if use_cache is not False else None
+        hidden = run_loops(hidden, self.model.layers, self.model.norm, self.config.total_ut_steps, run_layer)[-1]
+        cache = DynamicCache.from_legacy_cache(tuple(presents.values())) if use_cache is not False else None
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)
 
     def frame(
