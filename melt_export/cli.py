@@ -33,13 +33,13 @@ examples:
   melt-export models/melt-tiny --out build/melt-tiny
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
 
-  melt-export ByteDance/Ouro-1.4B --out build/ouro --precision int4     from the hub: a LoopLM bundle
-  melt-export ByteDance/Ouro-1.4B --out build/melt-init --melt          a MELT checkpoint, to be trained
+  melt-export ByteDance/Ouro-1.4B --out build/ouro --precision int4     # from the hub: a LoopLM bundle
+  melt-export ByteDance/Ouro-1.4B --out build/melt-init --melt          # a MELT checkpoint, to be trained
 
   melt-export CHECKPOINT --out build/small --precision int4 --eval-text book.txt
   melt-export CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
-  melt-export --shape melt-1.6b --out build/bench --precision int4      random weights, for benchmarks
-  melt-export CHECKPOINT --out build/genai --format genai --loops 4     for ONNX Runtime GenAI, at a fixed depth
+  melt-export --shape melt-1.6b --out build/bench --precision int4      # random weights, for benchmarks
+  melt-export CHECKPOINT --out build/genai --format genai --loops 4     # for ONNX Runtime GenAI, at a fixed depth
 """
 
 

@@ -37,13 +37,15 @@ ALLOWED = {
         *("pydantic", "typing_extensions"),
         *("melt_files", "melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
-    "transformers_melt": {"torch", "transformers", "onnx", "optimum", "melt_layers", "transformers_melt"},
+    "transformers_melt": {
+        *("torch", "numpy", "onnx", "onnxruntime", "transformers", "optimum", "melt_layers", "transformers_melt"),
+    },
 }
 HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
-    {"errors", "contract", "version"},
+    {"errors", "contract", "version", "streams", "progress"},
     {"arguments", "hold", "measured"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
@@ -59,8 +61,8 @@ FLOORS = (
     {"generate"},
     {"session", "opening"},
     {"model", "chat"},
-    {"doctor"},
-    {"bench", "cli_info"},
+    {"doctor", "cli_options"},
+    {"bench", "cli_info", "cli_answer", "cli_cache", "cli_plan"},
     {"bench_report"},
     {"cli_bench"},
     {"cli_demo"},
