@@ -33,13 +33,13 @@ examples:
   melt-export models/melt-tiny --out build/melt-tiny
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
 
-  melt-export ByteDance/Ouro-1.4B --out build/ouro --precision int4     from the hub: a LoopLM bundle
-  melt-export ByteDance/Ouro-1.4B --out build/melt-init --melt          a MELT checkpoint, to be trained
+  melt-export ByteDance/Ouro-1.4B --out build/ouro --precision int4     # from the hub: a LoopLM bundle
+  melt-export ByteDance/Ouro-1.4B --out build/melt-init --melt          # a MELT checkpoint, to be trained
 
   melt-export CHECKPOINT --out build/small --precision int4 --eval-text book.txt
   melt-export CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
-  melt-export --shape melt-1.6b --out build/bench --precision int4      random weights, for benchmarks
-  melt-export CHECKPOINT --out build/genai --format genai --loops 4     for ONNX Runtime GenAI, at a fixed depth
+  melt-export --shape melt-1.6b --out build/bench --precision int4      # random weights, for benchmarks
+  melt-export CHECKPOINT --out build/genai --format genai --loops 4     # for ONNX Runtime GenAI, at a fixed depth
 """
 
 
@@ -204,15 +204,20 @@ def _make_bundle(args: argparse.Namespace) -> str:
 
 def _make_genai(args: argparse.Namespace, options: "ExportOptions") -> str:
     """Writes a folder for ONNX Runtime GenAI; returns what was made."""
-    from melt_export.genai import export_genai
+    from melt_export.genai import decoder_loops, export_genai
     from melt_export.source import ExportError, checkpoint_source, random_source
+    from melt_models.checkpoint import examine_config
     from melt_models.hub import checkpoint_folder
 
     require_absent(args.out, ExportError)
     if args.shape is not None:
         source = random_source(shape_config(args.shape))
     else:
-        source = checkpoint_source(checkpoint_folder(args.checkpoint))
+        folder = checkpoint_folder(args.checkpoint)
+        config, _ = examine_config(folder, [])
+        if config is not None:  # before every weight is read, where all faults are told
+            decoder_loops(config, args.loops, options)
+        source = checkpoint_source(folder)
     manifest = export_genai(source, args.out, args.loops, options)
     return f"{args.out}: a decoder for ONNX Runtime GenAI; {summarize(args.out, manifest)}"
 

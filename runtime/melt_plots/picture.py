@@ -35,6 +35,28 @@ _STYLE = {
     "lines.markersize": 5,
 }
 
+_MATPLOTLIB = "pictures need matplotlib: pip install 'melt-onnx[plot]'"
+
+
+def require_picture_path(path: Path) -> None:
+    """Refuses what ``picture`` could not write, before the work that it would show.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write files of that ending; or the folder does not exist.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(_MATPLOTLIB) from error
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"a picture's file must end in one of .{', .'.join(kinds)}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+
 
 @contextmanager
 def picture(
@@ -62,7 +84,7 @@ def picture(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'melt-onnx[plot]'") from error
+        raise ValueError(_MATPLOTLIB) from error
     with rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLOURS)}):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left")

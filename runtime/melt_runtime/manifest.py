@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from melt_runtime.contract import (
 )
 from melt_runtime.errors import BundleError
 from melt_runtime.measured import Parity, Quality
+from melt_runtime.progress import Report
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -139,12 +141,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and sha256 of a file, read block by block."""
+def file_entry(path: Path, read: Callable[[int], None] = lambda _: None) -> FileEntry:
+    """Size and sha256 of a file, read block by block; ``read`` is told of the bytes of each."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
+            read(len(block))
     return FileEntry(path.stat().st_size, digest.hexdigest())
 
 
@@ -175,18 +178,32 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: str | Path, manifest: Manifest, unchanged: frozenset[str] = frozenset()) -> None:
+def check_files(
+    folder: str | Path,
+    manifest: Manifest,
+    unchanged: frozenset[str] = frozenset(),
+    progress: Report | None = None,
+) -> None:
     """Compares size and sha256 of every file with the manifest.
 
     Args:
         folder: the bundle.
         manifest: what it should hold.
         unchanged: files that were compared before and have not changed since; only their size is compared again.
+        progress: told of the bytes that were read.
 
     Raises:
         BundleError: lists every file that is missing, truncated, longer or altered.
     """
     faults = []
+    done, total = 0, sum(entry.size for name, entry in manifest.files.items() if name not in unchanged)
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress("checking files", done, total)
+
     for name, entry in manifest.files.items():
         path = Path(folder) / name
         if not path.is_file():
@@ -197,7 +214,7 @@ def check_files(folder: str | Path, manifest: Manifest, unchanged: frozenset[str
             faults.append(f"{name} is truncated: {size} bytes, expected {entry.size}")
         elif size > entry.size:
             faults.append(f"{name} is too large: {size} bytes, expected {entry.size}")
-        elif name not in unchanged and file_entry(path).sha256 != entry.sha256:
+        elif name not in unchanged and file_entry(path, read).sha256 != entry.sha256:
             faults.append(f"{name} was altered: its sha256 differs from the manifest's")
     if faults:
         raise BundleError(f"{folder} is damaged:\n  " + "\n  ".join(faults) + f"\n{REMAKE}")

@@ -15,6 +15,7 @@ from melt_runtime.loop import LoopRunner, Progress, Sessions
 from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
 from melt_runtime.opening import check_bundle, check_vocabulary, open_sessions, require_memory, with_memory_limit
 from melt_runtime.plan import StatePlan, plan_state
+from melt_runtime.progress import Report
 from melt_runtime.providers import ProviderChoice, check_threads, choose_provider
 from melt_runtime.session import DepthNotice, Prompt, Session
 from melt_runtime.state import State
@@ -64,6 +65,7 @@ class MeltModel:
         kv_cache: KVCacheKind = "float",
         cache: LoadCache | None = None,
         cuda: CudaOptions | None = None,
+        progress: Report | None = None,
     ) -> "MeltModel":
         """Loads a bundle and allocates its state.
 
@@ -81,6 +83,7 @@ class MeltModel:
                 memory and read less of it per token, at the cost that ``manifest.quality`` states.
             cache: folder that makes the next load of a large bundle fast; default: the user's.
             cuda: how a CUDA device is used: graphs, TF32, a limit of its memory.
+            progress: told what is done, and how much of it: a large bundle takes seconds, the first time above all.
 
         Raises:
             BundleError: the bundle is missing, damaged or not for this version.
@@ -97,11 +100,11 @@ class MeltModel:
         require_memory(provider, manifest, plan)
         provider = with_memory_limit(provider, manifest, plan)
         cache = LoadCache() if cache is None else cache
-        check_bundle(folder, manifest, cache)
+        check_bundle(folder, manifest, cache, progress)
         codec = TextCodec.read(folder)
         check_vocabulary(codec, manifest.model)
         defaults = read_generation_config(folder / GENERATION_CONFIG_NAME, manifest.model.vocab_size)
-        sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache)
+        sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache, progress)
         return cls(manifest, provider, sessions, codec, defaults, plan)
 
     @property

@@ -15,6 +15,7 @@ from melt_runtime.loop import Sessions
 from melt_runtime.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.plan import StatePlan
 from melt_runtime.prepacked import open_graph
+from melt_runtime.progress import Report
 from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session
 from melt_runtime.text import TextCodec
 
@@ -22,17 +23,17 @@ _LIBRARY_ROOM = 256 << 20
 _SHOWN = 8
 
 
-def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
+def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache, progress: Report | None = None) -> None:
     """Compares every file with the manifest; large bundles only once, as long as their files do not change.
 
     Raises:
         BundleError: lists every file that is missing, truncated, longer or altered.
     """
     if manifest.weight_bytes < cache.min_bytes:
-        check_files(folder, manifest)
+        check_files(folder, manifest, progress=progress)
         return
     unchanged = cache.unchanged(folder, manifest)
-    check_files(folder, manifest, unchanged)
+    check_files(folder, manifest, unchanged, progress)
     if unchanged != frozenset(manifest.files):
         with suppress(OSError):  # then it is compared again next time; the prepacked copy's warning names the folder
             cache.remember(folder, manifest)
@@ -85,6 +86,7 @@ def open_sessions(
     threads: int | None = None,
     kv_cache: KVCacheKind = "float",
     cache: LoadCache | None = None,
+    progress: Report | None = None,
 ) -> Sessions:
     """Opens a bundle's graphs and compares them with its manifest: inputs, outputs, and what they say of their model.
 
@@ -99,16 +101,19 @@ def open_sessions(
         threads: CPU threads inside an operator.
         kv_cache: which of the bundle's loops.
         cache: for prepacked copies; default: none are made or used.
+        progress: told of each graph.
 
     Raises:
         BundleError: a graph that cannot be read, or is another than the manifest says.
     """
     opened = {}
+    tell = progress or (lambda what, done, total: None)
     for role, name in (("embed", "embed"), ("loop", loop_graph(kv_cache)), ("head", "head")):
+        tell(f"opening {name}.onnx", 0, 0)
         if cache is None:
             opened[role] = make_session(folder / f"{name}.onnx", provider, threads)
         else:
-            opened[role] = open_graph(folder, name, manifest, provider, threads, cache)
+            opened[role] = open_graph(folder, name, manifest, provider, threads, cache, tell)
         _check_graph(name, opened[role], manifest)
     for name in ("greedy", "sample") if provider.device == "cuda" else ():
         # Never captured: their token goes to the host, which a captured graph could not do.

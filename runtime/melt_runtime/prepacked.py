@@ -20,6 +20,7 @@ from melt_runtime.errors import BundleError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import WEIGHTS_NAME, Manifest
 from melt_runtime.plan import stored_type
+from melt_runtime.progress import Report
 from melt_runtime.providers import ProviderChoice, make_session, session_options
 
 _GRAPH = "graph.onnx"
@@ -31,7 +32,13 @@ _ROOM = 2.5  # bytes of disk that a copy may take, over those of its bundle's we
 
 
 def open_graph(
-    folder: Path, name: str, manifest: Manifest, choice: ProviderChoice, threads: int | None, cache: LoadCache
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    choice: ProviderChoice,
+    threads: int | None,
+    cache: LoadCache,
+    progress: Report,
 ) -> ort.InferenceSession:
     """Opens one graph of a bundle, on the CPU through a prepacked copy where the bundle is large.
 
@@ -44,6 +51,7 @@ def open_graph(
         choice: the provider.
         threads: CPU threads inside an operator.
         cache: where copies are kept.
+        progress: told where a copy is made.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
@@ -56,7 +64,10 @@ def open_graph(
     obstacle: str | Exception = "it is deleted again and again"
     for _ in range(_TRIES):
         try:
-            copy = cache.find(key) or _make_copy(key, path, manifest, choice, cache)
+            copy = cache.find(key)
+            if copy is None:
+                progress(f"making a copy of {name}.onnx that the next load is fast from", 0, 0)
+                copy = _make_copy(key, path, manifest, choice, cache)
         except (OSError, BundleError) as error:
             obstacle = error
             break

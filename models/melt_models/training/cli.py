@@ -4,7 +4,7 @@
 
 Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
 outputs included. Stopped at any point, the same command goes on from the last checkpoint. The model is OUT/model; the
-next step is: python export.py OUT/model --out BUNDLE
+next step is: melt-export OUT/model --out BUNDLE
 """
 
 import argparse
