@@ -30,8 +30,9 @@ from melt_runtime.measured import LossLimit
 TEXT = "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. " * 12
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("kind", ["elementwise", "scalar", "none"])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("int8", "elementwise"), ("int4", "elementwise"), ("int4", "scalar"), ("int4", "none")]
+)
 def test_quantized_graphs_compute_what_torch_does_with_the_rounded_weights(random_bundle, precision, kind):
     """With unrounded activations the comparison is as close as at float32: nothing is packed in a wrong place."""
     parity = read_manifest(random_bundle(precision, verified=True, gate_kind=kind)).parity
