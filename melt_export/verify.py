@@ -69,6 +69,7 @@ def verify_bundle(
     chunk = min(config.chunk_size, _BRIEF_CHUNK) if brief else config.chunk_size
     count = _BRIEF_STEPS if brief else DECODE_STEPS
     prompt = random_ids(config, chunk, config.max_position_embeddings // 2) if prompt is None else prompt
+    chunk = min(chunk, len(prompt))
     exact = PARITY["quantized" if _is_quantized(manifest) else manifest.activations]
     lanes: list[_Lane] = []
     for kind in bar(manifest.kv_caches, "KV cache", "ONNX Runtime"):
@@ -104,7 +105,7 @@ def _exact_sessions(folder: Path, manifest: Manifest, kind: KVCacheKind) -> Sess
 
 
 def _is_quantized(manifest: Manifest) -> bool:
-    return any(" block " in name for name in manifest.quantization["formats"])
+    return any(" block " in name for name in manifest.quantization.formats)
 
 
 @dataclass

@@ -74,7 +74,7 @@ def environment(name: str, *requirements: str) -> Path:
     if not ready.is_file() or ready.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
         pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", *requirements], check=True)
+        subprocess.run([*pip, "-c", ROOT / "constraints-torch.txt", *requirements], check=True)
         ready.write_text(wanted)
     return venv / "bin"
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from melt_runtime import bench, cli_bench, read_manifest
-from melt_runtime.bench import BenchOptions, read_bandwidth, run_bench
+from melt_runtime.bench import BenchOptions, run_bench
+from melt_runtime.bench_report import plot_rows
 from melt_runtime.cli import main
 from melt_runtime.plan import plan_state
 
@@ -72,6 +73,14 @@ def test_the_command_prints_writes_and_draws(random_bundle, capsys, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_decoded_is_nothing_to_draw(rows, tmp_path):
+    prompts = [row for row in rows if row.kind == "prefill"]
+    for nothing in ([], prompts):
+        with pytest.raises(ValueError, match="nothing to draw: --plot shows decoding"):
+            plot_rows(nothing, tmp_path / "empty.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_shape_is_made_once_by_the_exporter(tmp_path, capsys, monkeypatch):
     """In a process of its own, so that torch's memory is not the bench's."""
     commands = []
@@ -115,5 +124,10 @@ def test_shapes_need_the_exporter(monkeypatch, capsys, tmp_path):
     assert "pip install 'melt-onnx[export]'" in capsys.readouterr().err
 
 
-def test_memory_is_read_at_a_believable_rate():
-    assert 1e8 < read_bandwidth(1) < 1e12
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bandwidth_is_bytes_over_the_median_of_five_times(monkeypatch, threads):
+    """Every byte once a time, whatever the number of threads; a clock that stalls once changes nothing."""
+    moments = iter((0.0, 0.5, 1.0, 1.5, 2.0, 9.0, 10.0, 10.5, 11.0, 11.5))
+    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(moments))
+    assert bench._read_memory(threads) == (1 << 20) / 0.5

@@ -34,8 +34,7 @@ def tiny(tmp_path_factory):
 
 def logits(model: MeltModel, loops: int) -> np.ndarray:
     """After a prompt and after each of eight given tokens, [9, V]."""
-    runner = model.session.runner
-    runner.state.reset()
+    runner = model.new_runner()
     found = [runner.prefill(PROMPT, loops).copy()]
     found += [runner.decode([token], loops)[0].copy() for token in range(8)]
     return np.stack(found)
@@ -85,7 +84,7 @@ def test_device_and_host_choose_the_same_greedy_tokens(tiny):
     model = MeltModel.load(tiny, device="cuda", capacity=256)
     settings = {"temperature": 0.0, "max_new_tokens": 100, "stop_ids": ()}
     on_device = model.generate(PROMPT, **settings)
-    sampler, model.session.runner.sampler = model.session.runner.sampler, None
+    sampler, model.session._runner.sampler = model.session._runner.sampler, None
     assert sampler is not None
     assert model.generate(PROMPT, **settings).token_ids == on_device.token_ids
 
@@ -102,7 +101,7 @@ def test_memory_is_the_same_for_every_depth_and_every_token(tiny):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_speed_is_reported(tiny, graphs, capsys):
     """Prints milliseconds a token by loops; the figures themselves are not judged."""
-    runner = MeltModel.load(tiny, device="cuda", capacity=512, cuda=CudaOptions(graphs=graphs)).session.runner
+    runner = MeltModel.load(tiny, device="cuda", capacity=512, cuda=CudaOptions(graphs=graphs)).new_runner()
     for loops in (1, 2, 4):
         runner.state.reset()
         runner.prefill(PROMPT, loops)

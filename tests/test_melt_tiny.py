@@ -43,7 +43,7 @@ def test_export_verified_every_loop(tiny_bundle):
 def test_logits_equal_the_goldens(model, loops):
     model.reset()
     expected = np.array(GOLDEN["loops"][str(loops)]["logits"])
-    actual = model.session.runner.prefill(GOLDEN["prompt"], loops)
+    actual = model.new_runner().prefill(GOLDEN["prompt"], loops)
     assert_close(actual, expected, GOLDEN_LOGITS)
 
 

@@ -148,12 +148,12 @@ def test_auto_classes_round_trip(tmp_path, tied):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate_kind": "maybe"}, "gate_kind must be one of none, elementwise"),
+        ({"gate_kind": "maybe"}, "gate_kind must be 'none', 'elementwise'"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
         ({"head_dim": 15}, "head_dim must be even"),
         ({"total_ut_steps": 0}, "total_ut_steps must be at least 1, got 0"),
         ({"chunk_size": -1}, "chunk_size must be at least 1, got -1"),
-        ({"gate_ema": 1.5}, r"gate_ema must be in \[0, 1\], got 1.5"),
+        ({"gate_ema": 1.5}, "gate_ema must be at most 1, got 1.5"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}}, "rope_type must be 'default'"),
         ({"sliding_windows": 4}, r"unknown configuration keys \['sliding_windows'\]"),

@@ -50,7 +50,7 @@ def test_mixed_precision_lies_between(random_bundle):
         "int8": random_bundle("int8", verified=True),
     }
     manifests = {name: read_manifest(bundle) for name, bundle in bundles.items()}
-    kinds = manifests["mixed"].quantization["formats"]
+    kinds = manifests["mixed"].quantization.formats
     assert {"float32", "int4 block 64", "int8 block 32", "int8 block 64"} <= set(kinds)
     errors = {name: last_error(manifest, "float") for name, manifest in manifests.items()}
     assert errors["int8"] < errors["int4"]

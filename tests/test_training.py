@@ -16,6 +16,7 @@ from melt_models.modeling import KVCache
 from melt_models.training import Phase, Recipe, TrainingError, read_recipe
 from melt_models.training.forward import TrainingCache, forward_chunk
 from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
+from melt_models.training.recipe_files import RECIPES, recipe_path
 from melt_models.training.trainer import draw_step
 
 LENGTH, CHUNK, LOOPS = 24, 8, 4
@@ -206,7 +207,7 @@ def test_steps_are_drawn_from_recipe_and_number_alone():
 
 
 def test_the_papers_recipe_has_the_papers_numbers():
-    recipe = read_recipe(ROOT / "models" / "recipes" / "ouro-1.4b.toml")
+    recipe = read_recipe(recipe_path("ouro-1.4b"))
     assert recipe.chunk_sizes == (500,)
     assert recipe.batch_size * 10_000 == 320_000
     assert (recipe.base_learning_rate, recipe.gate_learning_rate) == (8e-6, 5e-4)
@@ -239,8 +240,19 @@ def write(path: Path, text: str) -> Path:
     [
         ("batch_size = 4", "batch_size = 3", "batch_size must be a multiple of micro_batch_size 2, got 3"),
         ("\nbatch_size = 4", "", "batch_size is missing"),
-        ("\nbatch_size = 4", "\nbatch_size = 4.5", "batch_size must be int, got 4.5"),
-        ("chunk_sizes = [8]", 'chunk_sizes = ["8"]', r"chunk_sizes must be a list of int, got \('8',\)"),
+        ("\nbatch_size = 4", "\nbatch_size = 4.5", "batch_size must be int of at most 1000000000, got 4.5"),
+        ("batch_size = 4", "batch_size = '4'", "batch_size must be int of at most 1000000000, got '4'"),
+        ("batch_size = 4", "batch_size = true", "batch_size must be int of at most 1000000000, got True"),
+        ("batch_size = 4", "batch_size = -4", "batch_size must be at least 1, got -4"),
+        ("chunk_sizes = [8]", f"chunk_sizes = [{2**70}]", "chunk_sizes must be a list of int, got"),
+        ("chunk_sizes = [8]", "seed = -1\nchunk_sizes = [8]", "seed must be at least 0, got -1"),
+        ("1e-3", "nan", "base_learning_rate must be a finite number, got nan"),
+        ("1e-3", "inf", "base_learning_rate must be a finite number, got inf"),
+        ("1e-3", "true", "base_learning_rate must be a finite number, got True"),
+        ("cross_entropy = 1", "cross_entropy = nan", "transition.cross_entropy must be a finite number, got nan"),
+        ("cross_entropy = 1", "cross_entropy = -1", "transition must be made of weights of at least 0"),
+        ("chunk_sizes = [8]", "chunk_sizes = " + "[" * 5000, "is not TOML"),
+        ("chunk_sizes = [8]", 'chunk_sizes = ["8"]', r"chunk_sizes must be a list of int, got \['8'\]"),
         ("chunk_sizes = [8]", "chunk_sizes = []", r"chunk_sizes must be one or more numbers of at least 0, got \[\]"),
         ("chunk_sizes", "gate_kind = 'none'\nchunk_sizes", "gate_kind must be one of elementwise, .*, got 'none'"),
         ("chunk_sizes", "precision = 'float16'\nchunk_sizes", "precision must be one of float32, bfloat16"),
@@ -261,9 +273,27 @@ def test_a_bad_recipe_is_refused_with_key_and_rule(tmp_path, old, new, message):
     assert "bad.toml" in str(caught.value)
 
 
+def test_every_fault_of_a_recipe_is_named_at_once(tmp_path):
+    text = GOOD.replace("micro_batch_size = 2", "micro_batch_size = '2'").replace("cross_entropy = 1", "cross = 1")
+    with pytest.raises(TrainingError) as caught:
+        read_recipe(write(tmp_path / "bad.toml", text.replace("[distillation]\nsteps = 2", "[distillation]")))
+    for fault in ("unknown key transition.cross", "distillation.steps is missing", "micro_batch_size must be int"):
+        assert fault in str(caught.value)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "bad.toml").write_bytes(GOOD.encode("utf-16"))
+    with pytest.raises(TrainingError, match="bad.toml is not TOML: .* codec can't decode"):
+        read_recipe(tmp_path / "bad.toml")
+    with pytest.raises(TrainingError, match="cannot be read: Is a directory"):
+        read_recipe(tmp_path)
+
+
 def test_every_recipe_that_ships_can_be_read():
-    recipes = sorted((ROOT / "models" / "recipes").glob("*.toml"))
+    recipes = sorted(RECIPES.glob("*.toml"))
     assert len(recipes) >= 3
     assert all(read_recipe(path).steps > 0 for path in recipes)
     with pytest.raises(TrainingError, match="cannot be read: No such file"):
-        read_recipe(ROOT / "nowhere.toml")
+        read_recipe(recipe_path(str(ROOT / "nowhere.toml")))
+    with pytest.raises(TrainingError, match="a .toml file or one of melt-tiny, melt-tiny-short, ouro-1.4b, smoke, got"):
+        recipe_path("ouro")

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
-from melt_layers import Frame, GateLinear, KeyValue, Layer, RMSNorm
+from melt_layers import Frame, GateLinear, KeyValue, Layer, RMSNorm, run_loops
 from melt_models.configuration import MeltConfig
 
 GATE_INIT_STD = 1e-3
@@ -105,20 +105,18 @@ class MeltBackbone(MeltPreTrainedModel):
         Returns:
             The normed value after every loop, ``loops`` tensors [B, C, D].
         """
-        chunk = input_ids.shape[1]
-        frame = Frame.of(self.config, cache.length, chunk, input_ids.device)
-        hidden = self.embed_tokens(input_ids)
-        latents: list[Tensor | None] = [None] * len(self.layers)
-        states = []
-        for loop_idx in range(loops):
-            for layer_idx, layer in enumerate(self.layers):
-                past = cache.past(loop_idx, layer_idx)
-                hidden, latents[layer_idx], present = layer(hidden, latents[layer_idx], past, frame, loop_idx)
-                if cache.per_loop or loop_idx == loops - 1:
-                    cache.store(loop_idx, layer_idx, present)
-            hidden = self.norm(hidden)
-            states.append(hidden)
-        cache.length += chunk
+        frame = Frame.of(self.config, cache.length, input_ids.shape[1], input_ids.device)
+
+        def run_layer(
+            layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
+        ) -> tuple[Tensor, Tensor]:
+            x, latent, present = layer(x, latent, cache.past(loop_idx, layer_idx), frame, loop_idx)
+            if cache.per_loop or loop_idx == loops - 1:
+                cache.store(loop_idx, layer_idx, present)
+            return x, latent
+
+        states = run_loops(self.embed_tokens(input_ids), self.layers, self.norm, loops, run_layer)
+        cache.length += input_ids.shape[1]
         return states
 
     def forward(
@@ -198,3 +196,7 @@ class MeltCausalLM(MeltPreTrainedModel):
             out = self(tokens[-1], past_key_values=out.cache, loops=loops, chunk_size=1)
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
         return torch.cat(tokens, dim=1)
+
+
+AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
+AutoModelForCausalLM.register(MeltConfig, MeltCausalLM, exist_ok=True)

@@ -1,11 +1,56 @@
-"""The text of ``melt info``: what a bundle holds, how close it is to torch, what its rounding costs."""
+"""The command ``melt info``: what a bundle holds, how close it is to torch, what its rounding costs."""
 
+import argparse
+import shutil
+import textwrap
 from pathlib import Path
 
-from melt_runtime.contract import KVCacheKind
-from melt_runtime.manifest import Manifest
+from melt_runtime.cli_options import add_bundle
+from melt_runtime.contract import KVCacheKind, ModelShape
+from melt_runtime.generation_config import describe_defaults, read_generation_config
+from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
 from melt_runtime.measured import Parity, Quality
 from melt_runtime.memory import format_bytes
+from melt_runtime.progress import Line
+
+_EPILOG = """\
+examples:
+  melt info build/melt-tiny
+  melt info build/melt-tiny --graphs
+"""
+_INDENT = 12
+_NARROWEST, _WIDEST = 60, 120
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``melt info``."""
+    parser.description = (
+        "Compare every file of a bundle with its manifest, then say what it holds: the model, its defaults, how far it "
+        "was from torch, what its rounding costs."
+    )
+    parser.epilog = _EPILOG
+    add_bundle(parser)
+    parser.add_argument("--graphs", action="store_true", help="list every input and output of the graphs too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares every file with the manifest, then prints what that says.
+
+    Raises:
+        BundleError: no bundle, or a damaged one.
+    """
+    manifest = read_manifest(args.bundle)
+    with Line("B") as line:
+        check_files(args.bundle, manifest, progress=line)
+    width = min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)
+    for text in describe_bundle(args.bundle, manifest, graphs=args.graphs).splitlines():
+        print(_wrap(text, width))
+
+
+def _wrap(line: str, width: int) -> str:
+    """One line of the report as several, if it is long; what a terminal would obey is shown in its place."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return textwrap.fill(shown, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> str:
@@ -24,8 +69,9 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
         f"positions   {shape.max_positions} tokens at most",
         f"loops       trained with {shape.trained_loops}; gate {shape.gate_kind}, KV cache {shape.cache_kind}",
         f"chunk       {shape.trained_chunk} tokens in parallel in prefill",
-        f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding['formats'])})",
-        *(f"            layers {pattern}: {precision}" for pattern, precision in rounding["layers"].items()),
+        *_defaults(folder, shape),
+        f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding.formats)})",
+        *(f"            layers {pattern}: {precision}" for pattern, precision in rounding.layers.items()),
         f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.activations}",
         f"made for    {', '.join(manifest.providers)}",
         f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}",
@@ -39,6 +85,14 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
                 for tensor in tensors:
                     lines.append(f"  {mark} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
     return "\n".join(lines)
+
+
+def _defaults(folder: Path, shape: ModelShape) -> list[str]:
+    said = read_generation_config(folder / GENERATION_CONFIG_NAME, shape.vocab_size)
+    fields = describe_defaults(said, shape.trained_loops)
+    return [
+        f"{'defaults' if number == 0 else '':<11} {name} {value}" for number, (name, value) in enumerate(fields.items())
+    ]
 
 
 def _parity(parity: Parity | None) -> list[str]:

@@ -42,6 +42,11 @@ class MemoryPlan:
         return self.total_bytes + self.program_bytes + self.state.activation_bytes
 
     @property
+    def kv_cache_name(self) -> str:
+        """How keys and values are stored, for people: ``int4``, though its bytes are those of uint8."""
+        return self.state.dtype if self.state.kv_cache == "float" else self.state.kv_cache
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values that one more token of capacity costs."""
         return self.state.cache_bytes // (self.state.batch * self.state.capacity)
@@ -85,7 +90,7 @@ def format_plan(plan: MemoryPlan) -> str:
     """The plan as a table."""
     state = plan.state
     more = plan.per_loop.total_bytes - state.total_bytes
-    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {state.cache_dtype}"
+    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {plan.kv_cache_name}"
     rows = (
         ("weights", plan.weight_bytes, plan.weight_bytes),
         ("KV cache", state.cache_bytes, plan.per_loop.cache_bytes),

@@ -1,37 +1,57 @@
 """Opens a bundle on a device: its files checked, its memory found to suffice, its graphs as the manifest says."""
 
+import json
+import reprlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
+from melt_runtime.contract import METADATA_KEY, KVCacheKind, ModelShape, graph_metadata, loop_graph
 from melt_runtime.cuda import free_memory
 from melt_runtime.errors import BundleError, ProviderError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import Sessions
-from melt_runtime.manifest import Manifest, check_files
+from melt_runtime.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.plan import StatePlan
 from melt_runtime.prepacked import open_graph
+from melt_runtime.progress import Report
 from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session
+from melt_runtime.text import TextCodec
 
 _LIBRARY_ROOM = 256 << 20
+_SHOWN = 8
 
 
-def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache) -> None:
+def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache, progress: Report | None = None) -> None:
     """Compares every file with the manifest; large bundles only once, as long as their files do not change.
 
     Raises:
         BundleError: lists every file that is missing, truncated, longer or altered.
     """
     if manifest.weight_bytes < cache.min_bytes:
-        check_files(folder, manifest)
+        check_files(folder, manifest, progress=progress)
         return
     unchanged = cache.unchanged(folder, manifest)
-    check_files(folder, manifest, unchanged)
+    check_files(folder, manifest, unchanged, progress)
     if unchanged != frozenset(manifest.files):
         with suppress(OSError):  # then it is compared again next time; the prepacked copy's warning names the folder
             cache.remember(folder, manifest)
+
+
+def check_vocabulary(codec: TextCodec, shape: ModelShape) -> None:
+    """Refuses a tokenizer whose texts become tokens that the model has not.
+
+    Raises:
+        BundleError: names some of them.
+    """
+    size = shape.vocab_size
+    unknown = {token: text for text, token in codec.tokenizer.get_vocab().items() if token >= size}
+    if unknown:
+        shown = ", ".join(f"{token} {unknown[token][:40]!r}" for token in sorted(unknown)[:_SHOWN])
+        raise BundleError(
+            f"{TOKENIZER_NAME}: {len(unknown)} token ids must be below vocab_size ({size}), such as {shown}; {REMAKE}"
+        )
 
 
 def require_memory(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> None:
@@ -66,8 +86,13 @@ def open_sessions(
     threads: int | None = None,
     kv_cache: KVCacheKind = "float",
     cache: LoadCache | None = None,
+    progress: Report | None = None,
 ) -> Sessions:
-    """Opens a bundle's graphs and compares their inputs and outputs with its manifest.
+    """Opens a bundle's graphs and compares them with its manifest: inputs, outputs, and what they say of their model.
+
+    That is all that a reader can know of a graph without running it. Graphs are programs: one that another wrote may
+    say the right things and compute others, for any time, in any memory. Trust a bundle by who made it; the manifest's
+    hashes say that its files are the ones that were made.
 
     Args:
         folder: the bundle.
@@ -76,32 +101,44 @@ def open_sessions(
         threads: CPU threads inside an operator.
         kv_cache: which of the bundle's loops.
         cache: for prepacked copies; default: none are made or used.
+        progress: told of each graph.
 
     Raises:
         BundleError: a graph that cannot be read, or is another than the manifest says.
     """
     opened = {}
+    tell = progress or (lambda what, done, total: None)
     for role, name in (("embed", "embed"), ("loop", loop_graph(kv_cache)), ("head", "head")):
+        tell(f"opening {name}.onnx", 0, 0)
         if cache is None:
             opened[role] = make_session(folder / f"{name}.onnx", provider, threads)
         else:
-            opened[role] = open_graph(folder, name, manifest, provider, threads, cache)
-        _check_signature(name, opened[role], manifest.graphs[name])
+            opened[role] = open_graph(folder, name, manifest, provider, threads, cache, tell)
+        _check_graph(name, opened[role], manifest)
     for name in ("greedy", "sample") if provider.device == "cuda" else ():
         # Never captured: their token goes to the host, which a captured graph could not do.
         plain = replace(provider, cuda=replace(provider.cuda, graphs=False))
         opened[name] = make_session(folder / f"{name}.onnx", plain, threads)
-        _check_signature(name, opened[name], manifest.graphs[name])
+        _check_graph(name, opened[name], manifest)
     return Sessions(**opened, replayed=provider.device == "cuda" and provider.cuda.graphs)
 
 
-def _check_signature(name: str, session: Any, spec: GraphSpec) -> None:
-    """Compares a session's inputs and outputs with the contract."""
-    for side, actual, expected in (
-        ("inputs", session.get_inputs(), spec.inputs),
-        ("outputs", session.get_outputs(), spec.outputs),
-    ):
+def _check_graph(name: str, session: Any, manifest: Manifest) -> None:
+    """Compares what a session says of its graph with the manifest."""
+    try:
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        said = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{name}.onnx does not say what it is: {error}; {REMAKE}") from error
+    faults, spec = [], manifest.graphs[name]
+    for side, actual, expected in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
         found = {(value.name, value.type, tuple(value.shape)) for value in actual}
         wanted = {(tensor.name, ORT_TYPES[tensor.dtype], tensor.shape) for tensor in expected}
         if found != wanted:
-            raise BundleError(f"{name}.onnx: {side} {sorted(map(str, found ^ wanted))} differ from the manifest")
+            faults.append(f"{side} {sorted(map(str, found ^ wanted))[:_SHOWN]} differ")
+    for field, value in graph_metadata(manifest.model, manifest.precision, manifest.activations).items():
+        theirs = said.get(field) if isinstance(said, dict) else None
+        if theirs != value or type(theirs) is not type(value):
+            faults.append(f"{field} is {reprlib.repr(value)} in the manifest, {reprlib.repr(theirs)} in the graph")
+    if faults:
+        raise BundleError("\n  ".join((f"{name}.onnx is not what the manifest says:", *faults)) + f"\n{REMAKE}")

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from melt_runtime.contract import KV_CACHES, KVCacheKind, ModelShape, cache_tensor
+from melt_runtime.arguments import shown, whole_number
+from melt_runtime.contract import KV_CACHES, MAX_LOOPS, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.manifest import Manifest
 
 DEFAULT_CAPACITY = 2048
 """Tokens of a session where the caller names no number and the model has as many positions."""
+
+MAX_BATCH = 4096
+"""Most sequences of one state."""
 
 _STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type; the bits are the same
 
@@ -49,17 +53,21 @@ class StatePlan:
         """Checks the sizes.
 
         Raises:
-            ValueError: a size below 1, a capacity beyond the model's positions, an unknown kind of KV cache.
+            ValueError: a size that is no whole number, below 1 or above its bound (the model's positions for a
+                capacity, the capacity for a chunk), or an unknown kind of KV cache.
         """
         if self.kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
-        for name in ("batch", "capacity", "chunk", "loops"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.capacity > self.shape.max_positions:
-            raise ValueError(
-                f"capacity must be at most {self.shape.max_positions} (max_positions), got {self.capacity}"
-            )
+            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {shown(self.kv_cache)}")
+        positions = self.shape.max_positions
+        capacity = whole_number("capacity", self.capacity, 1, positions, " (max_positions)")
+        sizes = {
+            "capacity": capacity,
+            "batch": whole_number("batch", self.batch, 1, MAX_BATCH),
+            "chunk": whole_number("chunk", self.chunk, 1, capacity, " (the capacity)"),
+            "loops": whole_number("loops", self.loops, 1, MAX_LOOPS),
+        }
+        for name, size in sizes.items():
+            object.__setattr__(self, name, size)
 
     @property
     def cache_sets(self) -> int:
@@ -106,7 +114,7 @@ class StatePlan:
         logits = 4 * self.batch * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
         ids = 8 * (self.batch + self.chunk)
-        bookkeeping = self.batch * (8 + self.capacity)
+        bookkeeping = self.batch * (8 + 2 * self.capacity)
         return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2) + bookkeeping
 
     @property
@@ -144,9 +152,14 @@ def plan_state(
     if kv_cache not in manifest.kv_caches:
         offered = ", ".join(manifest.kv_caches)
         raise ValueError(
-            f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {kv_cache!r}"
+            f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {shown(kv_cache)}"
         )
-    capacity = min(DEFAULT_CAPACITY, shape.max_positions) if capacity is None else capacity
+    most = shape.max_positions
+    capacity = (
+        min(DEFAULT_CAPACITY, most)
+        if capacity is None
+        else whole_number("capacity", capacity, 1, most, " (max_positions)")
+    )
     return StatePlan(
         shape=shape,
         dtype=manifest.activations,

@@ -1,10 +1,14 @@
-"""Pictures: what ``melt plan`` draws, and the empty figure that every picture begins with."""
+"""What ``melt plan`` draws: state against depth."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from melt_plots import picture
+from melt_runtime.contract import MAX_LOOPS
 from melt_runtime.memory import MemoryPlan
+
+_MOST_TICKS = 16
 
 
 def plot_plan(plan: MemoryPlan, path: Path) -> None:
@@ -13,31 +17,15 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    depths = list(range(1, max(8, 2 * plan.state.loops) + 1))
-    figure = new_figure(7, 4)
-    axes = figure.add_subplot()
-    for state, label, style in (
-        (plan.per_loop, "a KV cache per loop (LoopLM)", "s--"),
-        (plan.state, f"this bundle ({plan.state.shape.cache_kind} cache)", "o-"),
-    ):
-        axes.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
-    axes.set(xlabel="loops", ylabel="state, MB", ylim=(0, None))
-    axes.set_title(
-        f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.state.cache_dtype}"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, sizes in inches.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    depths = list(range(1, min(max(8, 2 * plan.state.loops), MAX_LOOPS) + 1))
+    ticks = depths[:: math.ceil(len(depths) / _MOST_TICKS)]
+    sizes = f"{plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.kv_cache_name}"
+    with picture(path, f"State for {sizes}", width=7) as (_, axes):
+        axis = axes[0, 0]
+        lines = [(plan.per_loop, "a KV cache per loop, as in a LoopLM", "s--")]
+        if plan.state.shape.cache_kind == "shared":
+            lines.append((plan.state, "this bundle: one KV cache for all loops", "o-"))
+        for state, label, style in lines:
+            axis.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
+        axis.set(xlabel="loops", ylabel="state, MB", ylim=(0, None), xticks=ticks)
+        axis.legend(loc="upper left")

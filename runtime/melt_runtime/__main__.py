@@ -1,0 +1,7 @@
+"""``python -m melt_runtime``: the command ``melt``, where its script is not on the path."""
+
+import sys
+
+from melt_runtime.cli import main
+
+sys.exit(main())
