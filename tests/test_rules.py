@@ -42,7 +42,7 @@ HERE = [name for name in PACKAGES if name != "transformers_melt"]
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
     {"errors", "contract", "version"},
-    {"arguments", "hold"},
+    {"arguments", "hold", "measured"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
     {"providers", "memory"},
