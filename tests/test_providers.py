@@ -98,7 +98,7 @@ def test_unknown_devices_are_refused(monkeypatch, device):
 
 def test_a_bundle_for_cuda_alone_is_refused_on_the_cpu(monkeypatch):
     pretend(monkeypatch, devices=0)
-    command = "python export.py CHECKPOINT --out BUNDLE --precision int4"
+    command = "melt-export CHECKPOINT --out BUNDLE --precision int4"
     for device in ("cpu", "auto"):
         with pytest.raises(ProviderError, match=rf"made for cuda \(bfloat16 activations\), not for cpu: .*{command}"):
             choose_provider(device, "bfloat16")

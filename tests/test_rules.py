@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -110,6 +112,25 @@ def test_every_package_says_what_it_offers(package):
     assert isinstance(module.__all__, list)
     assert all(hasattr(module, name) for name in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)
+
+
+TOLERANCE = re.compile(
+    r"\b(?:atol|rtol|rel|abs)\s*=\s*[-(]*[\d.]"  # an argument that is a number
+    r"|allclose\(|testing\.assert_close\("  # what has a tolerance of its own where none is given
+    r"|[<>]=?\s*[\d.]+e-\d"  # a comparison with a small number
+)
+
+
+@pytest.mark.parametrize("folder", ["tests", "melt_export", "benchmarks"])
+def test_tolerances_stand_in_one_place(folder):
+    """``tolerances.py`` of the tests and of the exporter: a number beside a tensor knows nothing of its magnitude."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if path.name != "tolerances.py" and path != Path(__file__) and TOLERANCE.search(line)
+    ]
+    assert found == []
 
 
 def test_files_stay_small():

@@ -108,7 +108,7 @@ def _add(
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if bundle:
-        parser.add_argument("bundle", type=Path, help="folder written by export.py")
+        parser.add_argument("bundle", type=Path, help="folder written by melt-export")
     return parser
 
 

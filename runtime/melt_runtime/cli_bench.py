@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``melt bench``."""
     defaults = BenchOptions()
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("bundles", nargs="*", type=Path, help="folders written by export.py")
+    parser.add_argument("bundles", nargs="*", type=Path, help="folders written by melt-export")
     parser.add_argument(
         "--shape",
         action="append",

@@ -68,7 +68,7 @@ class MeltModel:
         """Loads a bundle and allocates its state.
 
         Args:
-            bundle: folder written by ``export.py``.
+            bundle: folder written by ``melt-export``.
             device: ``cpu``, ``cuda``, ``cuda:1`` for another than the first, or ``auto``, which takes CUDA where it can
                 run and says why in ``provider``.
             capacity: tokens that prompt and answers of a session may take together; default: 2048, or as many

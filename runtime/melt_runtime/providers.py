@@ -97,7 +97,7 @@ def _mismatch(device: DeviceKind, activations: str) -> str:
     made_for = " or ".join(PROVIDERS[activations])
     return (
         f"this bundle was made for {made_for} ({activations} activations), not for {device}: "
-        f"make another with python export.py CHECKPOINT --out BUNDLE {right}"
+        f"make another with melt-export CHECKPOINT --out BUNDLE {right}"
     )
 
 
