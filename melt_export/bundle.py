@@ -256,7 +256,7 @@ def _judge(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest
         raise LossError(describe_loss(manifest, "float"))
     for kind in beyond:
         if options.allow_loss:
-            options.report(f"note: allowed: {describe_loss(manifest, kind)}")
+            options.report(f"note: {describe_loss(manifest, kind)}")
             continue
         options.report(f"note: left out: {describe_loss(manifest, kind)}")
         name = loop_graph(kind)

@@ -204,15 +204,20 @@ def _make_bundle(args: argparse.Namespace) -> str:
 
 def _make_genai(args: argparse.Namespace, options: "ExportOptions") -> str:
     """Writes a folder for ONNX Runtime GenAI; returns what was made."""
-    from melt_export.genai import export_genai
+    from melt_export.genai import decoder_loops, export_genai
     from melt_export.source import ExportError, checkpoint_source, random_source
+    from melt_models.checkpoint import examine_config
     from melt_models.hub import checkpoint_folder
 
     require_absent(args.out, ExportError)
     if args.shape is not None:
         source = random_source(shape_config(args.shape))
     else:
-        source = checkpoint_source(checkpoint_folder(args.checkpoint))
+        folder = checkpoint_folder(args.checkpoint)
+        config, _ = examine_config(folder, [])
+        if config is not None:  # before every weight is read, where all faults are told
+            decoder_loops(config, args.loops, options)
+        source = checkpoint_source(folder)
     manifest = export_genai(source, args.out, args.loops, options)
     return f"{args.out}: a decoder for ONNX Runtime GenAI; {summarize(args.out, manifest)}"
 

@@ -8,20 +8,14 @@ from melt_runtime.errors import MeltError
 from melt_runtime.manifest import Manifest
 from melt_runtime.measured import LossLimit
 
-WEIGHT_LIMITS = {
+LIMITS = {
     "float32": LossLimit(1e-4, 0.99),
-    "float16": LossLimit(0.01, 0.97),
-    "bfloat16": LossLimit(0.03, 0.95),
-    "int8": LossLimit(0.05, 0.93),
-    "int4": LossLimit(0.3, 0.75),
+    "float16": LossLimit(0.01, 0.95),
+    "bfloat16": LossLimit(0.03, 0.9),
+    "int8": LossLimit(0.05, 0.85),
+    "int4": LossLimit(0.3, 0.65),
 }
-"""By precision of the weights, over a KV cache of the activations' type."""
-
-CACHE_LIMITS: dict[KVCacheKind, LossLimit] = {
-    "float": LossLimit(0.0, 1.0),
-    "int8": LossLimit(0.05, 0.93),
-    "int4": LossLimit(0.3, 0.75),
-}
+"""By precision of the weights, and by that of a quantized KV cache."""
 
 
 class LossError(MeltError):
@@ -29,11 +23,9 @@ class LossError(MeltError):
 
 
 def loss_limit(precision: str, kv_cache: KVCacheKind) -> LossLimit:
-    """The larger allowance of weights and KV cache."""
-    return LossLimit(
-        max(WEIGHT_LIMITS[precision].kl, CACHE_LIMITS[kv_cache].kl),
-        min(WEIGHT_LIMITS[precision].greedy_agreement, CACHE_LIMITS[kv_cache].greedy_agreement),
-    )
+    """What weights and KV cache may cost together: what the coarser of the two may alone."""
+    allowed = [LIMITS[precision]] + ([LIMITS[kv_cache]] if kv_cache != "float" else [])
+    return LossLimit(max(limit.kl for limit in allowed), min(limit.greedy_agreement for limit in allowed))
 
 
 def describe_loss(manifest: Manifest, kind: KVCacheKind) -> str:
@@ -41,10 +33,12 @@ def describe_loss(manifest: Manifest, kind: KVCacheKind) -> str:
     assert manifest.quality is not None
     found = manifest.quality.kv_cache[kind]
     assert found.limit is not None
-    what = f"{manifest.precision} weights" + ("" if kind == "float" else f" with an {kind} KV cache")
-    fix = "a smaller --block or some layers at --layer PATTERN=int8 cost less" if kind == "float" else "int8 costs less"
+    what, fix = f"{manifest.precision} weights cost", "--block 32 or --layer PATTERN=int8 cost less"
+    if kind != "float":
+        what, fix = f"an {kind} KV cache costs", f"over a float cache it is {manifest.quality.kv_cache['float'].kl:.3g}"
     return (
-        f"{what}: KL divergence from float32 {found.kl:.3g} (limit {found.limit.kl:g}), first choice equal for "
-        f"{100 * found.greedy_agreement:.1f} % (limit {100 * found.limit.greedy_agreement:g} %), over "
-        f"{manifest.quality.tokens} tokens of {manifest.quality.text}; {fix}, --allow-loss keeps it"
+        f"{what} more than is allowed: KL divergence from float32 {found.kl:.3g} (limit {found.limit.kl:g}), first "
+        f"choice equal for {100 * found.greedy_agreement:.1f} % (limit {100 * found.limit.greedy_agreement:g} %), over "
+        f"{manifest.quality.tokens} tokens of {manifest.quality.text}; {fix}, --allow-loss keeps "
+        f"{'them' if kind == 'float' else 'it'}"
     )

@@ -5,6 +5,7 @@ at its top.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ def chat_template(
         for name, token in tokens.items()
         if tokenizer is not None and tokenizer.token_to_id(token) is None
     ]
-    # A line of its own for each: the newline after a tag is dropped, so that the template begins where it began.
-    text = "".join(f"{{% set {name} = {_quote(token)} %}}\n" for name, token in tokens.items()) + text
+    if tokens:
+        text = "".join(f"{{% set {name} = {_quote(token)} %}}" for name, token in tokens.items()) + _begin_anywhere(
+            text
+        )
     if len(faults) == before:
         try:
             ChatTemplate(text)
@@ -151,6 +154,17 @@ def _ouro_tokens(config: MeltConfig, tokenizer: Tokenizer) -> dict[str, str]:
         return {}
     texts = {name.removesuffix("_id"): tokenizer.id_to_token(token) for name, token in ids.items()}
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def _begin_anywhere(template: str) -> str:
+    """A template that can stand behind a tag: as text, its first whitespace would be taken for that tag's."""
+    rest = template.lstrip()
+    space = re.sub("\r\n?", "\n", template[: len(template) - len(rest)])
+    if re.match(r"\{[%{#]-", rest):
+        space = ""
+    elif re.match(r"\{[%#](?!\+)", rest):  # lstrip_blocks: the line's own whitespace goes
+        space = space[: space.rfind("\n") + 1]
+    return (f"{{{{ {_quote(space)} }}}}" if space else "") + rest
 
 
 def _quote(text: str) -> str:

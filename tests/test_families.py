@@ -114,7 +114,7 @@ def test_the_chat_template_gets_the_corrected_tokens(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
     end = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")).id_to_token(2)
-    assert checkpoint_source(folder).chat_template.startswith(f'{{% set eos_token = "{end}" %}}\n')
+    assert checkpoint_source(folder).chat_template.startswith(f'{{% set eos_token = "{end}" %}}')
 
 
 def save_llama(folder, tied=True, **changes) -> LlamaForCausalLM:

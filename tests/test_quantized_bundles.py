@@ -1,6 +1,8 @@
 """L3 to L5: quantized weights and KV caches: structure exactly, cost as the manifest states it."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,18 @@ from melt_export import ExportError, ExportOptions, export_bundle, reference
 from melt_export.bundle import write_text_files
 from melt_export.calibrate import key_scales, value_scales
 from melt_export.cli import main
+from melt_export.limits import LIMITS
 from melt_export.probe import choose_probe
 from melt_export.quality import compare, trace_reference
 from melt_export.reference import reference_model
 from melt_export.source import checkpoint_source
+from melt_export.summary import summarize
 from melt_models import load_checkpoint
 from melt_models.evaluation import read_examples
 from melt_runtime import MeltModel, read_manifest
+from melt_runtime.cli_info import describe_bundle
+from melt_runtime.manifest import check_files
+from melt_runtime.measured import LossLimit
 
 TEXT = "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. " * 12
 
@@ -218,6 +225,72 @@ def test_a_given_text_is_what_is_measured(tmp_path):
     manifest = export_bundle(checkpoint, tmp_path / "out", ExportOptions("int8", text=TEXT))
     assert manifest.quality.text == "the given text"
     assert manifest.quality.tokens == 127  # half of the model's 256 positions, all but the first
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(random_model(), tmp_path / "checkpoint")
+
+
+def test_weights_that_cost_more_than_is_allowed_stop_the_export(checkpoint, tmp_path, capsys):
+    """Random weights are all outliers: 4 bits turn a random model into another one."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [str(checkpoint), "--out", str(tmp_path / "made" / "out"), "--eval-text", str(tmp_path / "text.txt")]
+    assert main([*command, "--precision", "int4"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    limit = LIMITS["int4"]
+    assert error.startswith("error: int4 weights cost more than is allowed: KL divergence from float32 ")
+    assert f"(limit {limit.kl:g}), first choice equal for " in error
+    assert f"% (limit {100 * limit.greedy_agreement:g} %), over 127 tokens of the given text" in error
+    assert error.endswith("--block 32 or --layer PATTERN=int8 cost less, --allow-loss keeps them")
+    assert list((tmp_path / "made").iterdir()) == []
+    assert main([*command, "--precision", "int4", "--allow-loss"]) == 0
+    said = capsys.readouterr()
+    assert "note: int4 weights cost more than is allowed" in said.err
+    manifest = read_manifest(tmp_path / "made" / "out")
+    assert manifest.kv_caches == ("float", "int8", "int4")
+    assert not manifest.quality.kv_cache["float"].within_limit
+    assert "beyond the limit" in describe_bundle(tmp_path / "made" / "out", manifest)
+
+
+def test_a_kv_cache_that_costs_more_than_is_allowed_is_left_out(checkpoint, tmp_path, monkeypatch):
+    """The bundle comes without it and says so; its cost stays in the manifest."""
+    monkeypatch.setitem(LIMITS, "int4", LossLimit(0.0, 1.0))
+    lines: list[str] = []
+    options = ExportOptions(text=TEXT, report=lines.append)
+    manifest = export_bundle(checkpoint, tmp_path / "out", options)
+    assert manifest == read_manifest(tmp_path / "out")
+    check_files(tmp_path / "out", manifest)
+    assert manifest.kv_caches == ("float", "int8")
+    assert not (tmp_path / "out" / "loop_int4.onnx").exists()
+    (note,) = (line for line in lines if line.startswith("note: "))
+    assert note.startswith("note: left out: an int4 KV cache costs more than is allowed: KL divergence from float32 ")
+    assert not manifest.quality.kv_cache["int4"].within_limit
+    assert "left out: beyond the limit" in describe_bundle(tmp_path / "out", manifest)
+    assert "int4 KV cache: " in summarize(tmp_path / "out", manifest)
+    with pytest.raises(ValueError, match="kv_cache must be one of float, int8, which this float32 bundle has"):
+        MeltModel.load(tmp_path / "out", device="cpu", kv_cache="int4")
+    kept = export_bundle(checkpoint, tmp_path / "kept", replace(options, allow_loss=True))
+    assert kept.kv_caches == ("float", "int8", "int4")
+
+
+def test_random_tokens_judge_nothing_and_the_summary_says_so(random_bundle):
+    manifest = read_manifest(random_bundle("int4", verified=True))
+    assert all(cost.limit is None and cost.within_limit for cost in manifest.quality.kv_cache.values())
+    assert "not judged: seeded random tokens do not say" in summarize(Path("out"), manifest)
+
+
+def test_what_four_bit_keys_and_values_cost_melt_tiny_is_said(tiny_bundle):
+    """At export and by ``melt info``: points of its own questions, where they are most."""
+    manifest = read_manifest(tiny_bundle)
+    points, loops, group = manifest.quality.most_lost("int4")
+    table = manifest.quality.kv_cache
+    lost = table["float"].exact_match[loops][group] - table["int4"].exact_match[loops][group]
+    assert points == 100 * lost > 0
+    assert manifest.quality.most_lost("float") is None
+    said = f"up to {points:.1f} points of exact answers"
+    assert f"costs {said} ({group}, {loops} loops)" in describe_bundle(tiny_bundle, manifest)
+    assert f"{said} lost ({group}, {loops} loops)" in summarize(tiny_bundle, manifest)
 
 
 def test_bad_options_leave_nothing_behind(tmp_path, capsys):

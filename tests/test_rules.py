@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -35,14 +37,16 @@ ALLOWED = {
         *("pydantic", "typing_extensions"),
         *("melt_files", "melt_layers", "melt_models", "melt_runtime", "melt_export"),
     },
-    "transformers_melt": {"torch", "transformers", "onnx", "optimum", "melt_layers", "transformers_melt"},
+    "transformers_melt": {
+        *("torch", "numpy", "onnx", "onnxruntime", "transformers", "optimum", "melt_layers", "transformers_melt"),
+    },
 }
 HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
 # Inside the runtime, an earlier floor never imports a later one.
 FLOORS = (
-    {"errors", "contract", "version"},
-    {"arguments", "hold"},
+    {"errors", "contract", "version", "streams", "progress"},
+    {"arguments", "hold", "measured"},
     {"manifest", "generation_config", "process_memory"},
     {"cuda", "load_cache", "plan"},
     {"providers", "memory"},
@@ -57,8 +61,8 @@ FLOORS = (
     {"generate"},
     {"session", "opening"},
     {"model", "chat"},
-    {"doctor"},
-    {"bench", "cli_info"},
+    {"doctor", "cli_options"},
+    {"bench", "cli_info", "cli_answer", "cli_cache", "cli_plan"},
     {"bench_report"},
     {"cli_bench"},
     {"cli_demo"},
@@ -110,6 +114,25 @@ def test_every_package_says_what_it_offers(package):
     assert isinstance(module.__all__, list)
     assert all(hasattr(module, name) for name in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)
+
+
+TOLERANCE = re.compile(
+    r"\b(?:atol|rtol|rel|abs)\s*=\s*[-(]*[\d.]"  # an argument that is a number
+    r"|allclose\(|testing\.assert_close\("  # what has a tolerance of its own where none is given
+    r"|[<>]=?\s*[\d.]+e-\d"  # a comparison with a small number
+)
+
+
+@pytest.mark.parametrize("folder", ["tests", "melt_export", "benchmarks"])
+def test_tolerances_stand_in_one_place(folder):
+    """``tolerances.py`` of the tests and of the exporter: a number beside a tensor knows nothing of its magnitude."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if path.name != "tolerances.py" and path != Path(__file__) and TOLERANCE.search(line)
+    ]
+    assert found == []
 
 
 def test_files_stay_small():

@@ -223,7 +223,7 @@ def test_the_template_holds_the_tokens_that_it_names(tmp_path):
     write_settings(tmp_path, **TOKENS, pad_token="🙂")
     (tmp_path / "chat_template.jinja").write_text("  x {{ messages[0].content }}{{ pad_token }}{{ eos_token }}")
     text, notes = taken_over(tmp_path)
-    assert text.startswith('{% set eos_token = "</s>" %}\n{% set pad_token = "🙂" %}\n  x ')
+    assert text.startswith('{% set eos_token = "</s>" %}{% set pad_token = "🙂" %}{{ "  " }}x {{ messages')
     assert render(text) == "  x hi🙂</s>"
     assert notes == tuple(
         f"the chat template's {name} is {token!r}, which is no token of the tokenizer: it is read letter by letter"
@@ -232,6 +232,17 @@ def test_the_template_holds_the_tokens_that_it_names(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert taken_over(tmp_path) == ("{{ messages[0].content }}", ())
     assert taken_over(tmp_path / "nowhere") == ("", ())
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", "\n\n", " \n  ", "\t", "\r\n \r\n", "\u00a0\n", " \u2028 "])
+@pytest.mark.parametrize(
+    "rest", ["x", "{% if 1 %}", "{%- if 1 %}", "{%+ if 1 %}", "{{ 1 }}", "{{- 1 }}", "{# #}", "{#- #}"]
+)
+def test_whitespace_before_the_first_tag_stays(space, rest, tmp_path):
+    template = f"{space}{rest}\n{{{{ eos_token }}}}" + "{% endif %}" * ("if" in rest)
+    write_settings(tmp_path, **TOKENS, chat_template=template)
+    expected = theirs(tmp_path).apply_chat_template(HELLO, tokenize=False)
+    assert render(taken_over(tmp_path)[0]) == expected
 
 
 def test_a_model_made_from_ouro_gets_the_right_tokens(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 
 from melt_models import progress
 from melt_models.tiny import evaluate, teacher, write_data
-from melt_models.training import TrainingError
 
 
 def work() -> None:
@@ -114,11 +113,3 @@ def test_odd_numbers_of_the_evaluation_are_refused(tmp_path, capsys, arguments):
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert evaluate.main([str(tmp_path)]) == 1
     assert "config.json" in capsys.readouterr().err
-
-
-def test_a_stage_of_another_recipe_is_an_error_of_training(tmp_path):
-    (tmp_path / "stage-1").mkdir()
-    (tmp_path / "stage-1" / "stage.json").write_text("[" * 3)
-    stages = (teacher.Stage(1, (0, 1), (2, 3), 1, teacher.NEVER, 1),)
-    with pytest.raises(TrainingError, match="is no record of a stage"):
-        teacher.Trainer(teacher.Recipe(batch=2, questions=2), tmp_path, stages).run()

@@ -432,8 +432,8 @@ def test_texts_and_chats_become_rows_of_one_length(teacher, tmp_path):
     ("name", "text", "length", "message"),
     [
         ("a.csv", "x", 8, "must end in .jsonl"),
-        ("a.jsonl", "", 8, "a.jsonl"),
-        ("a.txt", "", 8, "a.txt"),
+        ("a.jsonl", "", 8, "a.jsonl is empty"),
+        ("a.jsonl", "[1]\n", 8, "text 1 must be a text, got 1"),
         ("a.jsonl", '{"text": "Ana"}\n{"text": null}\n', 8, "text 2 must be a text, got None"),
         ("a.jsonl", '{"text": 3}\n', 8, "text 1 must be a text, got 3"),
         ("a.jsonl", '{"messages": "hi"}\n', 8, "text 1 cannot be tokenized"),

@@ -24,8 +24,6 @@ CAPTURED = Tolerance(1e-2, 1e-3)
 """Float16 logits of a captured CUDA graph, which attends over the whole capacity, beside a plain run's."""
 HALF = Tolerance(0.1, 1e-3)
 """A loss in mixed precision beside float32: eight bits of mantissa, over every layer and loop."""
-INTEGER_PRODUCTS = Tolerance(0.05, 1e-3)
-"""Weights of 8 bits through kernels that round activations differently."""
 FINITE_DIFFERENCE = Tolerance(0.01, 1e-6)
 """A slope from two float32 losses beside the gradient."""
 SHARPENED = Tolerance(1e-5, 1e-7)

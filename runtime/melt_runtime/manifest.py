@@ -291,6 +291,8 @@ def _check_values(manifest: Manifest) -> list[str]:
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name):
             faults.append(f"files: a name must be of letters, digits, '.', '_' and '-', got {reprlib.repr(name)}")
+    strangers = [name for name in manifest.files if name.endswith(".onnx") and name[:-5] not in manifest.graphs]
+    faults += [f"files.{name} must belong to one of graphs" for name in strangers]
     needed = [f"{name}.onnx" for name in expected]
     needed += [WEIGHTS_NAME, TOKENIZER_NAME, CHAT_TEMPLATE_NAME, GENERATION_CONFIG_NAME]
     faults += [f"files.{name} is missing" for name in needed if name not in manifest.files]

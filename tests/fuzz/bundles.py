@@ -20,7 +20,9 @@ from fuzz.graphs import edit_graph
 from fuzz.pool import ANSWERED, FINDING, REFUSED, Case, Outcome, Tell
 from melt_runtime import MeltError, MeltModel, read_manifest
 from melt_runtime.cli_info import describe_bundle
+from melt_runtime.contract import KVCacheKind
 from melt_runtime.load_cache import LoadCache
+from melt_runtime.manifest import check_files
 from melt_runtime.memory import format_plan, plan_memory
 
 PROMPT, IDS = "Who is it?", [5, 6, 7, 8, 9, 10]
@@ -68,8 +70,8 @@ class Bundles:
     def __init__(self, base: Path, place: Path):
         self.base, self.place = base, place
         self.manifest: dict[str, Any] = json.loads((base / "manifest.json").read_text(encoding="utf-8"))
-        self.graphs = [f"{name}.onnx" for name in ("embed", "loop", "head")]
-        self.answer = self._answer(base, 0)
+        self.graphs = [name for name in self.manifest["files"] if name.endswith(".onnx")]
+        self.answers = {kind: self._answer(base, 0, kind) for kind in read_manifest(base).kv_caches}
 
     def run(self, number: int, tell: Tell) -> Outcome:
         """Makes one damaged bundle, uses it and says what came out."""
@@ -77,30 +79,32 @@ class Bundles:
         shutil.rmtree(self.place, ignore_errors=True)
         folder = self.place / "bundle"
         shutil.copytree(self.base, folder, copy_function=os.link)
-        names, weights = zip(*_KINDS.items(), strict=True)
+        names, weights = zip(*KINDS.items(), strict=True)
         kind = chance.choices(names, weights)[0]
         what = f"{kind}: {getattr(self, f'_{kind}')(folder, chance)}"
         tell(what)
+        kv_cache = chance.choice(list(self.answers))
         try:
-            answer = self._answer(folder, 0 if chance.random() < 0.1 else sys.maxsize)
+            answer = self._answer(folder, 0 if chance.random() < 0.1 else sys.maxsize, kv_cache)
         except MeltError as error:
             text = str(error)
             if len(text) > 20_000:
                 return Outcome(FINDING, f"a message of more than 20,000 characters\n{text[:500]}")
             return Outcome(REFUSED, f"{what}: {type(error).__name__}: {text[:200]}")
-        wrong = self._contradiction(folder, kind, answer)
+        wrong = self._contradiction(folder, kind, answer, self.answers[kv_cache])
         return Outcome(FINDING, wrong) if wrong else Outcome(ANSWERED, what)
 
-    def _answer(self, folder: Path, min_bytes: int) -> tuple[Any, ...]:
+    def _answer(self, folder: Path, min_bytes: int, kv_cache: KVCacheKind) -> tuple[Any, ...]:
         manifest = read_manifest(folder)
+        check_files(folder, manifest)
         describe_bundle(folder, manifest, graphs=True)
         format_plan(plan_memory(manifest))
         cache = LoadCache(self.place / "cache", min_bytes=min_bytes)
-        model = MeltModel.load(folder, device="cpu", capacity=64, threads=1, cache=cache)
+        model = MeltModel.load(folder, device="cpu", threads=1, kv_cache=kv_cache, cache=cache)
         model.new_session().generate(PROMPT, max_new_tokens=3)
         return model.generate(IDS, max_new_tokens=4).token_ids
 
-    def _contradiction(self, folder: Path, kind: str, answer: tuple[Any, ...]) -> str:
+    def _contradiction(self, folder: Path, kind: str, answer: tuple[Any, ...], expected: tuple[Any, ...]) -> str:
         """Why there should have been no such answer; empty where it is right."""
         if kind == "unlisted":
             return "an answer from files that are not the manifest's"
@@ -110,7 +114,7 @@ class Bundles:
         for name in _BINDING:
             if json.dumps(values.get(name), sort_keys=True) != json.dumps(self.manifest[name], sort_keys=True):
                 return f"an answer, though the manifest says otherwise in {name}"
-        return "" if answer == self.answer else "another answer from the same files"
+        return "" if answer == expected else "another answer from the same files"
 
     def _value(self, folder: Path, chance: random.Random) -> str:
         """Values of the manifest."""
@@ -195,7 +199,7 @@ class Bundles:
         _write(folder / "manifest.json", as_text(values))
 
 
-_KINDS = {
+KINDS = {
     "value": 40,
     "text": 8,
     "tokenizer": 10,

@@ -87,9 +87,9 @@ def run_cases(
     try:
         while crew:
             soonest = min(worker.deadline for worker in crew)
-            ready = wait([worker.pipe for worker in crew], timeout=max(0.0, soonest - time.monotonic()))
+            wait([worker.pipe for worker in crew], timeout=max(0.0, soonest - time.monotonic()))
             for worker in list(crew):
-                if worker.pipe in ready:
+                if worker.pipe.poll():
                     received = _receive(worker)
                     if isinstance(received, str):
                         worker.damage = received

@@ -1,6 +1,7 @@
 """Runs many damaged inputs: ``python tests/fuzz/run.py bundles --count 10000``; exit status 1 if there is a finding."""
 
 import argparse
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         for done, outcome in enumerate(cases, start=1):
             kinds[outcome.kind] += 1
             if outcome.kind == FINDING:
-                cause = outcome.what.partition("\n")[0]
+                cause = re.sub(r"0x\w+|\d+", "#", outcome.what.partition("\n")[0])
                 if cause not in causes:
                     print(f"\ncase {outcome.number}, {outcome.damage}\n{outcome.what}\n", flush=True)
                 causes.setdefault(cause, []).append(outcome.number)

@@ -48,7 +48,7 @@ def exact_match(
     drawn = [make_problem(rng, held_out=True, questions=questions) for _ in range(problems)]
     batches = [encoder.batch(drawn[start : start + 64], loops=MAX_HOPS) for start in range(0, problems, 64)]
     table: dict[int, dict[int, float]] = {}
-    with Progress("evaluating", len(loops) * len(batches), "batch") as progress:
+    with Progress("evaluating", len(loops) * len(batches), "part") as progress:
         for depth in loops:
             right = torch.zeros(MAX_HOPS + 1)
             asked = torch.zeros(MAX_HOPS + 1)

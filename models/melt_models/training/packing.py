@@ -71,6 +71,8 @@ def _read(source: Path, cache: str) -> Dataset:
         raise TrainingError(f"{source} must end in {', '.join(_BUILDERS)}")
     if not source.is_file():
         raise TrainingError(f"{source} does not exist, or is no file")
+    if not source.stat().st_size:
+        raise TrainingError(f"{source} is empty")
     try:
         texts = load_dataset(builder, data_files=str(source), split="train", cache_dir=cache)
     except Exception as error:  # datasets wraps what its readers raise

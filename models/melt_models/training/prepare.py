@@ -50,11 +50,13 @@ def _prepare(args: argparse.Namespace) -> tuple[int, int]:
     except ModuleNotFoundError as error:
         raise TrainingError(missing_package(error, "preparing data", "train")) from error
     from datasets import disable_progress_bars
+    from datasets.utils import logging
 
     from melt_models.hub import checkpoint_folder
     from melt_models.progress import writes_bars
     from melt_models.training.packing import pack_texts
 
+    logging.set_verbosity(logging.CRITICAL)  # what cannot be read is said once, below
     if not writes_bars():
         disable_progress_bars()
     return pack_texts(args.source, checkpoint_folder(args.tokenizer, with_weights=False), args.length, args.out)
