@@ -67,7 +67,7 @@ def test_the_demo_runs_without_torch():
 
 
 def content(path) -> dict:
-    """A graph as its own words have it, without what tells where it was traced."""
+    """A graph in plain words, its weights by name, type and shape."""
     graph = onnx.load(path, load_external_data=False).graph
     return {
         "nodes": [
@@ -93,6 +93,8 @@ def test_the_exporter_makes_the_bundle_that_ships(tmp_path):
     for name in files[0]:
         if name.endswith(".onnx"):
             assert content(BUNDLE / name) == content(again / name), f"{name}: {hint}"
+            for folder in (BUNDLE, again):
+                assert b".py" not in (folder / name).read_bytes(), f"{folder / name} names files of where it was made"
             compare_weights(name, *(onnx.load(folder / name).graph.initializer for folder in (BUNDLE, again)))
         elif name != "weights.data":
             assert (BUNDLE / name).read_bytes() == (again / name).read_bytes(), f"{name}: {hint}"
