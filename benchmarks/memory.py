@@ -4,7 +4,7 @@
     python benchmarks/make_checkpoint.py ouro-1.4b build/ouro-1.4b
     python export.py build/melt-1.6b --out build/melt-1.6b-int4 --precision int4
     python export.py build/ouro-1.4b --out build/ouro-1.4b-int4 --precision int4
-    python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --plot docs/memory.png
+    python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/data/memory.json
 
 Each point is a process of its own: it loads the bundle with an int8 KV cache for that context and those loops, fills
 the cache, processes a prompt of 128 tokens at its end, decodes one token, and states its peak.
@@ -20,8 +20,10 @@ from melt_runtime import MeltModel
 from melt_runtime.bench import fill_cache, new_process
 from melt_runtime.contract import ModelShape
 from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import format_bytes, new_figure, plan_memory, resident_bytes
-from melt_runtime.state import State, StatePlan
+from melt_runtime.memory import format_bytes, plan_memory
+from melt_runtime.plan import StatePlan
+from melt_runtime.process_memory import resident_bytes
+from melt_runtime.state import State
 
 CONTEXTS = (1000, 4000, 8000, 16000)
 LOOPS = (1, 2, 4, 8)
@@ -54,7 +56,7 @@ def measure(bundle: str, loops: int, context: int) -> Point:
     manifest = read_manifest(bundle)
     plan = plan_memory(manifest, context, loops=loops, kv_cache=KV_CACHE, chunk=CHUNK)
     model = MeltModel.load(bundle, device="cpu", capacity=context, chunk=CHUNK, loops=loops, kv_cache=KV_CACHE)
-    runner = model.session.runner
+    runner = model.new_runner()
     fill_cache(runner.state, context)
     start = context - CHUNK - 1
     runner.state.advance(start, 0, loops)
@@ -101,35 +103,11 @@ def print_published() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def plot(points: list[Point], path: Path) -> None:
-    """Peak against context, a line for each bundle and depth; crosses are the plan."""
-    figure = new_figure(9, 4)
-    axes = figure.subplots(1, 2)
-    bundles = list(dict.fromkeys(point.bundle for point in points))
-    for bundle, colour in zip(bundles, ("tab:blue", "tab:red", "tab:green"), strict=False):
-        own = [point for point in points if point.bundle == bundle]
-        for loops, style in zip(LOOPS, ("-", "--", "-.", ":"), strict=True):
-            line = [point for point in own if point.loops == loops]
-            xs = [point.context for point in line]
-            label = f"{bundle}, loops {loops}"
-            axes[0].plot(xs, [p.peak / 1e9 for p in line], f"o{style}", color=colour, label=label)
-        longest = [p for p in own if p.context == CONTEXTS[2]]
-        axes[1].plot([p.loops for p in longest], [p.peak / 1e9 for p in longest], "o-", color=colour, label=bundle)
-        axes[1].plot([p.loops for p in longest], [p.plan / 1e9 for p in longest], "x", color="black")
-    axes[0].set(xlabel="context, tokens", ylabel="peak resident memory, GB", ylim=(0, None))
-    axes[1].set(xlabel=f"loops, at {CONTEXTS[2]} tokens (x: melt plan)", xticks=LOOPS, ylim=(0, None))
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> int:
-    """Prints both tables and draws the figure."""
+    """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="*", type=Path)
     parser.add_argument("--json", type=Path, help="keep the points here")
-    parser.add_argument("--plot", type=Path, help="draw them here")
     args = parser.parse_args()
     print_published()
     points = []
@@ -146,9 +124,7 @@ def main() -> int:
                 cells = [point.bundle, str(loops), str(context), *sizes, f"{point.peak / point.plan:.3f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 if args.json is not None:
-                    args.json.write_text(json.dumps([asdict(point) for point in points], indent=1))
-    if args.plot is not None:
-        plot(points, args.plot)
+                    args.json.write_text(json.dumps({"points": [asdict(point) for point in points]}, indent=1) + "\n")
     return 0
 
 

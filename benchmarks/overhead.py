@@ -25,10 +25,10 @@ class Timed:
         self._session = session
         self.seconds = 0.0
 
-    def run_with_iobinding(self, binding) -> None:
+    def run_with_iobinding(self, binding, options) -> None:
         """Runs and counts."""
         begin = time.perf_counter()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         self.seconds += time.perf_counter() - begin
 
     def io_binding(self):
@@ -67,9 +67,10 @@ def main() -> int:
 
 def print_overhead(model: MeltModel, loops: int) -> None:
     """A decoded step, and the part of it outside of ONNX Runtime."""
-    plain = model.session.runner.sessions
-    sessions = replace(plain, **{name: Timed(getattr(plain, name)) for name in ("embed", "loop", "head")})
-    runner = LoopRunner(sessions, model.session.runner.state)
+    plain = model.new_runner()
+    timed = {name: Timed(getattr(plain.sessions, name)) for name in ("embed", "loop", "head")}
+    sessions = replace(plain.sessions, **timed)
+    runner = LoopRunner(sessions, plain.state)
     steps, outside = [], []
     for _ in range(STEPS):
         inside = -sum(getattr(sessions, name).seconds for name in ("embed", "loop", "head"))

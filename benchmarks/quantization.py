@@ -103,8 +103,8 @@ class Study:
             self.reference, trace_reference(reference_model(self.source.config, read), self.probe), self.probe
         )
         cells = [label, f"{bits / weights:.2f}"]
-        cells += [f"{100 * error:.2f}" for error in found["hidden_error_by_loop"].values()]
-        cells += [f"{found['kl']:.2g}", f"{100 * found['greedy_agreement']:.1f}"]
+        cells += [f"{100 * error:.2f}" for error in found.hidden_error_by_loop.values()]
+        cells += [f"{found.kl:.2g}", f"{100 * found.greedy_agreement:.1f}"]
         return f"| {' | '.join(cells)} |"
 
     def collect_hessians(self) -> dict[str, np.ndarray]:

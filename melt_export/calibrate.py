@@ -7,6 +7,7 @@ pair of channels (i, i + dh / 2) shares the same length out differently, so both
 import numpy as np
 
 from melt_export.probe import Probe
+from melt_export.progress import bar
 from melt_runtime.contract import KVCacheKind
 from melt_runtime.loop import LoopRunner
 from melt_runtime.state import Array
@@ -33,7 +34,7 @@ def collect_rows(runner: LoopRunner, probe: Probe, loops: int) -> list[tuple[Arr
     state = runner.state
     found: list[tuple[list[Array], list[Array]]] = [([], []) for _ in range(state.plan.shape.layers)]
     left = TOKENS
-    for passage in probe.passages:
+    for passage in bar(probe.passages, "passage"):
         ids = passage.ids[:left]
         left -= len(ids)
         if not ids:

@@ -1,54 +1,55 @@
-"""Command line of the exporter: ``python export.py`` and ``melt-export``."""
+"""Command line of the exporter: ``melt-export``, and ``python export.py`` in the repository.
+
+torch and transformers are imported when there is work to do: help and refused arguments need neither.
+"""
 
 import argparse
 import logging
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
-from melt_export.bundle import ExportOptions, export_bundle, export_source
-from melt_export.formats import BLOCKS
-from melt_export.genai import export_genai
-from melt_export.quantize import ROUNDINGS
-from melt_export.source import ExportError, checkpoint_source, random_source
-from melt_models import CheckpointError
-from melt_models.checkpoint import Checkpoint
-from melt_models.convert import looplm_to_melt
-from melt_models.families import KNOWN_TYPES
-from melt_models.hub import checkpoint_folder
+from melt_export.choices import BLOCKS, ROUNDINGS
+from melt_export.progress import Stages
+from melt_export.summary import summarize
+from melt_files import require_absent
+from melt_models.errors import CheckpointError, missing_package
+from melt_models.model_types import KNOWN_TYPES
 from melt_models.shapes import SHAPES, shape_config
-from melt_models.staging import require_absent
-from melt_runtime import Manifest, MeltError
+from melt_runtime import MeltError
 from melt_runtime.contract import ACTIVATIONS, PRECISIONS
-from melt_runtime.memory import format_bytes, resident_bytes
+from melt_runtime.memory import format_bytes
+from melt_runtime.process_memory import resident_bytes
+
+if TYPE_CHECKING:
+    from melt_export.bundle import ExportOptions
 
 _EPILOG = """\
 examples:
-  python export.py models/melt-tiny --out build/melt-tiny
+  melt-export models/melt-tiny --out build/melt-tiny
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
 
-  python export.py ByteDance/Ouro-1.4B --out build/ouro --precision int4     from the hub: a LoopLM bundle
-  python export.py ByteDance/Ouro-1.4B --out build/melt-init --melt          a MELT checkpoint, to be trained
+  melt-export ByteDance/Ouro-1.4B --out build/ouro --precision int4     # from the hub: a LoopLM bundle
+  melt-export ByteDance/Ouro-1.4B --out build/melt-init --melt          # a MELT checkpoint, to be trained
 
-  python export.py CHECKPOINT --out build/small --precision int4 --eval-text book.txt
-  python export.py CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
-  python export.py --shape melt-1.6b --out build/bench --precision int4      random weights, for benchmarks
-  python export.py CHECKPOINT --out build/genai --format genai --loops 4     for ONNX Runtime GenAI, at a fixed depth
+  melt-export CHECKPOINT --out build/small --precision int4 --eval-text book.txt
+  melt-export CHECKPOINT --out build/mixed --precision int4 --layer '*.gate.*=int8' --layer lm_head=int8
+  melt-export --shape melt-1.6b --out build/bench --precision int4      # random weights, for benchmarks
+  melt-export CHECKPOINT --out build/genai --format genai --loops 4     # for ONNX Runtime GenAI, at a fixed depth
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exports one checkpoint; returns the exit status."""
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)  # so that a terminated export cleans up as an interrupted one does
+    _heed_signals()
     begin = time.monotonic()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # the stages below are the progress
     try:
+        _require_packages()
         print(_make_checkpoint(args) if args.melt else _make_bundle(args))
     except (MeltError, CheckpointError, ValueError, OSError) as error:
         if args.debug:
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loops", type=int, help="of --format genai (default: as many as the model was trained with)")
     parser.add_argument(
         "--precision",
-        default=ExportOptions.precision,
+        default=PRECISIONS[0],
         choices=PRECISIONS,
         help="of the weights (default: %(default)s); a float type is that of activations and KV cache too",
     )
@@ -116,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--block",
         type=int,
-        default=ExportOptions.block,
+        default=BLOCKS[0],
         choices=BLOCKS,
         help="most weights that share a scale (default: %(default)s); 32 costs a small model less quality",
     )
     parser.add_argument(
         "--rounding",
-        default=ExportOptions.rounding,
+        default=ROUNDINGS[0],
         choices=ROUNDINGS,
         help="how 4-bit scales are found: searched, or from the largest weight (default: %(default)s)",
     )
@@ -132,14 +133,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text to calibrate and measure on (default: the checkpoint's evaluation.jsonl, else random tokens)",
     )
+    parser.add_argument(
+        "--allow-loss",
+        action="store_true",
+        help="write the bundle, with every KV cache, even where rounding costs more than docs/quantization.md allows",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _make_checkpoint(args: argparse.Namespace) -> str:
     """Writes a MELT checkpoint; returns what was made."""
+    from melt_models.checkpoint import Checkpoint
+    from melt_models.convert import looplm_to_melt
+    from melt_models.hub import checkpoint_folder
+
     parser = _parser()
-    for name in ("format", "loops", "precision", "activations", "layer", "block", "rounding", "eval_text"):
+    for name in (
+        "format",
+        "loops",
+        "precision",
+        "activations",
+        "layer",
+        "block",
+        "rounding",
+        "eval_text",
+        "allow_loss",
+    ):
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for bundles: --melt writes weights as they are")
     if args.checkpoint is None:
@@ -157,6 +177,9 @@ def _make_checkpoint(args: argparse.Namespace) -> str:
 
 def _make_bundle(args: argparse.Namespace) -> str:
     """Writes a bundle; returns what was made."""
+    from melt_export.bundle import ExportOptions, export_bundle, export_source
+    from melt_export.source import random_source
+
     options = ExportOptions(
         precision=args.precision,
         layers=dict(map(_layer, args.layer)),
@@ -165,7 +188,8 @@ def _make_bundle(args: argparse.Namespace) -> str:
         rounding=args.rounding,
         text=None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8"),
         verified=args.shape is None,
-        report=lambda line: print(line, file=sys.stderr),
+        allow_loss=args.allow_loss,
+        report=Stages(),
     )
     if args.format == "genai":
         return _make_genai(args, options)
@@ -175,18 +199,27 @@ def _make_bundle(args: argparse.Namespace) -> str:
         manifest = export_source(random_source(shape_config(args.shape)), args.out, options)
     else:
         manifest = export_bundle(args.checkpoint, args.out, options)
-    return _summary(args.out, manifest)
+    return summarize(args.out, manifest)
 
 
-def _make_genai(args: argparse.Namespace, options: ExportOptions) -> str:
+def _make_genai(args: argparse.Namespace, options: "ExportOptions") -> str:
     """Writes a folder for ONNX Runtime GenAI; returns what was made."""
+    from melt_export.genai import decoder_loops, export_genai
+    from melt_export.source import ExportError, checkpoint_source, random_source
+    from melt_models.checkpoint import examine_config
+    from melt_models.hub import checkpoint_folder
+
     require_absent(args.out, ExportError)
     if args.shape is not None:
         source = random_source(shape_config(args.shape))
     else:
-        source = checkpoint_source(checkpoint_folder(args.checkpoint))
+        folder = checkpoint_folder(args.checkpoint)
+        config, _ = examine_config(folder, [])
+        if config is not None:  # before every weight is read, where all faults are told
+            decoder_loops(config, args.loops, options)
+        source = checkpoint_source(folder)
     manifest = export_genai(source, args.out, args.loops, options)
-    return f"{args.out}: a decoder for ONNX Runtime GenAI; {_summary(args.out, manifest)}"
+    return f"{args.out}: a decoder for ONNX Runtime GenAI; {summarize(args.out, manifest)}"
 
 
 def _layer(text: str) -> tuple[str, str]:
@@ -196,24 +229,30 @@ def _layer(text: str) -> tuple[str, str]:
     return pattern, precision
 
 
-def _summary(out: Path, manifest: Manifest) -> str:
-    """What was made, in a line or two."""
-    line = f"{out}: {manifest.weight_bytes / 1e6:.2f} MB of {manifest.precision} weights"
-    if not manifest.parity:
-        return f"{line}, not compared with torch"
-    parity, quality = manifest.parity, manifest.quality
-    line += (
-        f", largest difference from torch {max(parity['max_abs_error'].values()):.1e}, "
-        f"{parity['greedy_tokens_equal']} of {parity['decode_tokens']} greedy tokens equal"
-    )
-    if not quality:
-        return f"{line} (the same graphs in float32: no {manifest.activations} here); quality not measured"
-    cost = quality["kv_cache"]["float"]
-    return (
-        f"{line}\nbeside float32, on {quality['text']}: perplexity {cost['perplexity']:.4g} against "
-        f"{quality['perplexity_of_float32']:.4g}, KL divergence {cost['kl']:.2g}, first choice equal for "
-        f"{100 * cost['greedy_agreement']:.1f} % of {quality['tokens']} tokens"
-    )
+def _require_packages() -> None:
+    """Imports what any work needs.
+
+    Raises:
+        MeltError: a package that is not installed, with the command that installs it.
+    """
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        for module in ("melt_export.genai", "melt_models.convert"):
+            import_module(module)
+    except ModuleNotFoundError as error:
+        raise MeltError(missing_package(error, "melt-export", "export")) from error
+    # The stages of an export are its progress. torch sets its loggers when it is imported, so ours comes after it.
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def _heed_signals() -> None:
+    """A terminated export, or one whose terminal is closed, cleans up as an interrupted one does."""
+    for name in ("SIGTERM", "SIGHUP"):  # the second one is not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, _stop)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -6,12 +6,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from melt_export.choices import BLOCKS as BLOCKS
 from melt_runtime.contract import ACTIVATIONS, PRECISIONS, activation_dtype
 from melt_runtime.errors import MeltError
-
-BLOCKS = (128, 64, 32, 16)
-"""Weights that share a scale: the largest of these, up to the wanted one, that divides the row. 128 streams 0.535 bytes
-a weight at 4 bit where 32 streams 0.641, and on a CPU bytes are time; smaller ones cost less quality."""
 
 
 class FormatError(MeltError):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from melt_export.source import ExportError, Source
 from melt_models.configuration import MeltConfig
+from melt_models.evaluation import EVALUATION_NAME
 from melt_runtime.text import TextCodec
 
 MIN_TOKENS = 64
@@ -26,10 +27,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class Probe:
-    """Passages, and where they come from."""
+    """Passages, and where they come from.
+
+    Attributes:
+        says_loss: whether what rounding costs here is what it costs in use; it is not for random tokens.
+    """
 
     passages: tuple[Passage, ...]
     name: str
+    says_loss: bool = True
 
     @property
     def scored(self) -> int:
@@ -46,7 +52,7 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
         text: the caller's choice, of which everything counts.
 
     Raises:
-        ExportError: the text has fewer than ``MIN_TOKENS`` tokens.
+        ExportError: the text has fewer than ``MIN_TOKENS`` tokens, or an example more than the model has positions.
     """
     config, codec = source.config, TextCodec.read(folder)
     large = config.hidden_size * config.num_hidden_layers * config.intermediate_size > _LARGE
@@ -63,8 +69,14 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
         for example in source.examples[:_EXAMPLES]:
             prompt = codec.encode(codec.render(example.chat))
             passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
+        longest = max(len(passage.ids) for passage in passages)
+        if longest > config.max_position_embeddings:
+            raise ExportError(
+                f"{EVALUATION_NAME} has an example of {longest} tokens, and max_position_embeddings is "
+                f"{config.max_position_embeddings}: shorten or remove it"
+            )
         return Probe(tuple(passages), "the model's own evaluation")
-    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens")
+    return Probe((Passage(random_ids(config, config.chunk_size, most), 1),), "seeded random tokens", says_loss=False)
 
 
 def random_ids(config: MeltConfig, chunk: int, most: int) -> list[int]:

@@ -3,19 +3,28 @@
 Looping compounds rounding error, so the error of the hidden state is given after every loop.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from melt_export.limits import loss_limit
 from melt_export.probe import Passage, Probe
+from melt_export.progress import bar
+from melt_export.record import open_runner
+from melt_export.reference import reference_model
+from melt_export.source import Source
 from melt_models.evaluation import Example
 from melt_models.modeling import KVCache, MeltCausalLM
-from melt_runtime import MeltModel
+from melt_runtime import Manifest, MeltModel
+from melt_runtime.contract import KVCacheKind
+from melt_runtime.load_cache import LoadCache
 from melt_runtime.loop import LoopRunner
+from melt_runtime.measured import CacheQuality, Quality
 from melt_runtime.state import Array
 
 _ANSWER_ROOM = 8  # tokens beyond the expected answer: enough to be wrong
@@ -39,7 +48,7 @@ def trace_reference(model: MeltCausalLM, probe: Probe) -> Trace:
     """Runs a probe through torch, with the chunk and the depth that the model was trained with."""
     config = model.config
     hidden, logits = [], []
-    for passage in probe.passages:
+    for passage in bar(probe.passages, "passage", "torch"):
         cache = KVCache(config)
         states, _ = model.model(torch.tensor([passage.ids]), config.total_ut_steps, config.chunk_size, cache)
         hidden.append([state[0].numpy() for state in states])
@@ -52,7 +61,7 @@ def trace_bundle(runner: LoopRunner, probe: Probe, loops: int) -> Trace:
     state, width = runner.state, runner.state.plan.shape.hidden_size
     hidden: list[list[Array]] = [[] for _ in range(loops)]
     logits = []
-    for passage in probe.passages:
+    for passage in bar(probe.passages, "passage", "ONNX Runtime"):
         state.reset()
         pieces: list[list[Array]] = [[] for _ in range(loops)]
 
@@ -68,23 +77,19 @@ def trace_bundle(runner: LoopRunner, probe: Probe, loops: int) -> Trace:
     return Trace([np.concatenate(loop).astype(np.float32) for loop in hidden], torch.cat(logits))
 
 
-def compare(reference: Trace, actual: Trace, probe: Probe) -> dict[str, Any]:
-    """Figures of one run beside the reference.
-
-    Returns:
-        ``perplexity`` of the tokens that count; ``kl`` to the reference, mean over them, in nats; ``greedy_agreement``,
-        the fraction of them with the same first choice; ``hidden_error_by_loop``, the norm of the difference over the
-        norm of the reference, over all tokens.
-    """
+def compare(reference: Trace, actual: Trace, probe: Probe) -> CacheQuality:
+    """Figures of one run beside the reference, without exact answers and limit."""
     wanted, given = F.log_softmax(reference.logits, dim=-1), F.log_softmax(actual.logits, dim=-1)
     pairs = zip(reference.hidden, actual.hidden, strict=True)
     errors = [float(np.linalg.norm(a - r) / np.linalg.norm(r)) for r, a in pairs]
-    return {
-        "perplexity": perplexity(actual, probe),
-        "kl": max(0.0, float((wanted.exp() * (wanted - given)).sum(-1).mean())),
-        "greedy_agreement": float((wanted.argmax(-1) == given.argmax(-1)).float().mean()),
-        "hidden_error_by_loop": {str(number): error for number, error in enumerate(errors, start=1)},
-    }
+    return CacheQuality(
+        perplexity=perplexity(actual, probe),
+        kl=max(0.0, float((wanted.exp() * (wanted - given)).sum(-1).mean())),
+        greedy_agreement=float((wanted.argmax(-1) == given.argmax(-1)).float().mean()),
+        hidden_error_by_loop={str(number): error for number, error in enumerate(errors, start=1)},
+        exact_match={},
+        limit=None,
+    )
 
 
 def perplexity(trace: Trace, probe: Probe) -> float:
@@ -96,13 +101,36 @@ def perplexity(trace: Trace, probe: Probe) -> float:
 def exact_match(model: MeltModel, examples: Sequence[Example], loops: int) -> dict[str, dict[str, float]]:
     """Fraction of examples answered exactly, greedily: ``{loops: {group: fraction}}`` for depths 1 to ``loops``."""
     groups = sorted({example.group for example in examples})
-    table = {}
-    for depth in range(1, loops + 1):
-        right = dict.fromkeys(groups, 0)
-        for example in examples:
-            room = len(model.codec.encode(example.answer)) + _ANSWER_ROOM
+    asked = {group: sum(example.group == group for example in examples) for group in groups}
+    right = {depth: dict.fromkeys(groups, 0) for depth in range(1, loops + 1)}
+    for example in bar(examples, "example", "answers"):
+        room = len(model.codec.encode(example.answer)) + _ANSWER_ROOM
+        for depth, found in right.items():
             result = model.generate(example.chat, loops=depth, max_new_tokens=room, temperature=0.0)
-            right[example.group] += result.text.strip() == example.answer
-        asked = {group: sum(example.group == group for example in examples) for group in groups}
-        table[str(depth)] = {group: right[group] / asked[group] for group in groups}
-    return table
+            found[example.group] += result.text.strip() == example.answer
+    return {str(depth): {group: found[group] / asked[group] for group in groups} for depth, found in right.items()}
+
+
+def measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> Quality:
+    """Runs a probe, and the model's own evaluation where it has one, over every kind of KV cache of a bundle."""
+    loops = manifest.model.trained_loops
+    longest = max(len(passage.ids) for passage in probe.passages)
+    reference = trace_reference(reference_model(source.config, source.read), probe)
+    by_cache: dict[KVCacheKind, CacheQuality] = {}
+    for kind in manifest.kv_caches:
+        found = compare(reference, trace_bundle(open_runner(folder, manifest, longest, kind), probe, loops), probe)
+        limit = loss_limit(manifest.precision, kind) if probe.says_loss else None
+        answers = {}
+        if source.examples:
+            model = MeltModel.load(folder, device="cpu", kv_cache=kind, cache=LoadCache(min_bytes=sys.maxsize))
+            answers = exact_match(model, source.examples, loops)
+        by_cache[kind] = replace(found, exact_match=answers, limit=limit)
+    return Quality(
+        text=probe.name,
+        tokens=probe.scored,
+        loops=loops,
+        chunk=manifest.model.trained_chunk,
+        examples=len(source.examples),
+        perplexity_of_float32=perplexity(reference, probe),
+        kv_cache=by_cache,
+    )

@@ -5,13 +5,11 @@ At 4 bits a zero point for each block, ``zeros [N, ceil(blocks / 2)]`` uint8; tw
 nibble. At 8 bits the zero point is 128 everywhere. A weight is ``(code - zero) * scale``.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Rounding = Literal["search", "nearest"]
-ROUNDINGS: tuple[Rounding, ...] = ("search", "nearest")
+from melt_export.choices import ROUNDINGS as ROUNDINGS
+from melt_export.choices import Rounding as Rounding
 
 _SLICE = 1 << 19  # elements rounded at a time: the search stays in the processor's cache, and memory is bounded
 _SHRINK = torch.linspace(1.0, 1.45, 8).tolist()  # the span of a block's weights, over what its codes span

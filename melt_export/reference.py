@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from melt_export.formats import WeightFormat
 from melt_export.stored import unpack
@@ -25,6 +26,7 @@ def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCa
     model = empty_model(config)
     whole = fits_whole(model)
     room: dict[str, Tensor] = {}
+    counter = tqdm(desc="torch", unit=" parts read", leave=False, disable=True if whole else None)
     parts: list[tuple[str, nn.Module, dict[str, Tensor] | None]] = [
         *((f"model.layers.{idx}", layer, None if whole else room) for idx, layer in enumerate(model.model.layers)),
         ("model.embed_tokens", model.model.embed_tokens, None),
@@ -37,7 +39,7 @@ def reference_model(config: MeltConfig, read: Callable[[str], Tensor]) -> MeltCa
         if whole:
             _load(part, name, read, shared)
         else:
-            _stream(part, name, read, shared)
+            _stream(part, name, read, shared, counter)
     return model
 
 
@@ -59,11 +61,14 @@ def bundle_reader(weights: WeightFile, formats: dict[str, WeightFormat], tied: b
     return read
 
 
-def _stream(module: nn.Module, name: str, read: Callable[[str], Tensor], room: dict[str, Tensor] | None) -> None:
+def _stream(
+    module: nn.Module, name: str, read: Callable[[str], Tensor], room: dict[str, Tensor] | None, counter: tqdm
+) -> None:
     """Loads a module's tensors whenever it runs, and forgets them after."""
 
     def load(module: nn.Module, _: object) -> None:
         _load(module, name, read, room)
+        counter.update()
 
     def forget(module: nn.Module, *_: object) -> None:
         module.to("meta")

@@ -1,7 +1,6 @@
 """Where an export's weights and texts come from: a checkpoint folder, or random weights of a given shape."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from melt_models.checkpoint import Checkpoint, empty_model
+from melt_export.generation import read_generation
+from melt_export.templates import chat_template
+from melt_export.texts import examine_tokenizer
+from melt_models.checkpoint import Checkpoint, empty_model, examine_config
 from melt_models.configuration import MeltConfig
-from melt_models.evaluation import Example, read_examples
+from melt_models.errors import CheckpointError, list_faults
+from melt_models.evaluation import Example, examine_examples
 from melt_runtime.errors import MeltError
-from melt_runtime.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
+from melt_runtime.generation_config import GenerationConfig
 
 HEAD_DIM_MULTIPLE = 16
 """GroupQueryAttention rotates heads of this multiple only."""
+LEAST_POSITIONS = 64
+"""Prompt and answer over which graphs are compared with torch."""
 
 
 class ExportError(MeltError):
@@ -34,6 +39,7 @@ class Source:
         tokenizer: content of ``tokenizer.json``.
         chat_template: a Jinja template, self-contained; empty where there is none.
         examples: the model's own evaluation; empty where it has none.
+        generation: the defaults of generation, end-of-text tokens among them.
         notes: what of the published files was corrected or passed over, a sentence each.
     """
 
@@ -42,36 +48,53 @@ class Source:
     tokenizer: str
     chat_template: str
     examples: tuple[Example, ...]
+    generation: GenerationConfig
     notes: tuple[str, ...] = ()
 
 
 def checkpoint_source(folder: Path) -> Source:
-    """Opens a checkpoint folder and finds what would fail late, before any long work begins.
+    """Opens a checkpoint folder and finds what would fail late, before any long work begins: all faults in one list.
 
     Every weight is read once: a damaged one would only show as a model that answers nonsense.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or does not fit its configuration.
-        ExportError: it has what the graphs cannot express.
+        ExportError: it has what the graphs cannot express, or texts beside the weights cannot be used.
     """
-    checkpoint = Checkpoint(folder)
-    config, tokenizer = checkpoint.config, folder / TOKENIZER_NAME
+    faults: list[str] = []
+    checkpoint: Checkpoint | None = None
+    try:
+        checkpoint = Checkpoint(folder)
+        config: MeltConfig | None = checkpoint.config
+    except CheckpointError as error:
+        faults += error.faults
+        config, _ = examine_config(folder, [])  # what lies beside it is still held against it
+    if config is not None:
+        faults += _inexpressible(config)
+    generation, notes = read_generation(folder, config, faults)
+    text, passed = examine_tokenizer(folder, config.vocab_size if config else None, faults)
+    template, doubts = chat_template(folder, config, Tokenizer.from_str(text) if text else None, faults)
+    examples = examine_examples(folder, faults)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} cannot be exported:", faults)
+    if faults:
+        raise ExportError(f"{folder} cannot be exported:{list_faults(faults)}")
+    checkpoint.require_finite()
+    notes = [*checkpoint.notes, *notes, *passed, *doubts]
+    return Source(checkpoint.config, checkpoint.read, text, template, examples, generation, tuple(notes))
+
+
+def _inexpressible(config: MeltConfig) -> list[str]:
+    """What a configuration may say and the graphs cannot."""
     faults = []
     if config.head_dim % HEAD_DIM_MULTIPLE:
         faults.append(f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, got {config.head_dim}")
-    if not tokenizer.is_file():
-        faults.append(f"{TOKENIZER_NAME} is missing")
-    else:
-        highest = max(_token_ids(tokenizer), default=-1)
-        if highest >= config.vocab_size:
-            faults.append(f"{TOKENIZER_NAME} has token id {highest}, but vocab_size is {config.vocab_size}")
-    if faults:
-        raise ExportError(f"{folder} cannot be exported:\n  " + "\n  ".join(faults))
-    examples = read_examples(folder)
-    checkpoint.require_finite()
-    text = tokenizer.read_text(encoding="utf-8")
-    template = chat_template(folder, config, Tokenizer.from_str(text))
-    return Source(config, checkpoint.read, text, template, examples, checkpoint.notes)
+    if config.max_position_embeddings < LEAST_POSITIONS:
+        faults.append(
+            f"max_position_embeddings must be at least {LEAST_POSITIONS}, got {config.max_position_embeddings}: "
+            "the graphs are compared with torch over so many tokens"
+        )
+    return faults
 
 
 def random_source(config: MeltConfig, seed: int = 0) -> Source:
@@ -89,48 +112,14 @@ def random_source(config: MeltConfig, seed: int = 0) -> Source:
         return torch.randn(shape, generator=draw) * config.initializer_range
 
     shapes = tensor_shapes(config)
-    return Source(config, read, _numbered_tokenizer(config.vocab_size), "", ())
+    return Source(
+        config, read, _numbered_tokenizer(config.vocab_size), "", (), GenerationConfig(stop_ids=config.stop_ids)
+    )
 
 
 def tensor_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a model, by name."""
     return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
-
-
-def chat_template(folder: Path, config: MeltConfig, tokenizer: Tokenizer) -> str:
-    """The checkpoint's chat template, self-contained: the special tokens that it names are set at its top.
-
-    Args:
-        folder: the checkpoint's.
-        config: its token ids say what ``bos_token``, ``eos_token`` and ``pad_token`` are.
-        tokenizer: gives their texts.
-    """
-    settings_path, template_path = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE_NAME
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    stored = settings.get("chat_template") or ""
-    text = template_path.read_text(encoding="utf-8") if template_path.is_file() else stored
-    values = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if name in text:
-            written = settings.get(name) or ""
-            written = written["content"] if isinstance(written, dict) else written
-            values[name] = special_token(name, config, tokenizer) or written
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + text
-
-
-def special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | None:
-    """The text of a special token by the configuration's id; of several that end a text the first."""
-    ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
-    token = ids.get(name)
-    token = token[0] if isinstance(token, list) else token
-    return None if token is None else tokenizer.id_to_token(token)
-
-
-def _token_ids(tokenizer: Path) -> list[int]:
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    ids = [token["id"] for token in content.get("added_tokens", [])]
-    vocabulary = content["model"]["vocab"]
-    return ids + (list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1])
 
 
 def _numbered_tokenizer(vocab_size: int) -> str:

@@ -10,14 +10,41 @@ import onnx_ir as ir
 
 from melt_export.weights import WeightFile
 from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
+from melt_runtime.state import Array
 
 _INPUTS_BEFORE_SCALES = 12  # of GroupQueryAttention
 _BITS = {"int8": 8, "int4": 4}
+
+CODES = {"int8": (-128, 127), "int4": (-8, 7)}
+"""Smallest and largest code of a quantized KV cache: a value is its code times its scale."""
 
 
 def scale_keys(kv_cache: KVCacheKind, layer_idx: int) -> tuple[str, str]:
     """Keys in the weight file of the scales of one layer's keys and values, each [Hk, dh] float32."""
     return f"{kv_cache}_key_scale.{layer_idx}", f"{kv_cache}_value_scale.{layer_idx}"
+
+
+def cache_scales(folder: Path, kv_cache: KVCacheKind) -> list[tuple[Array, Array]]:
+    """The scales of every layer's keys and values in a bundle's loop, each [Hk, dh]; a float cache has none."""
+    if kv_cache == "float":
+        return []
+    graph = ir.load(folder / f"{loop_graph(kv_cache)}.onnx").graph
+    return [
+        (
+            node.inputs[_INPUTS_BEFORE_SCALES].const_value.numpy(),
+            node.inputs[_INPUTS_BEFORE_SCALES + 1].const_value.numpy(),
+        )
+        for node in graph
+        if node.op_type == "GroupQueryAttention"
+    ]
+
+
+def cache_codes(rows: Array, kv_cache: KVCacheKind) -> Array:
+    """The codes of a quantized KV cache's rows, [..., dh] int32; at 4 bits two stand in a byte, the first one low."""
+    if kv_cache == "int8":
+        return rows.astype(np.int32)
+    pairs = np.stack((rows & 15, rows >> 4), axis=-1)
+    return pairs.reshape(*rows.shape[:-1], -1).astype(np.int32) + CODES["int4"][0]
 
 
 def write_quantized_loop(folder: Path, kv_cache: KVCacheKind, spec: GraphSpec, weights: WeightFile) -> None:

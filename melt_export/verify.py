@@ -1,14 +1,18 @@
-"""Torch against ONNX Runtime: after every loop of prefill and decode, tensor by tensor, then the greedy tokens.
+"""Torch against ONNX Runtime: after every loop of prefill and decode, tensor by tensor, over every kind of KV cache.
 
-The bundle runs through the runtime's own driver, in-place cache and all; torch is the reference of
-``melt_models.modeling`` in float32, with the weights as the bundle rounded them. Quantized matrices are run with
-unrounded activations here, so that the comparison is as close as at float32; what the rounding costs is measured by
-``melt_export.quality``.
+The bundle runs first, through the runtime's own driver. Then torch follows the same tokens: the reference of
+``melt_models.modeling`` in float32 with the weights as the bundle rounded them, a sequence of a batch for each kind of
+KV cache. Quantized matrices are run with unrounded activations here, so that the comparison is as close as at float32;
+``melt_export.quality`` measures what rounding costs, activations included.
+
+Over a quantized cache torch attends to the very rows that the bundle stored, after each of their codes was found to be
+one that torch's own value rounds to: on the boundary between two codes either is right.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,206 +21,226 @@ import torch
 from torch import Tensor
 
 from melt_export.probe import random_ids
-from melt_export.variants import write_exact
-from melt_layers import Layer
+from melt_export.progress import bar
+from melt_export.record import StepRecord, record_steps
+from melt_export.tolerances import PARITY, Tolerance
+from melt_export.variants import CODES, cache_codes, cache_scales, write_exact
+from melt_layers import Frame
+from melt_layers.layers import KeyValue
 from melt_models.modeling import KVCache, MeltCausalLM
+from melt_runtime.contract import KVCacheKind, loop_graph
 from melt_runtime.errors import MeltError
 from melt_runtime.loop import LoopRunner, Sessions
 from melt_runtime.manifest import Manifest
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.measured import Difference, Parity, ParityRun
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider, make_session
 from melt_runtime.state import Array, State
 
-TOLERANCES = {"float32": 1e-4, "float16": 4e-2, "quantized": 5e-4}
-"""Largest difference allowed, as a fraction of the tensor's largest magnitude where that exceeds 1: by activation type,
-and for quantized weights, whose products are summed block by block. Over 4 loops float16 activations reach 2 % of a
-key; over 30 layers of a language model quantized weights reached 1.1e-4 of one."""
-
 DECODE_STEPS = 32
 
-# A large model is compared over less: torch reads all of its weights at every loop of every step.
-_BRIEF_LOOPS = 2
+# A large model is compared over fewer tokens: torch reads all of its weights at every loop of every step.
 _BRIEF_CHUNK = 8
-_BRIEF_STEPS = 1
+_BRIEF_STEPS = 3
 
 
 class ParityError(MeltError):
     """ONNX Runtime and torch disagree; the message names the first tensor, loop and layer."""
 
 
-@dataclass
-class _LayerTrace:
-    """What one layer gave at every loop of a forward pass: latent [C, D], keys and values [Hk, P + C, dh]."""
-
-    latents: list[Tensor] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-
 def verify_bundle(
     folder: Path, manifest: Manifest, reference: MeltCausalLM, prompt: list[int] | None = None, brief: bool = False
-) -> dict[str, Any]:
-    """Compares a bundle with its model and returns the report for the manifest.
+) -> Parity:
+    """Compares every loop graph of a bundle with its model, through every loop that it was trained with.
 
     Args:
         folder: the bundle.
         manifest: what it says of itself.
         reference: the model in float32, with the bundle's own weights.
         prompt: token ids, at least one chunk and a part of the next; default: random ones.
-        brief: fewer tokens and loops, for large models.
+        brief: fewer tokens, for large models.
 
     Raises:
         ParityError: a difference above the tolerance, or a greedy token that torch would clearly not choose.
     """
     config = reference.config
-    loops = min(config.total_ut_steps, _BRIEF_LOOPS) if brief else config.total_ut_steps
+    loops = config.total_ut_steps
     chunk = min(config.chunk_size, _BRIEF_CHUNK) if brief else config.chunk_size
-    steps = _BRIEF_STEPS if brief else DECODE_STEPS
+    count = _BRIEF_STEPS if brief else DECODE_STEPS
     prompt = random_ids(config, chunk, config.max_position_embeddings // 2) if prompt is None else prompt
-    plan = plan_state(manifest, len(prompt) + steps, chunk=chunk)
-    runner = LoopRunner(_exact_sessions(folder, manifest), State(plan, "cpu"))
-    exact = TOLERANCES[manifest.activations]
-    check = _Comparison(max(exact, TOLERANCES["quantized"]) if _is_quantized(manifest) else exact)
-    cache = KVCache(reference.config)
-    logits, expected = np.empty(0), torch.empty(0)
-    for start in range(0, len(prompt), chunk):
-        ids = prompt[start : start + chunk]
-        logits, expected = check.step(reference, runner, cache, ids, loops, f"prefill from token {start}")
-    equal = 0
-    for step in range(steps):
-        token = int(expected.argmax())
-        check.token(step, int(logits.argmax()), expected)
-        equal += int(logits.argmax()) == token
-        logits, expected = check.step(reference, runner, cache, [token], loops, f"decode step {step}")
-    return {
-        "tolerance": check.tolerance,
-        "loops": loops,
-        "chunk": chunk,
-        "prompt_tokens": len(prompt),
-        "decode_tokens": steps,
-        "greedy_tokens_equal": equal,
-        "max_abs_error": check.worst,
-        "max_abs_error_of_hidden_by_loop": check.hidden_by_loop,
-    }
+    chunk = min(chunk, len(prompt))
+    exact = PARITY["quantized" if _is_quantized(manifest) else manifest.activations]
+    lanes: list[_Lane] = []
+    for kind in bar(manifest.kv_caches, "KV cache", "ONNX Runtime"):
+        plan = plan_state(manifest, len(prompt) + count, chunk=chunk, kv_cache=kind)
+        runner = LoopRunner(_exact_sessions(folder, manifest, kind), State(plan, "cpu"))
+        decoded = [step.ids[0] for step in lanes[0].steps[-count:]] if lanes else None
+        steps = record_steps(runner, prompt, loops, decoded, count)
+        lanes.append(_Lane(kind, steps, cache_scales(folder, kind), exact))
+    cache, start = KVCache(config), 0
+    for place, step in enumerate(bar(lanes[0].steps, "step", "torch")):
+        decode_idx = place - (len(lanes[0].steps) - count)
+        phase = f"decode step {decode_idx}" if decode_idx >= 0 else f"prefill from token {start}"
+        _follow(reference, lanes, place, cache, loops, phase)
+        start += len(step.ids)
+    return Parity(
+        activations=manifest.activations,
+        runs=tuple(lane.summary(loops, chunk, len(prompt), count) for lane in lanes),
+    )
 
 
-def _exact_sessions(folder: Path, manifest: Manifest) -> Sessions:
-    """The bundle's graphs; quantized ones with unrounded activations."""
+def _exact_sessions(folder: Path, manifest: Manifest, kind: KVCacheKind) -> Sessions:
+    """The bundle's graphs over one kind of KV cache; quantized matrices with unrounded activations."""
     provider = choose_provider("cpu", manifest.activations)
     if not _is_quantized(manifest):
-        return open_sessions(folder, manifest, provider)
+        return open_sessions(folder, manifest, provider, kv_cache=kind)
     sessions = {"embed": make_session(folder / "embed.onnx", provider)}
-    for name in ("loop", "head"):
+    for role, name in (("loop", loop_graph(kind)), ("head", "head")):
         exact = folder / f"{name}.exact.onnx"
         write_exact(folder / f"{name}.onnx", exact)
-        sessions[name] = make_session(exact, provider)
+        sessions[role] = make_session(exact, provider)
         exact.unlink()
     return Sessions(**sessions)
 
 
 def _is_quantized(manifest: Manifest) -> bool:
-    return any(" block " in name for name in manifest.quantization["formats"])
+    return any(" block " in name for name in manifest.quantization.formats)
 
 
-class _Comparison:
-    """Compares step by step and keeps the largest differences."""
+@dataclass
+class _Lane:
+    """One kind of KV cache: what the bundle gave over it, and how far torch was.
 
-    def __init__(self, tolerance: float):
-        self.tolerance = tolerance
-        self.worst: dict[str, float] = {}
-        self.hidden_by_loop: dict[str, float] = {}
+    Attributes:
+        scales: of every layer's keys and values, each [Hk, dh] float32; empty over a float cache.
+    """
 
-    @torch.no_grad()
-    def step(
-        self,
-        reference: MeltCausalLM,
-        runner: LoopRunner,
-        cache: KVCache,
-        ids: list[int],
-        loops: int,
-        phase: str,
-    ) -> tuple[Array, Tensor]:
-        """Runs one chunk through both and compares after every loop; returns both logits of the last token, [V]."""
-        start, state = cache.length, runner.state
-        with _recording(reference) as traces:
-            states = reference.model.forward_chunk(torch.tensor([ids]), loops, cache)
-        width, rows = reference.config.hidden_size, slice(start, start + len(ids))
-
-        def compare(loop_idx: int) -> None:
-            place = f"loop {loop_idx + 1} of {phase}"
-            layers = state.caches[state.plan.cache_set(loop_idx)]
-            # A chunk's latents stand packed from the start of the buffer.
-            latents = state.latent.read().reshape(-1) if state.latent is not None else None
-            size = len(ids) * width
-            for layer_idx, trace in enumerate(traces):
-                at = f"layer {layer_idx}, {place}"
-                if latents is not None:
-                    actual = latents[layer_idx * size : (layer_idx + 1) * size].reshape(len(ids), width)
-                    self.compare("latent", actual, trace.latents[loop_idx], at)
-                keys, values = layers[layer_idx]
-                self.compare("key", keys.read()[0, :, rows], trace.keys[loop_idx][:, rows], at)
-                self.compare("value", values.read()[0, :, rows], trace.values[loop_idx][:, rows], at)
-            hidden = states[loop_idx][0]
-            actual_hidden = state.hidden.read().reshape(-1)[:size].reshape(len(ids), width)
-            error = self.compare("hidden", actual_hidden, hidden, place)
-            name = str(loop_idx + 1)
-            self.hidden_by_loop[name] = max(error, self.hidden_by_loop.get(name, 0.0))
-            exit_gate = reference.model.early_exit_gate
-            if exit_gate is not None and state.exit_logit is not None:
-                self.compare("exit_logit", state.exit_logit.read()[: len(ids)], exit_gate(hidden)[:, 0], place)
-
-        if len(ids) == 1:
-            actual_logits = runner.decode(ids, loops, observe=compare)[0]
-        else:
-            actual_logits = runner.prefill(ids, loops, observe=compare)
-        expected = reference.lm_head(states[-1][0, -1])
-        self.compare("logits", actual_logits, expected, phase)
-        return actual_logits, expected
+    kind: KVCacheKind
+    steps: list[StepRecord]
+    scales: list[tuple[Array, Array]]
+    tolerance: Tolerance
+    tensors: dict[str, Difference] = field(default_factory=dict)
+    hidden_by_loop: dict[str, float] = field(default_factory=dict)
+    codes_seen: int = 0
+    codes_equal: int = 0
+    greedy_equal: int = 0
 
     def compare(self, name: str, actual: Array, expected: Tensor, place: str) -> float:
-        """Records the difference of one tensor and raises where it is too large."""
+        """Records the difference of one tensor, raises where it is too large, and returns it over the magnitude."""
         wanted = expected.detach().double().numpy()
-        difference = np.abs(actual.astype(np.float64) - wanted)
-        error, scale = float(difference.max()), max(1.0, float(np.abs(wanted).max()))
-        # Written so that NaN fails too.
-        if not error <= self.tolerance * scale:
-            raise ParityError(
-                f"ONNX Runtime and torch first differ in {name} at {place}: largest difference {error:.3g}, mean "
-                f"{float(difference.mean()):.3g}, tolerance {self.tolerance * scale:.3g}"
-            )
-        self.worst[name] = max(error, self.worst.get(name, 0.0))
-        return error
+        return self._judge(name, np.abs(actual.astype(np.float64) - wanted), wanted, place)
+
+    def compare_rows(self, name: str, stored: Array, expected: Tensor, scales: Array, place: str) -> Tensor:
+        """Checks that every code is one that torch's value rounds to; the rows that the codes stand for.
+
+        Args:
+            name: ``key`` or ``value``.
+            stored: [Hk, C, dh], at 4 bits packed.
+            expected: torch's values, [Hk, C, dh].
+            scales: [Hk, dh].
+            place: for the message.
+        """
+        found = cache_codes(stored, self.kind)
+        scale = scales[:, None].astype(np.float64)
+        wanted = expected.detach().double().numpy()
+        exact = np.clip(wanted / scale, *CODES[self.kind])
+        # How far torch's value lies outside of what rounds to the code.
+        self._judge(name, np.maximum(np.abs(exact - found) - 0.5, 0) * scale, wanted, place)
+        self.codes_seen += found.size
+        self.codes_equal += int((np.round(exact) == found).sum())
+        return torch.from_numpy((found * scale).astype(np.float32))
 
     def token(self, step: int, actual: int, expected: Tensor) -> None:
         """Checks a greedy token: it is torch's, or torch had the two within twice the tolerance."""
         gap = float(expected.max() - expected[actual])
-        limit = 2 * self.tolerance * max(1.0, float(expected.abs().max()))
-        if gap > limit:
+        limit = 2 * self.tolerance.allowed(expected.numpy())
+        self.greedy_equal += actual == int(expected.argmax())
+        if not gap <= limit:
             raise ParityError(
-                f"greedy token {step} is {actual}, torch has {int(expected.argmax())}, {gap:.3g} higher in logits "
-                f"(tolerance {limit:.3g})"
+                f"greedy token {step} over the {self.kind} KV cache is {actual}, torch has {int(expected.argmax())}, "
+                f"{gap:.3g} higher in logits (tolerance {limit:.3g})"
             )
+
+    def summary(self, loops: int, chunk: int, prompt_tokens: int, decode_tokens: int) -> ParityRun:
+        """What the manifest says of it."""
+        return ParityRun(
+            kv_cache=self.kind,
+            loops=loops,
+            chunk=chunk,
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            greedy_tokens=len(self.steps),
+            greedy_tokens_equal=self.greedy_equal,
+            tensors=self.tensors,
+            hidden_by_loop=self.hidden_by_loop,
+            codes_equal=self.codes_equal / self.codes_seen if self.codes_seen else None,
+        )
+
+    def _judge(self, name: str, difference: Array, wanted: Array, place: str) -> float:
+        error, magnitude = float(difference.max()), float(np.abs(wanted).max())
+        found = Difference(error, magnitude, self.tolerance.allowed(wanted))
+        # Written so that NaN fails too.
+        if not found.error <= found.allowed:
+            raise ParityError(
+                f"ONNX Runtime and torch first differ in {name} at {place}, {self.kind} KV cache: largest difference "
+                f"{error:.3g}, mean {float(difference.mean()):.3g}, allowed {found.allowed:.3g} of tensors up to "
+                f"{magnitude:.3g}"
+            )
+        before = self.tensors.get(name)
+        if before is None or found.error * before.allowed >= before.error * found.allowed:
+            self.tensors[name] = found
+        return error / magnitude if magnitude else 0.0
+
+
+@torch.no_grad()
+def _follow(reference: MeltCausalLM, lanes: list[_Lane], place: int, cache: KVCache, loops: int, phase: str) -> None:
+    """Runs one step through torch, a sequence for each lane, and compares after every layer and loop."""
+    ids = lanes[0].steps[place].ids
+    with _watching(reference, lanes, place, phase):
+        states = reference.model.forward_chunk(torch.tensor([ids] * len(lanes)), loops, cache)
+    exit_gate = reference.model.early_exit_gate
+    for loop_idx, hidden in enumerate(states):
+        at, name = f"loop {loop_idx + 1} of {phase}", str(loop_idx + 1)
+        exits = None if exit_gate is None else exit_gate(hidden)
+        for row, lane in enumerate(lanes):
+            record = lane.steps[place].loops[loop_idx]
+            error = lane.compare("hidden", record.hidden, hidden[row], at)
+            lane.hidden_by_loop[name] = max(error, lane.hidden_by_loop.get(name, 0.0))
+            if exits is not None and record.exit_logit is not None:
+                lane.compare("exit_logit", record.exit_logit, exits[row, :, 0], at)
+    for lane, logits in zip(lanes, reference.lm_head(states[-1][:, -1]), strict=True):
+        actual = lane.steps[place].logits
+        lane.compare("logits", actual, logits, phase)
+        lane.token(place, int(actual.argmax()), logits)
 
 
 @contextmanager
-def _recording(model: MeltCausalLM) -> Iterator[list[_LayerTrace]]:
-    """Collects what every layer gives while the context lasts."""
-    traces = [_LayerTrace() for _ in model.model.layers]
+def _watching(model: MeltCausalLM, lanes: list[_Lane], place: int, phase: str) -> Iterator[None]:
+    """Compares each layer's latent state and rows while torch computes them, and gives it the bundle's rounded rows."""
+    seen = [0] * len(model.model.layers)
 
-    def hook(trace: _LayerTrace) -> Any:
-        def record(module: Layer, args: tuple, output: tuple) -> None:
-            _, latent, (keys, values) = output
-            trace.latents.append(latent[0])
-            trace.keys.append(keys[0])
-            trace.values.append(values[0])
+    def keys_values(layer_idx: int, attention: Any, h: Tensor, frame: Frame) -> KeyValue:
+        loop_idx, at = seen[layer_idx], f"layer {layer_idx}, loop {seen[layer_idx] + 1} of {phase}"
+        pair = type(attention).keys_values(attention, h, frame)
+        for row, lane in enumerate(lanes):
+            record = lane.steps[place].loops[loop_idx]
+            if record.latents:
+                lane.compare("latent", record.latents[layer_idx], h[row], at)
+            for side, name in enumerate(("key", "value")):
+                stored, wanted = record.rows[layer_idx][side], pair[side][row]
+                if lane.scales:
+                    pair[side][row] = lane.compare_rows(name, stored, wanted, lane.scales[layer_idx][side], at)
+                else:
+                    lane.compare(name, stored, wanted, at)
+        seen[layer_idx] += 1
+        return pair
 
-        return record
-
-    handles = [
-        layer.register_forward_hook(hook(trace)) for layer, trace in zip(model.model.layers, traces, strict=True)
-    ]
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for layer_idx, attention in enumerate(attentions):
+        vars(attention)["keys_values"] = partial(keys_values, layer_idx, attention)
     try:
-        yield traces
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attention in attentions:
+            del vars(attention)["keys_values"]

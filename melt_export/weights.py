@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from melt_runtime.manifest import WEIGHTS_NAME
-from melt_runtime.state import stored_type
+from melt_runtime.plan import stored_type
 
 _PAGE = 4096  # large tensors begin on a page of memory, so that they can be mapped
 _LINE = 64

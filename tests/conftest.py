@@ -1,5 +1,7 @@
-"""Checkpoints and bundles that tests share; each is made once a run."""
+"""Checkpoints and bundles that tests share; each is made once a run, whatever the number of workers."""
 
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from melt_export.bundle import ExportOptions, export_bundle
+from melt_files import staged
 from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
 
 settings.register_profile("melt", deadline=None)  # machines differ; no test waits on time
@@ -70,39 +74,62 @@ def environment(name: str, *requirements: str) -> Path:
     return venv / "bin"
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one worker of a run makes and every other reads: no test may change it.
+
+    Args:
+        factory: gives each worker a folder inside the run's own.
+        name: tells this folder from every other of the run.
+        make: called with where to make it.
+    """
+    run = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    folder = run / f"shared-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 BundleMaker = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
     """Makes (once for each choice) the bundle of a random model, with its parity and quality where ``verified``."""
-    made: dict[str, Path] = {}
 
-    def make(
+    def bundle(
         precision: str = "float32",
         layers: dict[str, str] | None = None,
         verified: bool = False,
         activations: str | None = None,
         **changes,
     ) -> Path:
-        key = f"{precision} {layers} {verified} {activations} {sorted(changes.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("bundle")
-            checkpoint = save_checkpoint(random_model(**changes), folder / "checkpoint")
-            options = ExportOptions(precision, layers or {}, activations=activations, verified=verified)
-            export_bundle(checkpoint, folder / "bundle", options)
-            made[key] = folder / "bundle"
-        return made[key]
+        def make(folder: Path) -> None:
+            with staged(folder) as place:
+                checkpoint = save_checkpoint(random_model(**changes), place / "checkpoint")
+                options = ExportOptions(precision, layers or {}, activations=activations, verified=verified)
+                export_bundle(checkpoint, place / "bundle", options)
 
-    return make
+        name = f"random {precision} {layers} {verified} {activations} {sorted(changes.items())}"
+        return made_once(tmp_path_factory, name, make) / "bundle"
+
+    return bundle
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the shipped model."""
-    out = tmp_path_factory.mktemp("tiny") / "melt-tiny"
-    export_bundle(MELT_TINY, out)
-    return out
+    return made_once(tmp_path_factory, "melt-tiny", lambda out: export_bundle(MELT_TINY, out))
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same at 4 bits."""
+    return made_once(
+        tmp_path_factory, "melt-tiny int4", lambda out: export_bundle(MELT_TINY, out, ExportOptions("int4"))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import pytest
 
 from melt_runtime import bench, cli_bench, read_manifest
 from melt_runtime.bench import BenchOptions, read_bandwidth, run_bench
+from melt_runtime.bench_report import plot_rows
 from melt_runtime.cli import main
-from melt_runtime.model import plan_state
+from melt_runtime.plan import plan_state
 
 OPTIONS = BenchOptions(loops=(1, 3), positions=(20, 50), chunks=(8,), batches=(1, 2), kv_caches=("float", "int8"))
 
@@ -70,6 +71,14 @@ def test_the_command_prints_writes_and_draws(random_bundle, capsys, tmp_path):
     assert found["options"]["threads"] == 1
     assert len(found["rows"]) == 8
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_decoded_is_nothing_to_draw(rows, tmp_path):
+    prompts = [row for row in rows if row.kind == "prefill"]
+    for nothing in ([], prompts):
+        with pytest.raises(ValueError, match="nothing to draw: --plot shows decoding"):
+            plot_rows(nothing, tmp_path / "empty.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shape_is_made_once_by_the_exporter(tmp_path, capsys, monkeypatch):

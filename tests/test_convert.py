@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import MELT_TINY, ROOT
 from published import OURO, ouro_forward, ouro_tensors, write_ouro
+from tolerances import TORCH, assert_close
 
 from melt_export.bundle import export_bundle
 from melt_export.cli import main
@@ -53,7 +54,7 @@ def test_closed_gates_compute_the_looplm(looplm, tmp_path):
         layer.gate.w_z.bias.fill_(-1e9)
     ids = list(range(40, 60))
     logits, _ = ouro_forward(ouro_tensors(OURO), OURO, ids)
-    torch.testing.assert_close(model(torch.tensor([ids])).logits[0], logits[-1], atol=1e-4, rtol=1e-4)
+    assert_close(model(torch.tensor([ids])).logits[0], logits[-1], TORCH)
 
 
 @pytest.mark.parametrize(("kind", "gates"), [("scalar", 9), ("mean", 0)])

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import MELT_TINY, random_model, save_checkpoint
+from tolerances import CAPTURED, CUDA_TYPES, PARITY, assert_close
 
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_models.evaluation import read_examples
@@ -16,8 +17,6 @@ from melt_runtime import CudaOptions, MeltModel
 from melt_runtime.cuda import cuda_obstacle, free_memory
 
 pytestmark = pytest.mark.cuda
-TOLERANCE = 4e-2
-"""Of float16 and bfloat16 logits, as a fraction of the largest."""
 PROMPT = list(range(5, 45))
 
 
@@ -35,8 +34,7 @@ def tiny(tmp_path_factory):
 
 def logits(model: MeltModel, loops: int) -> np.ndarray:
     """After a prompt and after each of eight given tokens, [9, V]."""
-    runner = model.session.runner
-    runner.state.reset()
+    runner = model.new_runner()
     found = [runner.prefill(PROMPT, loops).copy()]
     found += [runner.decode([token], loops)[0].copy() for token in range(8)]
     return np.stack(found)
@@ -48,7 +46,7 @@ def test_cuda_computes_what_the_cpu_does(random_bundle, kind):
     cpu, cuda = (MeltModel.load(bundle, device=device, capacity=64) for device in ("cpu", "cuda"))
     for loops in (1, 2, 4):
         expected = logits(cpu, loops)
-        np.testing.assert_allclose(logits(cuda, loops), expected, atol=TOLERANCE * np.abs(expected).max())
+        assert_close(logits(cuda, loops), expected, PARITY["float16"])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
@@ -60,7 +58,7 @@ def test_other_types_compute_what_float32_does(tmp_path, precision):
     export_bundle(checkpoint, tmp_path / "cpu", ExportOptions(weights, verified=False))
     expected = logits(MeltModel.load(tmp_path / "cpu", device="cpu", capacity=64), 4)
     actual = logits(MeltModel.load(tmp_path / "cuda", device="cuda", capacity=64), 4)
-    np.testing.assert_allclose(actual, expected, atol=2 * TOLERANCE * np.abs(expected).max())
+    assert_close(actual, expected, CUDA_TYPES)
 
 
 def test_melt_tiny_answers(tiny):
@@ -74,7 +72,7 @@ def test_captured_graphs_give_what_plain_runs_give(tiny):
     captured = MeltModel.load(tiny, device="cuda", capacity=256, cuda=CudaOptions(graphs=True))
     for loops in (1, 2, 4):
         expected = logits(plain, loops)
-        np.testing.assert_allclose(logits(captured, loops), expected, atol=1e-2 * np.abs(expected).max())
+        assert_close(logits(captured, loops), expected, CAPTURED)
         for settings in ({"temperature": 0.0}, {"temperature": 0.8, "top_k": 20, "seed": 1}):
             one, other = (
                 m.generate(PROMPT, loops=loops, max_new_tokens=100, stop_ids=(), **settings) for m in (plain, captured)
@@ -86,7 +84,7 @@ def test_device_and_host_choose_the_same_greedy_tokens(tiny):
     model = MeltModel.load(tiny, device="cuda", capacity=256)
     settings = {"temperature": 0.0, "max_new_tokens": 100, "stop_ids": ()}
     on_device = model.generate(PROMPT, **settings)
-    sampler, model.session.runner.sampler = model.session.runner.sampler, None
+    sampler, model.session._runner.sampler = model.session._runner.sampler, None
     assert sampler is not None
     assert model.generate(PROMPT, **settings).token_ids == on_device.token_ids
 
@@ -103,7 +101,7 @@ def test_memory_is_the_same_for_every_depth_and_every_token(tiny):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_speed_is_reported(tiny, graphs, capsys):
     """Prints milliseconds a token by loops; the figures themselves are not judged."""
-    runner = MeltModel.load(tiny, device="cuda", capacity=512, cuda=CudaOptions(graphs=graphs)).session.runner
+    runner = MeltModel.load(tiny, device="cuda", capacity=512, cuda=CudaOptions(graphs=graphs)).new_runner()
     for loops in (1, 2, 4):
         runner.state.reset()
         runner.prefill(PROMPT, loops)

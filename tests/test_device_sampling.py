@@ -13,12 +13,13 @@ from melt_models import MeltConfig
 from melt_runtime.contract import graph_specs
 from melt_runtime.device_sampler import DeviceSampler
 from melt_runtime.errors import NumericalError
-from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.generation_config import GenerationConfig, GenerationSettings, settle
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import read_manifest
-from melt_runtime.model import open_sessions, plan_state
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
 from melt_runtime.providers import choose_provider, make_session
-from melt_runtime.sampler import filtered_probabilities
+from melt_runtime.sampler import candidates
 from melt_runtime.state import Buffer, State
 
 VOCABULARY = 37
@@ -37,6 +38,10 @@ def sessions(tmp_path_factory):
     return made
 
 
+def settings(**said) -> GenerationSettings:
+    return settle(GenerationConfig(**said), GenerationConfig(), trained_loops=4, room=100)
+
+
 def draw_logits(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (1, 1, VOCABULARY)).astype(np.float32)
 
@@ -44,11 +49,11 @@ def draw_logits(seed: int) -> np.ndarray:
 class Drawing:
     """A sampler over the graphs, and the buffer that the next step would read."""
 
-    def __init__(self, sessions, config: GenerationConfig):
+    def __init__(self, sessions, settings: GenerationSettings):
         self.sampler = DeviceSampler(sessions["greedy"], sessions["sample"], VOCABULARY, "cpu", 0)
         self.ids = Buffer((1, 1), "int64", "cpu")
         self.bindings = self.sampler.bind(self.ids)
-        self.sampler.start(config)
+        self.sampler.start(settings)
 
     def draw(self, logits: np.ndarray) -> int:
         self.sampler.logits.write(logits)
@@ -58,14 +63,14 @@ class Drawing:
 
 
 def test_greedy_takes_the_largest(sessions):
-    drawing = Drawing(sessions, GenerationConfig(temperature=0.0))
+    drawing = Drawing(sessions, settings(temperature=0.0))
     for seed in range(20):
         logits = draw_logits(seed)
         assert drawing.draw(logits) == logits.argmax()
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "said",
     [
         {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
         {"temperature": 0.7, "top_k": 5, "top_p": 1.0},
@@ -75,20 +80,23 @@ def test_greedy_takes_the_largest(sessions):
     ],
     ids=str,
 )
-def test_frequencies_are_the_host_samplers_probabilities(sessions, settings):
+def test_frequencies_are_the_host_samplers_probabilities(sessions, said):
     """Every uniform number of a fine grid instead of random ones: each token as often as its probability says."""
-    config = GenerationConfig(**settings, seed=1)
+    config = settings(**said, seed=1)
     logits = draw_logits(3)
-    expected = filtered_probabilities(logits[0, 0], config)
+    expected = np.zeros(VOCABULARY)
+    tokens, probabilities = candidates(logits[0, 0], config)
+    expected[tokens] = probabilities
     drawing, count = Drawing(sessions, config), 2000
     grid = iter((np.arange(count, dtype=np.float32) + 0.5) / count)
     drawing.sampler._random = type("Grid", (), {"random": lambda *_, **__: np.array([[next(grid)]], np.float32)})()
     found = np.bincount([drawing.draw(logits) for _ in range(count)], minlength=VOCABULARY) / count
-    np.testing.assert_allclose(found, expected, atol=1.5 / count)
+    # A token is drawn for the grid points inside its share: at each end one may count or not.
+    assert np.abs(found - expected).max() <= 1.5 / count
 
 
 def test_a_seed_repeats_an_answer(sessions):
-    config = GenerationConfig(temperature=1.0, seed=7)
+    config = settings(temperature=1.0, seed=7)
     logits = [draw_logits(seed) for seed in range(30)]
     first = [Drawing(sessions, config).draw(one) for one in logits[:1]]
     runs = [[drawing.draw(one) for one in logits] for drawing in (Drawing(sessions, config), Drawing(sessions, config))]
@@ -101,13 +109,13 @@ def test_logits_that_are_no_numbers_are_refused(sessions, temperature):
     logits = draw_logits(0)
     logits[0, 0, 5] = np.nan
     with pytest.raises(NumericalError, match="NaN logits"):
-        Drawing(sessions, GenerationConfig(temperature=temperature)).draw(logits)
+        Drawing(sessions, settings(temperature=temperature)).draw(logits)
 
 
 def test_what_the_host_must_do():
-    assert DeviceSampler.can_draw(GenerationConfig(temperature=0.7, top_k=3, top_p=0.9))
-    assert not DeviceSampler.can_draw(GenerationConfig(repetition_penalty=1.1))
-    assert not DeviceSampler.can_draw(GenerationConfig(min_p=0.1))
+    assert DeviceSampler.can_draw(settings(temperature=0.7, top_k=3, top_p=0.9))
+    assert not DeviceSampler.can_draw(settings(repetition_penalty=1.1))
+    assert not DeviceSampler.can_draw(settings(min_p=0.1))
 
 
 @pytest.mark.parametrize("loops", [1, 4])
@@ -121,7 +129,7 @@ def test_the_driver_goes_on_from_the_token_that_was_drawn(random_bundle, loops):
         LoopRunner(graphs, State(plan_state(manifest, 96, chunk=8), "cpu"))
         for graphs in (sessions, replace(sessions, **drawn))
     )
-    device.sampler.start(GenerationConfig(temperature=0.0))
+    device.sampler.start(settings(temperature=0.0))
     prompt = list(range(20, 41))
     token = int(host.prefill(prompt, loops).argmax())
     assert device.prefill_and_draw(prompt, loops) == token

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,16 @@ import pytest
 from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import GenerationConfig as TransformersGenerationConfig
 
-from melt_export import ExportError, ParityError, export_bundle
+from melt_export import ExportError, ExportOptions, ParityError, export_bundle
 from melt_export import bundle as bundle_module
+from melt_export import cli as cli_module
+from melt_export.bundle import write_text_files
 from melt_export.cli import main
-from melt_export.source import chat_template
-from melt_models import CheckpointError, MeltConfig, load_checkpoint
-from melt_runtime.text import TextCodec
+from melt_export.source import checkpoint_source
+from melt_models import CheckpointError, load_checkpoint
+from melt_runtime import GenerationConfig
 
 
 @pytest.fixture
@@ -68,13 +72,165 @@ def test_bad_configurations(checkpoint, changes, message):
         load_checkpoint(checkpoint)
 
 
+NONSENSE = {
+    "vocab_size": (True, "a valid integer"),
+    "hidden_size": (64.0, "a valid integer"),
+    "intermediate_size": (2**62, "at most 1048576"),
+    "num_hidden_layers": (2**31, "at most 1024"),
+    "max_position_embeddings": (10**12, "at most 1048576"),
+    "total_ut_steps": (10**30, "at most 1024"),
+    "rms_norm_eps": (float("inf"), "a finite number"),
+    "initializer_range": (float("nan"), "a finite number"),
+    "rope_parameters": ({"rope_theta": "4"}, "a valid number"),
+    "eos_token_id": ([3, 2**40], "less than 1048576"),
+    "pad_token_id": (-2, "at least 0"),
+    "tie_word_embeddings": ("no", "a valid boolean"),
+    "gate_ema": (2, "at most 1"),
+    "gate_kind": ("maybe", "'none', 'elementwise', 'scalar', 'ema', 'mean' or 'last'"),
+    "hidden_act": (None, "'silu'"),
+}
+
+
+def test_nonsense_is_listed_whole_before_anything_is_made(checkpoint, tmp_path):
+    """Types and ranges together, of every file: one run shows all that must be corrected."""
+    edit_config(checkpoint, colour="red", **{name: value for name, (value, _) in NONSENSE.items()})
+    (checkpoint / "tokenizer_config.json").write_text('{"chat_template": 5, "eos_token": {"content": null}}')
+    (checkpoint / "generation_config.json").write_text('{"top_p": 1.4}')
+    (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    (checkpoint / "evaluation.jsonl").write_text('{"messages": ["hi"], "answer": "x", "group": "g"}\nnot json\n')
+    (checkpoint / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError) as raised:
+        export_bundle(checkpoint, tmp_path / "out")
+    for name, (_, rule) in NONSENSE.items():
+        assert re.search(rf"config.json: {name}\S* must be {rule}, got ", str(raised.value)), name
+    for message in (
+        "config.json: unknown configuration keys ['colour']",
+        "generation_config.json: top_p must be at most 1, got 1.4",
+        "tokenizer_config.json: chat_template must be a text or a list of named templates, got 5",
+        "tokenizer.json cannot be used: ",
+        "evaluation.jsonl, line 1: messages[0] must be",
+        "evaluation.jsonl, line 2 is not JSON",
+        "model.safetensors cannot be read",
+    ):
+        assert message in str(raised.value), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": 703}, r"eos_token_id must be below vocab_size \(703\), got 703"),
+        ({"chunk_size": 257}, r"chunk_size must be at most max_position_embeddings \(256\), got 257"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
+        ({"hidden_size": 66, "head_dim": None}, "hidden_size must be a multiple of num_attention_heads, got 66 and 4"),
+    ],
+)
+def test_values_are_held_against_each_other(checkpoint, changes, message):
+    edit_config(checkpoint, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(checkpoint)
+
+
+DEEP = b'{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+
+
+@pytest.mark.parametrize("content", [DEEP, b'{"a": "\xff"}', b'{"a": "\\ud83d"}', b"[1, 2]", b"", b"{"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_what_is_no_json_is_named_with_its_file(checkpoint, name, content):
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises((CheckpointError, ExportError), match=f"\n  {name} (is not JSON|must hold a JSON object)"):
+        checkpoint_source(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "weight_map is missing"),
+        ({"weight_map": {}}, "weight_map must have at least 1 item"),
+        ({"weight_map": {"a": 5}}, "weight_map.a must be a valid string, got 5"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "weight_map must name files of this folder"),
+        ({"weight_map": {"a": "x" * 5000}}, "missing weight file xxx"),
+    ],
+)
+def test_an_index_is_checked(checkpoint, index, message):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(checkpoint)
+
+
+def write_generation(checkpoint, **values) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps(values))
+
+
+def test_generation_defaults_are_carried_over(checkpoint, tmp_path):
+    """The file counts and config.json does not, as in transformers; what the runtime has not is said."""
+    edit_config(checkpoint, eos_token_id=3)
+    assert checkpoint_source(checkpoint).generation == GenerationConfig(stop_ids=(3,))
+    write_generation(
+        checkpoint,
+        **{"_from_model_config": True, "eos_token_id": [3, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        **{"repetition_penalty": 1.1, "max_new_tokens": 40, "stop_strings": "END", "num_beams": 1, "length_penalty": 2},
+    )
+    source = checkpoint_source(checkpoint)
+    wanted = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 40}
+    assert source.generation == GenerationConfig(stop_ids=(3, 7), stop=("END",), **wanted)
+    assert source.notes == (
+        "generation_config.json ends a text at [3, 7], config.json at [3]: the first counts, as in transformers",
+        "keys of generation_config.json that the runtime does not have are passed over: length_penalty",
+    )
+    write_text_files(source, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["stop_ids"] == [3, 7]
+    theirs = TransformersGenerationConfig.from_pretrained(checkpoint)
+    assert (theirs.eos_token_id, theirs.temperature, theirs.top_p) == ([3, 7], 0.6, 0.9)
+
+
+def test_without_do_sample_an_answer_is_greedy(checkpoint):
+    edit_config(checkpoint, eos_token_id=3)
+    write_generation(checkpoint, temperature=0.6, top_k=20)
+    source = checkpoint_source(checkpoint)
+    assert source.generation == GenerationConfig(stop_ids=(3,))
+    assert source.notes == (
+        "generation_config.json does not set do_sample: answers are greedy, and temperature 0.6, top_k 20 passed over",
+    )
+
+
+def test_faults_of_generation_defaults_are_listed(checkpoint):
+    write_generation(checkpoint, eos_token_id=[3, 703], temperature=0, do_sample=True, top_p=1.4, min_p="x", top_k=True)
+    with pytest.raises(ExportError) as raised:
+        checkpoint_source(checkpoint)
+    for message in (
+        "eos_token_id must be below vocab_size (703), got 703",
+        "temperature must be above 0 where do_sample is true, got 0",
+        "top_p must be at most 1, got 1.4",
+        "min_p must be a valid number, got 'x'",
+        "top_k must be a valid integer, got True",
+    ):
+        assert f"\n  generation_config.json: {message}" in str(raised.value)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills(checkpoint):
+    path = checkpoint / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    words = "Ana reports to Ben. Ben reports to Cleo."
+    ids = tokenizer.encode(words).ids
+    assert checkpoint_source(checkpoint).tokenizer == path.read_text()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    path.write_text(tokenizer.to_str())
+    source = checkpoint_source(checkpoint)
+    assert Tokenizer.from_str(source.tokenizer).encode(words).ids == ids
+    assert source.notes == ("truncation and padding of tokenizer.json is left out: a prompt is never cut or filled up",)
+
+
 def test_missing_and_damaged_files(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
         load_checkpoint(checkpoint)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="missing weight files: model.safetensors"):
+    with pytest.raises(CheckpointError, match="missing weight file model.safetensors"):
         load_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="config.json does not exist"):
         load_checkpoint(checkpoint / "nowhere")
@@ -115,7 +271,45 @@ def test_a_failed_verification_fails_the_export_and_names_the_place(checkpoint, 
     assert list((tmp_path / "made").iterdir()) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_export_and_a_closed_terminal_are_heeded(monkeypatch, ignored):
+    """Both clean up as an interruption does; what nohup ignores stays ignored."""
+    heeded = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", heeded.__setitem__)
+    cli_module._heed_signals()
+    (other,) = {signal.SIGTERM, signal.SIGHUP} - {ignored}
+    assert heeded == {other: cli_module._stop}
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "safetensors", "pydantic", "tqdm", "onnx_ir", "onnx", "huggingface_hub"):
+    sys.modules[name] = None
+from melt_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_help_needs_no_torch_and_work_says_what_is_missing(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "melt, ouro, llama" in shown.stdout
+    done = subprocess.run([*command, str(MELT_TINY), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: melt-export needs \w+, which is not installed: pip install 'melt-onnx\[export\]'\n", done.stderr
+    )
+
+
+def test_the_command_lines_defaults_are_those_of_the_options():
+    parser = cli_module._parser()
+    for name in ("precision", "block", "rounding", "activations"):
+        assert parser.get_default(name) == getattr(ExportOptions, name)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_interrupting_an_export_leaves_no_bundle(checkpoint, tmp_path, signum):
     made = tmp_path / "made"
     command = [sys.executable, str(ROOT / "export.py"), str(checkpoint), "--out", str(made / "out")]
@@ -141,21 +335,5 @@ def test_sharded_weights_load(checkpoint, tmp_path):
     for name, tensor in model.state_dict().items():
         assert tensor.equal(loaded.state_dict()[name]), name
     shutil.move(next(sharded.glob("model-00001*")), tmp_path / "lost")
-    with pytest.raises(CheckpointError, match="missing weight files: model-00001"):
+    with pytest.raises(CheckpointError, match="missing weight file model-00001"):
         load_checkpoint(sharded)
-
-
-def test_chat_templates_become_self_contained(tmp_path):
-    """From tokenizer_config.json where there is no file, with the special tokens that the template names."""
-    settings = {
-        "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "special": True},
-        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer, config = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")), MeltConfig()
-    messages = [{"role": "user", "content": "hi"}]
-    assert TextCodec(tokenizer, chat_template(tmp_path, config, tokenizer)).render(messages) == "<s>hi</s>"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert chat_template(tmp_path, config, tokenizer) == "{{ messages[0].content }}"
-    assert chat_template(tmp_path / "nowhere", config, tokenizer) == ""

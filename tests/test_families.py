@@ -9,17 +9,19 @@ from conftest import MELT_TINY
 from published import OURO, ouro_forward, ouro_tensors, write_ouro
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tolerances import TORCH, assert_choices, assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.source import ExportError, checkpoint_source
 from melt_models import CheckpointError, MeltConfig, load_checkpoint
 from melt_models.checkpoint import Checkpoint
-from melt_models.families import read_llama, read_ouro
+from melt_models.convert import looplm_to_melt
+from melt_models.families import READERS, read_llama, read_ouro
+from melt_models.model_types import KNOWN_TYPES
 from melt_runtime import MeltModel
 
 IDS = [5, 700, 3, 3, 250, 17, 42, 0, 99, 511, 8, 640]
-TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def test_ouro_follows_its_equations(tmp_path, shards, kv_heads):
     for chunk in (len(IDS), 5, 1):
         out = model(torch.tensor([IDS]), chunk_size=chunk)
         for loop_idx, expected in enumerate(logits):
-            torch.testing.assert_close(model.lm_head(out.loop_hidden_states[loop_idx])[0], expected, **TOLERANCE)
-        torch.testing.assert_close(out.exit_logits[0].sigmoid(), torch.stack(exits, -1), **TOLERANCE)
+            assert_close(model.lm_head(out.loop_hidden_states[loop_idx])[0], expected, TORCH)
+        assert_close(out.exit_logits[0].sigmoid(), torch.stack(exits, -1), TORCH)
 
 
 def test_an_ouro_bundle_follows_its_equations(ouro_bundle):
@@ -56,17 +58,17 @@ def test_an_ouro_bundle_follows_its_equations(ouro_bundle):
     logits, exits = ouro_forward(ouro_tensors(OURO), OURO, IDS)
     model = MeltModel.load(folder, device="cpu", capacity=64, chunk=4)
     assert model.manifest.model.cache_kind == "per_loop"
-    runner = model.session.runner
+    runner = model.new_runner()
     given: list[float] = []
     actual = runner.prefill(IDS[:8], 4)
-    np.testing.assert_allclose(actual, logits[-1][7], **TOLERANCE)
+    assert_close(actual, logits[-1][7])
     for position in range(8, len(IDS)):
         given.clear()
         observe = lambda _: given.append(runner.state.exit_logit.read()[0])  # noqa: E731
         actual = runner.decode([IDS[position]], 4, observe=observe)[0]
-        np.testing.assert_allclose(actual, logits[-1][position], **TOLERANCE)
+        assert_close(actual, logits[-1][position])
         lambdas = 1 / (1 + np.exp(-np.array(given)))
-        np.testing.assert_allclose(lambdas, [float(gate[position]) for gate in exits], **TOLERANCE)
+        assert_close(lambdas, [float(gate[position]) for gate in exits])
 
 
 def test_ouros_wrong_token_ids_are_corrected_and_said(ouro_bundle):
@@ -83,13 +85,36 @@ def test_right_token_ids_are_left_alone(tmp_path):
     assert (checkpoint.config.bos_token_id, checkpoint.config.eos_token_id) == (7, 8)
 
 
+@pytest.mark.parametrize("stored", [{"bos_token_id": 0, "eos_token_id": 0}, {"eos_token_id": [0]}])
+def test_the_same_error_beside_the_configuration_is_corrected(tmp_path, stored):
+    """transformers wrote Ouro's generation_config.json from its config.json; a MELT made of it inherits the file."""
+    folder = write_ouro(tmp_path / "ouro")
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    looplm_to_melt(Checkpoint(folder), tmp_path / "melt")
+    for made in (folder, tmp_path / "melt"):
+        source = checkpoint_source(made)
+        assert source.generation.stop_ids == (2,)
+        assert "eos 0 of Ouro's published generation_config.json is corrected to 2 (<|im_end|>)" in source.notes
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert checkpoint_source(folder).generation.stop_ids == (2, 0)
+
+
+def test_an_exit_threshold_is_said_to_be_passed_over(tmp_path):
+    (note,) = Checkpoint(write_ouro(tmp_path, early_exit_threshold=0.5, bos_token_id=1)).notes
+    assert note.startswith("early_exit_threshold 0.5 is passed over")
+
+
+def test_every_known_type_has_its_reader():
+    assert tuple(READERS) == KNOWN_TYPES
+
+
 def test_the_chat_template_gets_the_corrected_tokens(tmp_path):
     """Ouro's tokenizer_config.json names <|endoftext|> as its end of text, as its config.json does."""
     folder = write_ouro(tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
     end = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")).id_to_token(2)
-    assert checkpoint_source(folder).chat_template.startswith(f'{{%- set eos_token = "{end}" -%}}')
+    assert checkpoint_source(folder).chat_template.startswith(f'{{% set eos_token = "{end}" %}}')
 
 
 def save_llama(folder, tied=True, **changes) -> LlamaForCausalLM:
@@ -119,20 +144,20 @@ def test_a_llama_is_a_model_with_one_loop(tmp_path, tied):
     ids = torch.tensor([IDS])
     expected = theirs(ids).logits
     out = ours(ids, chunk_size=5)
-    torch.testing.assert_close(out.logits, expected, **TOLERANCE)
+    assert_close(out.logits, expected, TORCH)
     assert out.exit_logits is None
     manifest = export_bundle(tmp_path / "llama", tmp_path / "bundle")
     assert "exit_logit" not in {tensor.name for tensor in manifest.graphs["loop"].outputs}
     model = MeltModel.load(tmp_path / "bundle", device="cpu", capacity=96, chunk=7)
-    runner = model.session.runner
+    runner = model.new_runner()
     assert model.state_bytes == runner.state.plan.total_bytes
-    np.testing.assert_allclose(runner.prefill(IDS, 1), expected[0, -1], **TOLERANCE)
-    options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    greedy = theirs.generate(ids, max_new_tokens=40, **options)
+    assert_close(runner.prefill(IDS, 1), expected[0, -1])
     tokens = [int(runner.state.logits.read().argmax())]
     while len(tokens) < 40:
         tokens.append(int(runner.decode([tokens[-1]], 1)[0].argmax()))
-    assert tokens == greedy[0, len(IDS) :].tolist()
+    # One pass of theirs over the whole text shows what it would choose after every token of it.
+    chosen = theirs(torch.tensor([IDS + tokens])).logits[0, len(IDS) - 1 : -1]
+    assert_choices(chosen, tokens)
 
 
 def test_older_files_of_llama_load(tmp_path):
@@ -162,12 +187,15 @@ def test_older_files_of_llama_load(tmp_path):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window must be none, got 4096"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "must all be 'full_attention', got sliding_attent"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "must all be 'full_attention', got 'sliding_attention' too",
+        ),
         ({"total_ut_steps": None}, "total_ut_steps is missing"),
-        ({"hidden_size": None, "vocab_size": None}, "vocab_size is missing; hidden_size is missing"),
+        ({"hidden_size": None, "vocab_size": None}, "vocab_size is missing\n  config.json: hidden_size is missing"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantized \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantized \('gptq'\)"),
         ({"total_ut_steps": 0}, "total_ut_steps must be at least 1, got 0"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"intermediate_size": 97}, r"mlp.gate_proj.weight has shape \[96, 64\], expected \[97, 64\]"),
@@ -206,7 +234,7 @@ def test_quantized_tensors_are_refused(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     folder = write_ouro(tmp_path, 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing weight files: model-00002-of-00003.safetensors"):
+    with pytest.raises(CheckpointError, match="missing weight file model-00002-of-00003.safetensors"):
         Checkpoint(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(CheckpointError, match="is not an index of shards"):
@@ -222,11 +250,13 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("read", [read_ouro, read_llama])
 def test_readers_report_all_faults_at_once(read):
-    with pytest.raises(ValueError, match="rms_norm_eps is missing") as error:
-        read({"sliding_window": 8, "rope_scaling": {"type": "linear"}})
-    assert str(error.value).count(";") >= 8
+    faults: list[str] = []
+    read({"sliding_window": 8, "rope_scaling": {"type": "linear"}, "rope_theta": "4"}, "config.json", faults)
+    assert "config.json: rms_norm_eps is missing" in faults
+    assert "config.json: rope_theta must be a valid number, got '4'" in faults
+    assert len(faults) >= 10
 
 
 def test_placement_and_exit_gate_are_part_of_the_configuration():
-    with pytest.raises(ValueError, match="norm_placement must be one of sandwich, pre, got 'post'"):
+    with pytest.raises(ValueError, match="norm_placement must be 'sandwich' or 'pre', got 'post'"):
         MeltConfig(norm_placement="post")

@@ -1,18 +1,22 @@
 """Prepacked copies: the same bits, remade when damaged, bounded, shared; and nothing lost without them."""
 
 import json
-import multiprocessing
 import os
+import resource
 import shutil
-import time
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source
+from melt_files import replace_text
 from melt_models import MeltConfig
 from melt_runtime import BundleError, MeltModel, prepacked, read_manifest
 from melt_runtime.cli import main
@@ -44,7 +48,7 @@ def load(bundle, cache, **options) -> MeltModel:
 
 
 def logits(model: MeltModel) -> np.ndarray:
-    return model.session.runner.prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4).copy()
+    return model.new_runner().prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4).copy()
 
 
 def test_the_copy_gives_the_same_bits(bundle, cache):
@@ -172,42 +176,234 @@ def test_a_bundle_larger_than_the_cache_says_how_to_raise_the_limit(bundle, tmp_
 def test_the_entries_unused_for_longest_go_first(tmp_path):
     cache = LoadCache(tmp_path, limit=10_000)
     for number, key in enumerate("abc"):
-        with cache.making(key, f"graph {key}") as folder:
+        with cache.making(key * 32, f"graph {key}") as folder:
             (folder / "graph.data").write_bytes(b"x" * 300)
-        os.utime(tmp_path / key / "entry.json", (number, number))
-    assert cache.find("a") == tmp_path / "a"  # used now, so b is the oldest
-    cache.limit = 900
-    with cache.making("d", "graph d") as folder:
+        os.utime(tmp_path / (key * 32) / "entry.json", (number, number))
+    assert cache.find("a" * 32) == tmp_path / ("a" * 32)  # used now, so b is the oldest
+    cache.limit = 1000
+    with cache.making("d" * 32, "graph d") as folder:
         (folder / "graph.data").write_bytes(b"x" * 100)
     assert {entry.source for entry in cache.entries()} == {"graph a", "graph d"}
 
 
-def test_what_a_crashed_process_left_is_deleted_a_day_later(tmp_path):
-    cache = LoadCache(tmp_path)
-    for name, age in ((".old.x.partial", 90_000), (".new.x.partial", 10)):
-        (tmp_path / name).mkdir()
-        stamp = time.time() - age
-        os.utime(tmp_path / name, (stamp, stamp))
-    with cache.making("a", "graph a"):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.x.partial", "a"]
+KEY = "0123456789abcdef" * 2
+MAKER = """
+import sys, time
+from pathlib import Path
+from melt_runtime.load_cache import LoadCache
+with LoadCache(Path(sys.argv[1])).making(sys.argv[2], "graph") as folder:
+    (folder / "graph.data").write_bytes(b"x" * 5000)
+    print("making", flush=True)
+    time.sleep(600)
+"""
 
 
-def _load_in_a_process(bundle, folder, queue) -> None:
-    queue.put(logits(load(bundle, LoadCache(folder, min_bytes=0))))
+def die_making(folder) -> None:
+    process = start_making(folder)
+    process.kill()
+    process.communicate()
 
 
-def test_two_processes_load_at_once(bundle, cache):
+def start_making(folder) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", MAKER, folder, KEY], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "making\n"
+    return process
+
+
+def keep(cache, key=KEY) -> None:
+    with cache.making(key, f"graph {key}") as folder:
+        (folder / "graph.data").write_bytes(b"x" * 300)
+
+
+def test_what_a_killed_process_left_is_counted_and_goes_with_the_next_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MELT_CACHE_DIR", str(tmp_path / "cache"))
+    cache = LoadCache()
+    living = start_making(cache.folder)
+    die_making(cache.folder)
+    assert sorted(partial.dead for partial in cache.partials()) == [False, True]
+    assert main(["cache"]) == 0
+    out = capsys.readouterr().out
+    assert "10.00 kB of at most" in out
+    assert "5.00 kB  left by a process that died" in out
+    assert "5.00 kB  being made now" in out
+    keep(cache)
+    assert [partial.dead for partial in cache.partials()] == [False]
+    living.kill()
+    living.communicate()
+    (cache.folder / "checked").mkdir()
+    die_making(cache.folder / "checked")
+    cache.clear()
+    assert not cache.folder.exists()
+
+
+def test_what_is_being_made_counts_towards_the_limit(tmp_path):
+    cache = LoadCache(tmp_path / "cache", limit=5500)
+    keep(cache, "a" * 32)
+    living = start_making(cache.folder)
+    keep(cache, "b" * 32)
+    assert [entry.folder.name for entry in cache.entries()] == ["b" * 32]
+    living.kill()
+    living.communicate()
+
+
+def test_clear_deletes_what_is_ours_and_says_what_it_left(tmp_path, monkeypatch, capsys):
+    folder, treasure = tmp_path / "chosen", tmp_path / "treasure"
+    for place in (folder / "photos", folder / ("f" * 32), folder / ".mine.partial", folder / "checked", treasure):
+        place.mkdir(parents=True)
+        (place / "precious.txt").write_text("precious")
+    (folder / ("e" * 32)).mkdir()
+    (folder / ("e" * 32) / "entry.json").write_text('{"source": "another program"}')
+    (folder / "checked" / f"{'c' * 32}.json").write_text('{"another": "program"}')
+    (folder / ("d" * 32)).symlink_to(treasure)
+    (folder / "link").symlink_to(treasure)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    cache = LoadCache(folder)
+    keep(cache)
+    (folder / KEY / "link").symlink_to(treasure)
+    replace_text(folder / "checked" / f"{'b' * 32}.json", '{"made_by": "melt-onnx", "files": {}}')
+    die_making(folder)
+    monkeypatch.setenv("MELT_CACHE_DIR", str(folder))
+    assert main(["cache", "--clear"]) == 0
+    out = capsys.readouterr().out
+    assert f"left alone, not ours or in use: {folder / 'photos'}" in out
+    assert f"left alone, not ours or in use: {folder / ('f' * 32)}" in out
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_clear_does_not_follow_a_link_in_place_of_its_notes(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    note = tmp_path / "elsewhere" / f"{'b' * 32}.json"
+    note.write_text('{"made_by": "melt-onnx", "files": {}}')
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "checked").symlink_to(tmp_path / "elsewhere")
+    LoadCache(tmp_path / "cache").clear()
+    assert note.exists()
+
+
+def test_a_folder_that_stood_before_stays(tmp_path):
+    cache = LoadCache(tmp_path / "made")
+    keep(cache)
+    assert cache.clear().left == ()
+    assert not cache.folder.exists()
+    (tmp_path / "chosen").mkdir()
+    cache = LoadCache(tmp_path / "chosen")
+    keep(cache)
+    assert cache.clear().freed > 300
+    assert list(cache.folder.iterdir()) == []
+
+
+@pytest.fixture
+def nobody():
+    """Another user's view, where this one may do everything: permissions say nothing to root."""
+    public = Path(tempfile.mkdtemp(prefix="melt-cache-"))
+    public.chmod(0o755)
+    if os.geteuid() != 0:
+        pytest.skip("only root can look as another user does")
+    readable = subprocess.run(["test", "-x", public.parent], user=65534, check=False).returncode == 0
+    if not readable:
+        pytest.skip(f"{public.parent} is closed to other users")
+    yield public
+    os.seteuid(0)
+    shutil.rmtree(public)
+
+
+def test_a_cache_that_may_only_be_read_serves(bundle, nobody, monkeypatch):
+    """As in an image whose cache another user filled; no file of it can be touched."""
+    cache = LoadCache(nobody / "cache", min_bytes=0)
+    shutil.copytree(bundle, nobody / "bundle")
+    expected = logits(load(nobody / "bundle", cache))
+    die_making(cache.folder)
+    monkeypatch.setattr(prepacked, "_write_copy", lambda *_: pytest.fail("made again"))
+    os.seteuid(65534)
+    with pytest.raises(PermissionError):
+        (cache.folder / "file").touch()
+    with pytest.raises(PermissionError):
+        os.utime(next(cache.folder.glob("*/entry.json")))
+    np.testing.assert_array_equal(logits(load(nobody / "bundle", cache)), expected)
+    assert cache.unchanged(nobody / "bundle", read_manifest(nobody / "bundle"))
+    cache.clear()
+    assert len(cache.entries()) == 2
+    assert len(cache.partials()) == 1
+
+
+def test_a_damaged_copy_that_cannot_be_removed(bundle, cache, monkeypatch):
+    expected = logits(load(bundle, cache))
+    for entry in cache.entries():
+        path = entry.folder / "graph.onnx"
+        status = path.stat()
+        scribble(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    monkeypatch.setattr(LoadCache, "remove", lambda self, key: None)
+    with pytest.warns(RuntimeWarning, match=r"no prepacked copy .* cannot load graph.onnx"):
+        np.testing.assert_array_equal(logits(load(bundle, cache)), expected)
+
+
+def test_a_disk_that_is_full(bundle, cache, tmp_path):
+    """Real: ONNX Runtime's own writes stop in the middle of the copy."""
     expected = logits(MeltModel.load(bundle, device="cpu", capacity=64))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_load_in_a_process, args=(bundle, cache.folder, queue)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for _ in processes:
-        np.testing.assert_array_equal(queue.get(timeout=120), expected)
-    for process in processes:
-        process.join()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.warns(RuntimeWarning, match="no prepacked copy"):
+            np.testing.assert_array_equal(logits(load(bundle, cache)), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cache.entries() == []
+    assert cache.partials() == []
+    np.testing.assert_array_equal(logits(load(bundle, cache)), expected)
+    assert len(cache.entries()) == 2
+
+
+MAKE_AND_CLEAR = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+from melt_runtime.load_cache import LoadCache
+cache, number = LoadCache(Path(sys.argv[1])), int(sys.argv[2])
+for turn in range(80):
+    key = "abc"[(turn + number) % 3] * 32
+    if cache.find(key) is None:
+        with cache.making(key, "graph") as made:
+            (made / "one").write_text(key)
+            (made / "other").write_text(key)
+    found = cache.find(key)
+    if found is not None:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            assert (found / "one").read_text() == (found / "other").read_text() == key
+    if turn % 4 == number:
+        cache.clear()
+    cache.entries()
+"""
+LOAD = """
+import sys
+from pathlib import Path
+import numpy as np
+from melt_runtime import MeltModel
+from melt_runtime.load_cache import LoadCache
+model = MeltModel.load(sys.argv[1], device="cpu", capacity=64, cache=LoadCache(Path(sys.argv[2]), min_bytes=0))
+np.save(sys.argv[3], model.new_runner().prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4))
+"""
+
+
+def run_at_once(code, *commands) -> None:
+    """Starts light processes together (without torch, which the tests import) and waits until all ended well."""
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code, *map(str, command)]) for command in commands
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * len(commands)
+
+
+def test_processes_make_and_clear_the_same_cache(tmp_path):
+    run_at_once(MAKE_AND_CLEAR, *((tmp_path / "cache", number) for number in range(3)))
+    assert LoadCache(tmp_path / "cache").clear().left == ()
+
+
+def test_processes_load_at_once(bundle, cache, tmp_path):
+    expected = logits(MeltModel.load(bundle, device="cpu", capacity=64))
+    run_at_once(LOAD, *((bundle, cache.folder, tmp_path / f"{number}.npy") for number in range(3)))
+    for number in range(3):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), expected)
     assert len(cache.entries()) == 2
     assert not list(cache.folder.glob(".*"))
 
@@ -252,7 +448,24 @@ def test_the_command_lists_and_clears(bundle, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "chosen").exists()
     monkeypatch.setenv("MELT_CACHE_GB", "many")
     assert main(["cache"]) == 1
-    assert "MELT_CACHE_GB must be a number of gigabytes, got 'many'" in capsys.readouterr().err
+    assert "MELT_CACHE_GB must be a number of gigabytes, at least 0, got 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "inf", "-inf", "nan", "-1", "1e999", "1 GB"])
+def test_a_bad_limit_is_refused_by_name(monkeypatch, value):
+    monkeypatch.setenv("MELT_CACHE_GB", value)
+    with pytest.raises(ValueError, match=rf"MELT_CACHE_GB must be a number of gigabytes, at least 0, got {value!r}"):
+        LoadCache()
+
+
+@pytest.mark.parametrize("value", ["", "file", "dangling"])
+def test_a_bad_folder_is_refused_by_name(monkeypatch, tmp_path, value):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    value = str(tmp_path / value) if value else ""
+    monkeypatch.setenv("MELT_CACHE_DIR", value)
+    with pytest.raises(ValueError, match=rf"MELT_CACHE_DIR must name a folder, .* got {value!r}"):
+        LoadCache()
 
 
 @pytest.mark.parametrize(
@@ -276,6 +489,6 @@ def test_the_default_folder_is_the_systems(monkeypatch, platform, environment, e
 def test_a_damaged_note_of_checked_files_is_ignored(bundle, cache):
     load(bundle, cache)
     for note in (cache.folder / "checked").iterdir():
-        note.write_text(json.dumps({"loop.onnx": "?"}))
+        note.write_text(json.dumps({"made_by": "melt-onnx", "files": {"loop.onnx": "?"}}))
     assert cache.unchanged(bundle, read_manifest(bundle)) == frozenset()
     load(bundle, cache)

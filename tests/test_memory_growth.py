@@ -19,8 +19,9 @@ session = model.session
 sizes = []
 for _ in stream:
     # The cache's own rows are touched for the first time as tokens come: they are not growth.
-    touched = session.state.plan.cache_bytes * int(session.state.lengths[0]) // session.state.plan.capacity
-    sizes.append((int(session.state.lengths[0]), resident() - touched))
+    length = len(session.token_ids) - 1
+    touched = session.plan.cache_bytes * length // session.plan.capacity
+    sizes.append((length, resident() - touched))
 early = [size for length, size in sizes if 90 <= length < 140]
 late = [size for length, size in sizes if length >= 3090]
 assert stream.result.timings.decode_tokens == 3099

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import random_model
+from tolerances import TORCH, assert_close, assert_greedy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from melt_layers import Gate, GateLinear
 from melt_models import GATE_KINDS, KVCache, MeltCausalLM, MeltConfig
+from melt_models.modeling import GATE_INIT_STD
 
 
 def ids(length: int = 21, batch: int = 2) -> torch.Tensor:
@@ -75,7 +77,7 @@ def test_forward_follows_the_equations(kind, loops, chunk):
     model, tokens = random_model(gate_kind=kind), ids(13, 1)
     with torch.no_grad():
         actual = model(tokens, loops=loops, chunk_size=chunk).logits[0]
-    torch.testing.assert_close(actual, naive_logits(model, tokens[0], loops, chunk), atol=1e-4, rtol=1e-4)
+    assert_close(actual, naive_logits(model, tokens[0], loops, chunk), TORCH)
 
 
 def test_a_closed_gate_in_one_chunk_is_a_looplm():
@@ -85,22 +87,24 @@ def test_a_closed_gate_in_one_chunk_is_a_looplm():
     for layer in melt.model.layers:
         torch.nn.init.constant_(layer.gate.w_z.bias, -1e9)
     tokens = ids()
-    torch.testing.assert_close(melt(tokens, chunk_size=64).logits, looplm(tokens, chunk_size=64).logits)
+    assert_close(melt(tokens, chunk_size=64).logits, looplm(tokens, chunk_size=64).logits, TORCH)
 
 
 def test_a_continued_cache_equals_one_pass():
     model, tokens = random_model(), ids(24)
     cache = KVCache(model.config)
     parts = [model(part, past_key_values=cache, chunk_size=8).logits for part in tokens.split(16, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens, chunk_size=8).logits, atol=1e-5, rtol=1e-5)
+    assert_close(torch.cat(parts, 1), model(tokens, chunk_size=8).logits, TORCH)
     assert cache.length == 24
 
 
 def test_cache_slots():
     for kind, slots in (("elementwise", 1), ("none", 4)):
         model = random_model(gate_kind=kind)
-        cache = model(ids()).past_key_values
-        assert len(cache.slots) == slots * model.config.num_hidden_layers
+        output = model(ids())
+        assert output.cache is output.past_key_values
+        assert output.cache.length == ids().shape[1]
+        assert len(output.cache.slots) == slots * model.config.num_hidden_layers
 
 
 def test_new_gates_start_near_zero():
@@ -108,7 +112,7 @@ def test_new_gates_start_near_zero():
     gates = [module for module in model.modules() if isinstance(module, GateLinear)]
     assert len(gates) == 2 * model.config.num_hidden_layers
     for gate in gates:
-        assert gate.weight.std() < 2e-3
+        assert gate.weight.std() < 2 * GATE_INIT_STD
         assert gate.bias is None or torch.all(gate.bias == -4.0)
 
 
@@ -118,7 +122,7 @@ def test_loss_is_next_token_cross_entropy():
     labels[:, :10] = -100
     out = model(tokens, labels=labels)
     expected = torch.nn.functional.cross_entropy(out.logits[:, 9:-1].flatten(0, 1), tokens[:, 10:].flatten())
-    torch.testing.assert_close(out.loss, expected)
+    assert_close(out.loss, expected, TORCH)
 
 
 def test_gradients_reach_every_parameter_through_the_cache():
@@ -138,18 +142,18 @@ def test_auto_classes_round_trip(tmp_path, tied):
     assert isinstance(loaded, MeltCausalLM)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     tokens = ids()
-    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=0, rtol=0)
+    assert loaded(tokens).logits.equal(model(tokens).logits)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate_kind": "maybe"}, "gate_kind must be one of none, elementwise"),
+        ({"gate_kind": "maybe"}, "gate_kind must be 'none', 'elementwise'"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
         ({"head_dim": 15}, "head_dim must be even"),
         ({"total_ut_steps": 0}, "total_ut_steps must be at least 1, got 0"),
         ({"chunk_size": -1}, "chunk_size must be at least 1, got -1"),
-        ({"gate_ema": 1.5}, r"gate_ema must be in \[0, 1\], got 1.5"),
+        ({"gate_ema": 1.5}, "gate_ema must be at most 1, got 1.5"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}}, "rope_type must be 'default'"),
         ({"sliding_windows": 4}, r"unknown configuration keys \['sliding_windows'\]"),
@@ -158,6 +162,18 @@ def test_auto_classes_round_trip(tmp_path, tied):
 def test_bad_configurations_name_field_rule_and_value(changes, message):
     with pytest.raises(ValueError, match=message):
         MeltConfig(**{**{"hidden_size": 64, "num_attention_heads": 4}, **changes})
+
+
+def test_a_greedy_continuation_uses_the_cache():
+    """Token by token equals the whole text again: a cache that were lost would go unnoticed otherwise."""
+    model, tokens = random_model(), ids(9)
+    new = model.generate_greedy(tokens, 8, chunk_size=1)
+    assert_greedy(model, tokens[0].tolist(), new[0].tolist(), chunk_size=1)
+
+
+def test_forward_refuses_a_cache_of_another_kind():
+    with pytest.raises(TypeError, match="past_key_values must be a KVCache or None, got tuple"):
+        random_model()(ids(), past_key_values=())
 
 
 @pytest.mark.parametrize("name", ["loops", "chunk_size"])

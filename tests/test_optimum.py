@@ -6,14 +6,29 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from conftest import MELT_TINY, ROOT, environment, random_model, save_checkpoint
 from tokenizers import Tokenizer
+from tolerances import assert_greedy
 
 from melt_runtime import BundleError, MeltModel
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 PINS = ("optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
+
+
+COMPARE = """
+import sys
+from pathlib import Path
+from transformers_melt import MeltForCausalLM
+from transformers_melt.onnx_config import require_parity
+model = MeltForCausalLM.from_pretrained(sys.argv[1]).eval()
+require_parity(Path(sys.argv[2]), model)
+model.config.total_ut_steps -= 1
+try:
+    require_parity(Path(sys.argv[2]), model)
+except ValueError as error:
+    print(error)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -65,17 +80,29 @@ def test_optimum_gives_our_tokens(loops, options, optimum, tmp_path):
 
 
 def test_other_gates_and_norms_give_torchs_tokens(optimum, tmp_path):
-    model = random_model(gate_kind="mean", norm_placement="pre", tie_word_embeddings=False)
-    done = export(optimum, save_checkpoint(model, tmp_path / "checkpoint"), tmp_path / "out")
+    model = random_model(gate_kind="mean", norm_placement="pre", tie_word_embeddings=False, eos_token_id=[3, 7])
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
+    done = export(optimum, checkpoint, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     ids = [7, 400, 31, 9, 9, 220, 5]
-    expected = model.generate_greedy(torch.tensor([ids]), 20, loops=4, chunk_size=len(ids))[0].tolist()
-    assert generate(optimum, tmp_path / "out", [ids], 20)["alone"] == [expected]
+    (tokens,) = generate(optimum, tmp_path / "out", [ids], 20)["alone"]
+    assert len(tokens) == 20
+    assert_greedy(model, ids, tokens, loops=4, chunk_size=len(ids))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [3, 7]
+    # The export's own comparison: beside another depth the graph differs.
+    run = [optimum / "python", "-c", COMPARE, checkpoint, tmp_path / "out" / "model.onnx"]
+    found = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert found.startswith("model.onnx and torch differ in ")
+    assert ", tolerance " in found
 
 
 def test_what_a_plain_decoder_cannot_be_is_refused(optimum, tmp_path):
     looplm = save_checkpoint(random_model(gate_kind="none"), tmp_path / "looplm")
+    odd = save_checkpoint(random_model(), tmp_path / "odd")
+    values = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**values, "head_dim": "16", "rope_parameters": 5}))
     cases = (
+        (odd, (), "head_dim must be a whole number of at least 1, got '16'; rope_parameters must be an object"),
         (looplm, (), "a LoopLM with 4 loops needs one for each loop"),
         (MELT_TINY, ("--model-kwargs", '{"loops": 0}'), "loops must be a whole number of at least 1, got 0"),
         (MELT_TINY, ("--model-kwargs", '{"depth": 2}'), "--model-kwargs of a MELT model knows only loops, got 'depth'"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from melt_runtime import CudaOptions, MeltModel, ProviderError, cuda, doctor, model
+from melt_runtime import CudaOptions, MeltModel, ProviderError, cuda, doctor, model, opening
 from melt_runtime.cuda import cuda_obstacle, driver_obstacle, missing_libraries
 from melt_runtime.providers import choose_provider
 
@@ -54,7 +54,7 @@ def test_options_of_a_device_reach_the_provider(monkeypatch):
             },
         )
     ]
-    with pytest.raises(ValueError, match="memory_limit must be at least 1 byte, got 0"):
+    with pytest.raises(ValueError, match="memory_limit must be at least 1, got 0"):
         CudaOptions(memory_limit=0)
 
 
@@ -96,7 +96,7 @@ def test_unknown_devices_are_refused(monkeypatch, device):
 
 def test_a_bundle_for_cuda_alone_is_refused_on_the_cpu(monkeypatch):
     pretend(monkeypatch, devices=0)
-    command = "python export.py CHECKPOINT --out BUNDLE --precision int4"
+    command = "melt-export CHECKPOINT --out BUNDLE --precision int4"
     for device in ("cpu", "auto"):
         with pytest.raises(ProviderError, match=rf"made for cuda \(bfloat16 activations\), not for cpu: .*{command}"):
             choose_provider(device, "bfloat16")
@@ -111,7 +111,7 @@ def test_a_driver_that_fails_is_named(monkeypatch):
 def test_too_little_device_memory_says_what_to_lower(monkeypatch, tiny_bundle):
     choice = SimpleNamespace(device="cuda", device_id=0)
     monkeypatch.setattr(model, "choose_provider", lambda *_: choice)
-    monkeypatch.setattr(model, "free_memory", lambda _: 1_000_000)
+    monkeypatch.setattr(opening, "free_memory", lambda _: 1_000_000)
     with pytest.raises(ProviderError, match=r"0.00 GB free, 0.00 GB are needed .*lower capacity \(now 500\)"):
         MeltModel.load(tiny_bundle, device="cuda", capacity=500)
 

@@ -1,14 +1,17 @@
 """L0: sizes of the state, known before allocation, and its rules."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tolerances import PUBLISHED
 
 from melt_runtime.contract import ModelShape
 from melt_runtime.errors import CapacityError
 from melt_runtime.memory import format_bytes
-from melt_runtime.state import State, StatePlan
+from melt_runtime.plan import StatePlan
+from melt_runtime.state import State
 
 SHAPE = ModelShape(
     layers=3,
@@ -64,15 +67,28 @@ def test_published_cache_sizes():
     """arXiv 2605.07721: 0.197 MB a token and 6.29 GB at 32,000 tokens for MELT, four times that for Ouro."""
     melt = StatePlan(OURO, "float16", 1, 32000, 500, 4)
     ouro = replace(melt, shape=replace(OURO, cache_kind="per_loop", has_latent=False))
-    assert melt.cache_bytes / melt.capacity == pytest.approx(0.197e6, rel=2e-3)
-    assert melt.cache_bytes == pytest.approx(6.29e9, rel=1e-3)
-    assert ouro.cache_bytes == pytest.approx(25.17e9, rel=1e-3)
+    assert melt.cache_bytes / melt.capacity == pytest.approx(0.197e6, rel=PUBLISHED)
+    assert melt.cache_bytes == pytest.approx(6.29e9, rel=PUBLISHED)
+    assert ouro.cache_bytes == pytest.approx(25.17e9, rel=PUBLISHED)
 
 
 @pytest.mark.parametrize("name", ["batch", "capacity", "chunk", "loops"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         plan(**{name: 0})
+    for value in (1.0, "1", True):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got {value!r}"):
+            plan(**{name: value})
+
+
+def test_sizes_have_bounds():
+    for sizes, message in (
+        ({"chunk": 65}, r"chunk must be at most 64 \(the capacity\), got 65"),
+        ({"batch": 2**20}, "batch must be at most 4096"),
+        ({"loops": 2**31}, "loops must be at most 1024"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(**sizes)
 
 
 def test_capacity_beyond_the_positions_is_refused():
@@ -81,7 +97,7 @@ def test_capacity_beyond_the_positions_is_refused():
 
 
 def test_overflow_changes_nothing():
-    state = State(plan(capacity=4), "cpu")
+    state = State(plan(capacity=4, chunk=4), "cpu")
     state.advance(3, 0, loops=4)
     with pytest.raises(CapacityError, match=r"2 more tokens do not fit: capacity 4, in use 3; load with capacity=5"):
         state.advance(2, 0, loops=4)
@@ -93,6 +109,10 @@ def test_reset_and_truncate_forget():
     state.advance(5, 0, loops=4)
     state.truncate(2)
     assert (state.lengths.tolist(), state.depth, state.room()) == ([2], 4, 62)
+    for tokens in (-1, 3, 1.0, True):
+        with pytest.raises(ValueError, match="tokens must be"):
+            state.truncate(tokens)
+    assert state.lengths.tolist() == [2]
     state.reset()
     assert (state.lengths.tolist(), state.depth) == ([0], None)
 
@@ -127,10 +147,43 @@ def test_bytes_for_people():
     ]
 
 
-def test_chunks_are_kept_whole():
+def test_only_full_chunks_of_the_same_depth_are_made_again():
     state = State(plan(), "cpu")
-    for tokens in (8, 5, 1, 1):
+    for tokens, loops in ((8, 4), (8, 4), (8, 2), (5, 2), (1, 2)):
+        state.advance(tokens, 0, loops)
+    assert [state.full_chunks(n, 4) for n in (0, 7, 8, 15, 16, 24, 30)] == [0, 0, 8, 8, 16, 16, 16]
+    assert state.full_chunks(30, 2) == 0
+    state.truncate(12)  # half of a chunk is no chunk
+    assert state.full_chunks(12, 4) == 8
+    state.truncate(0)
+    for tokens in (5, 3, 8):
         state.advance(tokens, 0, loops=4)
-    assert [state.whole_chunks(n) for n in (0, 7, 8, 12, 13, 14, 15)] == [0, 0, 8, 8, 13, 14, 15]
-    state.truncate(8)
-    assert [state.whole_chunks(n) for n in (0, 7, 8)] == [0, 0, 8]
+    assert state.full_chunks(16, 4) == 0  # they are divided otherwise
+
+
+@pytest.mark.parametrize(
+    "arguments", [(1, -1, 4), (1, 1, 4), (1, True, 4), (0, 0, 4), (1.0, 0, 4), (1, 0, 0), (1, 0, 2**31), (1, 0, 1.5)]
+)
+def test_a_chunk_that_cannot_be_is_not_counted(arguments):
+    state = State(plan(), "cpu")
+    with pytest.raises(ValueError, match="must be"):
+        state.advance(*arguments)
+    assert state.lengths.tolist() == [0]
+    assert not state.depths.any()
+    with pytest.raises(ValueError, match="read-only"):
+        state.lengths[0] = 3
+
+
+def test_nothing_is_bound_beyond_a_buffer():
+    buffer = State(plan(), "cpu").hidden
+    for shape, offset in (((8, 32), 1), ((9, 32), 0), ((1,), -1)):
+        with pytest.raises(ValueError, match=r"must lie in a buffer of \[8, 32\]"):
+            buffer.bind_input(SimpleNamespace(bind_input=print), "hidden", shape, offset)
+    with pytest.raises(ValueError, match=r"values must be \[8, 32\] float32, got \[8, 32\] float64"):
+        buffer.write(np.zeros((8, 32)))
+
+
+def test_memory_that_cannot_be_had_says_what_to_lower():
+    shape = replace(SHAPE, max_positions=2**31 - 1, head_dim=2**20)
+    with pytest.raises(CapacityError, match="cannot be allocated on cpu: lower capacity"):
+        State(plan(shape, capacity=2**31 - 1), "cpu")

@@ -1,8 +1,10 @@
 """L0: stop strings across pieces, streaming without half characters, the chat template."""
 
+import json
 from itertools import pairwise
 
 import pytest
+from conftest import MELT_TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,6 +78,132 @@ def test_streaming_never_shows_half_a_character(codec, text):
     pieces = [decoder.push(token) for token in ids]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == text
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: words with a mark in front, and a token for each byte of what no word covers."""
+    words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁café", "é", "\ufffd", "世"]
+    model = models.BPE({word: place for place, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["<s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def word_pieces() -> Tokenizer:
+    words = ["[UNK]", "[SEP]", "a", "##b", "don", "'", "##t", ".", "!", "é", "##é", "\ufffd"]
+    tokenizer = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[SEP]"])
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def marked() -> Tokenizer:
+    words = ["<unk>", "▁", "▁▁", "▁a", "b", "世", "\ufffd"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def bytes_alone() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(sorted(BYTES))}, []))
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+TOKENIZERS = {
+    "bytes": bytes_alone(),
+    "byte fallback": byte_fallback(),
+    "word pieces": word_pieces(),
+    "marked words": marked(),
+    "melt-tiny": Tokenizer.from_file(str(MELT_TINY / "tokenizer.json")),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+def test_a_stream_shows_what_decoding_at_once_shows(name, data):
+    """Any tokens, in any order, some of which the tokenizer has not: pieces and flush together."""
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 2), max_size=30))
+    decoder = TextCodec(tokenizer, None).stream()
+    pieces = [decoder.push(token) for token in ids]
+    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+    assert decoder.flush() == ""
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte fallback"])
+@given(data=st.data())
+def test_streams_of_bytes_show_what_decoding_at_once_shows(name, data):
+    """Mostly the bytes of true characters, cut and mixed."""
+    text = data.draw(st.text("aé世🙂\ufffd", max_size=8)).encode()
+    cut = data.draw(st.integers(0, len(text)))
+    tokenizer = TOKENIZERS[name]
+    letters = dict(zip(range(256), byte_letters(), strict=True))
+    ids = [
+        tokenizer.token_to_id(letters[byte] if name == "bytes" else f"<0x{byte:02X}>")
+        for byte in text[cut:] + text[:cut]
+    ]
+    ids.insert(cut, tokenizer.token_to_id("<|end|>" if name == "bytes" else "<s>"))
+    decoder = TextCodec(tokenizer, None).stream()
+    shown = "".join([decoder.push(token) for token in ids]) + decoder.flush()
+    assert shown == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def byte_letters() -> list[str]:
+    """The letter by which a byte-level tokenizer writes each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def test_a_text_that_ends_in_half_a_character_is_shown(codec):
+    ids = codec.encode("a 🙂")[:-1]
+    decoder = codec.stream()
+    assert "".join(decoder.push(token) for token in ids) == "a "
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(codec.encode("b")[0]) == "b"  # nothing of the last answer is left
+
+
+def test_what_is_no_text_is_refused_by_name(codec):
+    with pytest.raises(TokenError, match=r"the prompt must be text, got the half character U\+D83D at place 2"):
+        codec.encode("ab\ud83d")
+
+
+def test_truncation_and_padding_are_switched_off(tmp_path):
+    tokenizer = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json"))
+    whole = tokenizer.encode("one two three four five", add_special_tokens=False).ids
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("")
+    assert TextCodec.read(tmp_path).encode("one two three four five") == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": 5},
+        {"model": {"type": "Unigram", "unk_id": 99, "vocab": [["a", 0.0]]}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics
+    ],
+)
+def test_a_tokenizer_that_the_library_refuses_is_a_bundle_error(tmp_path, changes):
+    content = json.loads((MELT_TINY / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    (tmp_path / "chat_template.jinja").write_text("")
+    with pytest.raises(BundleError, match=r"tokenizer.json cannot be read: ."):
+        TextCodec.read(tmp_path)
+
+
+def test_text_that_the_library_refuses_is_a_token_error():
+    codec = TextCodec(Tokenizer(models.WordLevel({"a": 0}, unk_token="none")), None)
+    with pytest.raises(TokenError, match="the tokenizer refuses the prompt: WordLevel error"):
+        codec.encode("b")
 
 
 def test_special_tokens_are_not_text(codec):

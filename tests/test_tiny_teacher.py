@@ -10,6 +10,7 @@ from melt_models.tiny import teacher
 from melt_models.tiny.data import ANSWER_TOKENS, IGNORED, Encoder
 from melt_models.tiny.task import make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
+from melt_models.training import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -54,5 +55,5 @@ def test_training_goes_on_after_the_last_finished_stage(tmp_path, capsys):
     resumed = run(tmp_path / "stopped", (one, two))
     assert "stage 1 was finished before" in capsys.readouterr().out
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    with pytest.raises(SystemExit, match="was made by another recipe"):
+    with pytest.raises(TrainingError, match="was made by another recipe"):
         run(tmp_path / "stopped", (two, one))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_model
+from tolerances import FINITE_DIFFERENCE, HALF, TORCH, assert_close, assert_far
 
 from melt_layers import Gate
 from melt_models import MeltCausalLM
@@ -56,14 +57,14 @@ def test_alpha_0_is_the_looplm_and_alpha_1_is_melt_exactly(gate_kind):
     teacher, ids = random_model(gate_kind="none"), tokens()
     student = student_of(teacher, gate_kind)
     looplm, melt = reference(teacher, ids), reference(student, ids)
-    assert not torch.allclose(looplm, melt, atol=1e-3)
+    assert_far(looplm, melt, TORCH)
     assert torch.equal(states_of(student, ids, alpha=0.0), looplm)
     assert torch.equal(states_of(student, ids, alpha=1.0), melt)
     assert torch.equal(states_of(student, ids, alpha=None), melt)
     assert torch.equal(states_of(teacher, ids, alpha=None), looplm)
     between = states_of(student, ids, alpha=0.5)
-    assert not torch.allclose(between, looplm, atol=1e-3)
-    assert not torch.allclose(between, melt, atol=1e-3)
+    assert_far(between, looplm, TORCH)
+    assert_far(between, melt, TORCH)
 
 
 @pytest.mark.parametrize("gate_kind", ["elementwise", "scalar"])
@@ -91,7 +92,7 @@ def test_gradients_flow_to_the_gates_through_the_cache():
 
     parameters = [layer.gate.w_z.bias for layer in student.model.layers]
     gradients = torch.autograd.grad(last_chunk_loss(), parameters)
-    assert all(gradient.abs().max() > 1e-4 for gradient in gradients)
+    assert all(gradient.any() for gradient in gradients)
     direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in parameters]
     losses = []
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_gradients_flow_to_the_gates_through_the_cache():
                 parameter += shift * way
             losses.append(last_chunk_loss())
     slope = sum((g * w).sum() for g, w in zip(gradients, direction, strict=True))
-    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(slope.item(), rel=1e-2)
+    assert_close((losses[0] - losses[1]) / 2e-2, slope, FINITE_DIFFERENCE)
 
 
 @pytest.mark.parametrize("chunk_size", [LENGTH, LENGTH + 9, 0])
@@ -110,12 +111,10 @@ def test_the_loss_of_one_chunk_is_that_of_an_unchunked_computation(chunk_size):
     objective = Objective(student, teacher)
     got = objective(batch_of(ids), Step(Phase(1, cross_entropy=1.0), LOOPS, chunk_size, None))
     wanted = student(ids, labels=ids, loops=LOOPS, chunk_size=LENGTH).loss
-    assert got["loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert_close(got["loss"], wanted, TORCH)
     chunked = objective(batch_of(ids), Step(Phase(1, cross_entropy=1.0), LOOPS, CHUNK, None))
-    assert chunked["loss"].item() == pytest.approx(
-        student(ids, labels=ids, loops=LOOPS, chunk_size=CHUNK).loss.item(), rel=1e-6
-    )
-    assert abs(chunked["loss"].item() - wanted.item()) > 1e-4
+    assert_close(chunked["loss"], student(ids, labels=ids, loops=LOOPS, chunk_size=CHUNK).loss, TORCH)
+    assert chunked["loss"].item() != wanted.item()
 
 
 def test_distillation_is_zero_for_a_student_equal_to_its_teacher_and_not_for_another():
@@ -124,8 +123,8 @@ def test_distillation_is_zero_for_a_student_equal_to_its_teacher_and_not_for_ano
     same = objective(batch_of(ids), Step(DISTILLED, LOOPS, 0, alpha=0.0))
     assert same["distillation"].item() == same["attention"].item() == same["loss"].item() == 0.0
     other = objective(batch_of(ids), Step(DISTILLED, LOOPS, CHUNK, alpha=None))
-    assert other["distillation"].item() > 1e-3
-    assert other["attention"].item() > 1e-3
+    assert other["distillation"].item() > 0
+    assert other["attention"].item() > 0
 
 
 @torch.no_grad()
@@ -145,17 +144,17 @@ def test_the_terms_are_what_their_names_say():
     logits = [(student.lm_head(o)[counted], teacher.lm_head(t)[counted]) for o, t in zip(ours, theirs, strict=True)]
     divergence = torch.stack([(t.softmax(-1) * (t.log_softmax(-1) - o.log_softmax(-1))).sum(-1) for o, t in logits])
     entropy = torch.nn.functional.cross_entropy(logits[-1][0], batch.targets[counted])
-    assert got["distillation"].item() == pytest.approx(divergence.mean().item(), rel=1e-4)
-    assert got["cross_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert_close(got["distillation"], divergence.mean(), TORCH)
+    assert_close(got["cross_entropy"], entropy, TORCH)
     outputs = []
     for model in (student, teacher):
         cache = TrainingCache()
         parts = [forward_chunk(model.model, part, 3, cache).attended for part in ids.split(CHUNK, dim=1)]
         outputs.append(torch.stack([torch.cat(p, dim=1) for p in zip(*parts, strict=True)]))
     distance = (outputs[0] - outputs[1]).square().sum(-1)[:, batch.real].mean()
-    assert got["attention"].item() == pytest.approx(distance.item(), rel=1e-4)
+    assert_close(got["attention"], distance, TORCH)
     total = 0.5 * got["cross_entropy"] + 2.0 * got["distillation"] + 0.1 * got["attention"]
-    assert got["loss"].item() == pytest.approx(total.item())
+    assert_close(got["loss"], total, TORCH)
 
 
 def test_recomputation_changes_nothing_but_memory():
@@ -188,7 +187,7 @@ def test_mixed_precision_stays_near_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = Objective(student, teacher)(batch_of(ids), step)["loss"]
     mixed.backward()
-    assert mixed.item() == pytest.approx(exact.item(), rel=0.1)
+    assert_close(mixed, exact, HALF)
     assert student.model.layers[0].gate.w_z.weight.grad.dtype == torch.float32
 
 
@@ -241,8 +240,19 @@ def write(path: Path, text: str) -> Path:
     [
         ("batch_size = 4", "batch_size = 3", "batch_size must be a multiple of micro_batch_size 2, got 3"),
         ("\nbatch_size = 4", "", "batch_size is missing"),
-        ("\nbatch_size = 4", "\nbatch_size = 4.5", "batch_size must be int, got 4.5"),
-        ("chunk_sizes = [8]", 'chunk_sizes = ["8"]', r"chunk_sizes must be a list of int, got \('8',\)"),
+        ("\nbatch_size = 4", "\nbatch_size = 4.5", "batch_size must be int of at most 1000000000, got 4.5"),
+        ("batch_size = 4", "batch_size = '4'", "batch_size must be int of at most 1000000000, got '4'"),
+        ("batch_size = 4", "batch_size = true", "batch_size must be int of at most 1000000000, got True"),
+        ("batch_size = 4", "batch_size = -4", "batch_size must be at least 1, got -4"),
+        ("chunk_sizes = [8]", f"chunk_sizes = [{2**70}]", "chunk_sizes must be a list of int, got"),
+        ("chunk_sizes = [8]", "seed = -1\nchunk_sizes = [8]", "seed must be at least 0, got -1"),
+        ("1e-3", "nan", "base_learning_rate must be a finite number, got nan"),
+        ("1e-3", "inf", "base_learning_rate must be a finite number, got inf"),
+        ("1e-3", "true", "base_learning_rate must be a finite number, got True"),
+        ("cross_entropy = 1", "cross_entropy = nan", "transition.cross_entropy must be a finite number, got nan"),
+        ("cross_entropy = 1", "cross_entropy = -1", "transition must be made of weights of at least 0"),
+        ("chunk_sizes = [8]", "chunk_sizes = " + "[" * 5000, "is not TOML"),
+        ("chunk_sizes = [8]", 'chunk_sizes = ["8"]', r"chunk_sizes must be a list of int, got \['8'\]"),
         ("chunk_sizes = [8]", "chunk_sizes = []", r"chunk_sizes must be one or more numbers of at least 0, got \[\]"),
         ("chunk_sizes", "gate_kind = 'none'\nchunk_sizes", "gate_kind must be one of elementwise, .*, got 'none'"),
         ("chunk_sizes", "precision = 'float16'\nchunk_sizes", "precision must be one of float32, bfloat16"),
@@ -261,6 +271,22 @@ def test_a_bad_recipe_is_refused_with_key_and_rule(tmp_path, old, new, message):
     with pytest.raises(TrainingError, match=message) as caught:
         read_recipe(write(tmp_path / "bad.toml", GOOD.replace(old, new, 1)))
     assert "bad.toml" in str(caught.value)
+
+
+def test_every_fault_of_a_recipe_is_named_at_once(tmp_path):
+    text = GOOD.replace("micro_batch_size = 2", "micro_batch_size = '2'").replace("cross_entropy = 1", "cross = 1")
+    with pytest.raises(TrainingError) as caught:
+        read_recipe(write(tmp_path / "bad.toml", text.replace("[distillation]\nsteps = 2", "[distillation]")))
+    for fault in ("unknown key transition.cross", "distillation.steps is missing", "micro_batch_size must be int"):
+        assert fault in str(caught.value)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "bad.toml").write_bytes(GOOD.encode("utf-16"))
+    with pytest.raises(TrainingError, match="bad.toml is not TOML: .* codec can't decode"):
+        read_recipe(tmp_path / "bad.toml")
+    with pytest.raises(TrainingError, match="cannot be read: Is a directory"):
+        read_recipe(tmp_path)
 
 
 def test_every_recipe_that_ships_can_be_read():

@@ -2,22 +2,29 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars, load_from_disk
+from matplotlib.figure import Figure
 from published import write_ouro
+from tolerances import TORCH, assert_close
 from transformers import PreTrainedTokenizerFast
 
 from melt_export import cli as export
-from melt_models import load_checkpoint
-from melt_models.training import cli, prepare, read_recipe, train
+from melt_files.locks import lock
+from melt_models import hub, load_checkpoint
+from melt_models.training import cli, plot, prepare, read_recipe, saving, train
+from melt_models.training.processes import Processes
 from melt_runtime import cli as melt
 
 disable_progress_bars()  # they would stand between the errors
@@ -79,33 +86,52 @@ def log_of(out: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-KILLED = """
-import os, signal, sys
-from melt_models.training import cli, saving
+MOMENTS = (
+    "text",  # run.json
+    "half a line:3",
+    "checkpoint",  # the first one: there is none yet
+    "random:0:4",
+    "step:7",
+    "text",  # the log, when it is cut to the last checkpoint
+    "before removal",
+    "step:13",
+    "removal",
+    "random:1:17",
+    "random:2:19",
+    "step:20",
+    "model",
+)
+WHOLE = re.compile(
+    r"run\.json|log\.jsonl|checkpoints(/step-\d{6}(/(config|generation_config)\.json|/model\.safetensors|/optimizer\.pt)?)?"
+)
 
-def log(folder, record, log=saving.RunFolder.log):
-    log(folder, record)
-    if record["step"] == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
 
-saving.RunFolder.log = log
-cli.main(sys.argv[2:])
-"""
-
-
-def run_killed_after(step: int, arguments: list[str]) -> None:
-    """A run in a process of its own that dies without a warning, its last step in the log."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(step), *arguments], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def run_killed(moments: Sequence[str], arguments: list[str]) -> list[dict]:
+    """Runs in processes of their own that die without a warning; what lay in the folder after each."""
+    script = [sys.executable, str(Path(__file__).parent / "killed_training.py"), json.dumps(moments)]
+    done = subprocess.run([*script, *arguments], capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [entry["moment"] for entry in found] == list(moments), done.stderr
+    assert {entry["status"] for entry in found} == {-signal.SIGKILL}, found
+    return found
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(recipe, teacher, data, tmp_path):
+    """Killed at every kind of moment and at random ones: nothing half-made is visible, and nothing of it stays."""
     straight = train(read_recipe(recipe), teacher, data, tmp_path / "straight", device="cpu")
+    recipe.write_text(RECIPE.replace("checkpoint_every = 10", "checkpoint_every = 5"))
     out = tmp_path / "killed"
-    run_killed_after(13, command(recipe, teacher, data, out))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000010"]
-    assert not (out / "model").exists()
+    for entry in run_killed(MOMENTS, command(recipe, teacher, data, out)):
+        visible = [path for path in entry["there"] if not re.search(r"(^|/)\.", path)]
+        assert [path for path in visible if not WHOLE.fullmatch(path)] == [], entry
+        checkpoints = {path.split("/")[1] for path in visible if path.startswith("checkpoints/")}
+        for name in checkpoints:
+            assert {f"checkpoints/{name}/{file}" for file in ("model.safetensors", "optimizer.pt")} <= set(visible)
+        newest = {"step:7": ["step-000005"], "step:13": ["step-000010"], "model": ["step-000020"]}
+        assert sorted(checkpoints) == newest.get(entry["moment"], sorted(checkpoints))
     assert cli.main(command(recipe, teacher, data, out)) == 0
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
+    assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-000020"]
     expected, resumed = load_checkpoint(straight).state_dict(), load_checkpoint(out / "model").state_dict()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert log_of(out) == log_of(tmp_path / "straight")
@@ -139,16 +165,17 @@ def test_two_processes_share_a_batch(recipe, teacher, data, tmp_path):
     run = [*torchrun, "-m", "melt_models.training", *command(recipe, teacher, data, tmp_path / "two")]
     subprocess.run(run, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     expected, got = (load_checkpoint(folder).state_dict() for folder in (alone, tmp_path / "two" / "model"))
-    assert all(torch.allclose(expected[name], got[name], atol=1e-5) for name in expected)
+    for name, tensor in expected.items():
+        assert_close(got[name], tensor, TORCH)
     pairs = list(zip(log_of(tmp_path / "alone"), log_of(tmp_path / "two"), strict=True))
     assert all(one["tokens"] == two["tokens"] for one, two in pairs)
-    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
+    assert_close([one["loss"] for one, _ in pairs], [two["loss"] for _, two in pairs], TORCH)
 
 
 def refuse(capsys, arguments: list[str], *fragments: str) -> None:
     assert cli.main(arguments) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert error
     for fragment in fragments:
         assert fragment in error
 
@@ -169,6 +196,53 @@ def test_a_run_refuses_to_go_on_with_other_settings(recipe, teacher, data, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     refuse(capsys, command(recipe, teacher, data, tmp_path / "mine"), "exists and is not a training run")
+
+
+def test_a_damaged_run_is_refused_by_its_files_name(recipe, teacher, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = command(recipe, teacher, data, out)
+    assert cli.main(arguments) == 0
+    shutil.rmtree(out / "model")
+
+    def damaged(path: Path, content: bytes, *fragments: str) -> None:
+        before = path.read_bytes()
+        path.write_bytes(content)
+        refuse(capsys, arguments, str(path), *fragments)
+        path.write_bytes(before)
+
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    damaged(out / "log.jsonl", b"".join([lines[0], b"{oops\n", *lines[2:]]), "line 2 is not JSON", "remove the line")
+    damaged(out / "log.jsonl", b"".join([lines[0], b'{"step": "2"}\n']), "line 2 is not the record of a step")
+    damaged(out / "run.json", (out / "run.json").read_bytes()[:50], "not JSON", "choose another --out")
+    damaged(out / "run.json", b"[1]", "not the settings of a run")
+    damaged(out / "run.json", b"[" * 100_000, "not JSON")
+    damaged(out / "checkpoints" / "step-000020" / "optimizer.pt", b"half", "is damaged", "put it back from a copy")
+    (tmp_path / "file").write_text("x")
+    refuse(capsys, command(recipe, teacher, data, tmp_path / "file"), "exists and is not a training run")
+    assert cli.main(arguments) == 0
+    assert [record["step"] for record in log_of(out)] == list(range(1, 21))
+
+
+def test_only_one_process_trains_in_a_folder(recipe, teacher, data, tmp_path, capsys):
+    arguments = command(recipe, teacher, data, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("ab") as other:
+        assert lock(other.fileno(), wait=False)
+        refuse(capsys, arguments, f"another process trains in {tmp_path / 'run'}: wait for it")
+    assert cli.main(arguments) == 0
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-0000x", ".step-2000000.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with saving.RunFolder(tmp_path / "other", {}, Processes()) as folder:
+        folder.out = tmp_path
+        assert folder.newest() == tmp_path / "checkpoints" / "step-1000000"
+
+
+def test_a_line_that_was_not_written_to_its_end_is_no_record(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [record["step"] for record in saving.read_log(tmp_path)] == [1, 2]
 
 
 def test_teacher_and_student_must_fit(recipe, teacher, data, tmp_path, capsys):
@@ -204,6 +278,10 @@ GOOD_ROW = {"input_ids": list(range(16)), "labels": [-100] * 8 + list(range(8, 1
         ({"input_ids": list(range(11))}, ("row 2", "11 tokens are fewer than a chunk of 12")),
         ({"input_ids": list(range(16)), "labels": [1] * 15}, ("row 2", "as long as input_ids (16), got 15")),
         ({"input_ids": list(range(16)), "labels": [-7] * 16}, ("row 2", "label -7 is neither -100")),
+        ({"input_ids": None}, ("row 2", "input_ids is missing")),
+        ({"input_ids": [*range(15), None]}, ("row 2", "has a place without a number")),
+        ({"input_ids": list(range(16)), "labels": None}, ("row 2", "labels is missing")),
+        ({"input_ids": [1] * 257}, ("row 2", "257 tokens are more than the teacher's max_position_embeddings of 256")),
     ],
 )
 def test_bad_rows_are_named(recipe, teacher, tmp_path, capsys, row, fragments):
@@ -214,12 +292,64 @@ def test_bad_rows_are_named(recipe, teacher, tmp_path, capsys, row, fragments):
 
 
 def test_bad_data_folders_are_refused(recipe, teacher, data, tmp_path, capsys):
-    refuse(capsys, command(recipe, teacher, tmp_path / "no", tmp_path / "run"), "is not a data set on disk")
-    texts = write_data(tmp_path / "texts", [{"text": "Ana"}])
-    refuse(capsys, command(recipe, teacher, texts, tmp_path / "run"), "must have a column input_ids, got text")
-    refuse(capsys, command(recipe, teacher, data, tmp_path / "run", "--device", "tpu9"), "got 'tpu9'")
-    if not torch.cuda.is_available():
-        refuse(capsys, command(recipe, teacher, data, tmp_path / "run", "--device", "cuda"), "sees no CUDA")
+    def refused(folder: Path, *fragments: str) -> None:
+        refuse(capsys, command(recipe, teacher, folder, tmp_path / "run"), *fragments)
+        assert not (tmp_path / "run").exists()
+
+    refused(tmp_path / "no", "is not a data set on disk")
+    refused(write_data(tmp_path / "texts", [{"text": "Ana"}]), "must have a column input_ids, got text")
+    floats = write_data(tmp_path / "floats", [{"input_ids": [0.5] * 20}])
+    refused(floats, "input_ids must be lists of whole numbers, got list<", "double")
+    refused(write_data(tmp_path / "flat", [{"input_ids": 3}]), "must be lists of whole numbers, got int")
+    labels = write_data(tmp_path / "labels", [{"input_ids": [1] * 20, "labels": ["a"] * 20}])
+    refused(labels, "labels must be lists of whole numbers")
+    damaged = write_data(tmp_path / "damaged")
+    (damaged / "state.json").write_text('{"_data_files": 3}')
+    refused(damaged, "is not a data set on disk")
+
+
+@pytest.mark.parametrize("device", ["tpu9", "meta", "cpu:1", "cuda:-1", "cuda:1000", ""])
+def test_what_is_no_device_is_refused(recipe, teacher, data, tmp_path, capsys, device):
+    refuse(capsys, command(recipe, teacher, data, tmp_path / "run", "--device", device), f"got {device!r}")
+
+
+def test_a_device_that_is_not_there_is_refused(recipe, teacher, data, tmp_path, capsys, monkeypatch):
+    arguments = command(recipe, teacher, data, tmp_path / "run", "--device")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refuse(capsys, [*arguments, "cuda"], "sees no CUDA: use cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    refuse(capsys, [*arguments, "cuda:2"], "there are 2: the last is cuda:1")
+
+
+def test_memory_that_is_full_is_a_sentence(recipe, teacher, data, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("melt_models.training.trainer._Loop.accumulate", full)
+    arguments = command(recipe, teacher, data, tmp_path / "run")
+    refuse(capsys, arguments, "step 1 needs more memory than cpu has: lower micro_batch_size")
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_training(
+    recipe, teacher, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    refuse(capsys, command(recipe, teacher, data, tmp_path / "run", "--plot"), "pip install 'melt-onnx[plot]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_axis_has_a_few_plain_numbers():
+    for low, high in ((0.4, 1.4), (3.6, 7.0), (0.02, 40.0), (1e-9, 0.9)):
+        axis = Figure().subplots()
+        axis.plot([1, 2], [low, high])
+        plot.choose_scale(axis, [low, high])
+        bottom, top = axis.get_ylim()
+        axis.figure.canvas.draw()
+        ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        labels = [label.get_text() for tick, label in ticks if bottom <= tick <= top]
+        assert 3 <= len(labels) <= 10
+        assert all(re.fullmatch(r"\d+(\.\d+)?", label) for label in labels), labels
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, teacher, data, tmp_path, capsys):
@@ -237,7 +367,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, teacher, data, tmp_p
     out = tmp_path / "run"
     assert cli.main(command(recipe, teacher, data, tmp_path / "whole")) == 0
     recipe.write_text(RECIPE.replace("checkpoint_every = 10", "checkpoint_every = 5"))
-    run_killed_after(7, command(recipe, teacher, data, out))
+    run_killed(["step:7"], command(recipe, teacher, data, out))
     (kept,) = (out / "checkpoints").glob("step-*")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     limited = subprocess.run(
@@ -301,7 +431,13 @@ def test_texts_and_chats_become_rows_of_one_length(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "length", "message"),
     [
-        ("a.csv", "x", 8, "must be a file that ends in .jsonl"),
+        ("a.csv", "x", 8, "must end in .jsonl"),
+        ("a.jsonl", "", 8, "a.jsonl is empty"),
+        ("a.jsonl", "[1]\n", 8, "text 1 must be a text, got 1"),
+        ("a.jsonl", '{"text": "Ana"}\n{"text": null}\n', 8, "text 2 must be a text, got None"),
+        ("a.jsonl", '{"text": 3}\n', 8, "text 1 must be a text, got 3"),
+        ("a.jsonl", '{"messages": "hi"}\n', 8, "text 1 cannot be tokenized"),
+        ("a.jsonl", '{"messages": [{"role": "king", "content": "x"}]}\n', 8, "knows the roles user and assistant"),
         ("a.jsonl", '{"prose": "x"}\n', 8, "must have a column text or messages, got prose"),
         ("a.jsonl", '{"text": "Ana"}\n', 8, "fewer than one row of 8"),
         ("a.jsonl", "{not json\n", 8, "cannot be read as json"),
@@ -311,6 +447,52 @@ def test_texts_and_chats_become_rows_of_one_length(teacher, tmp_path):
 def test_bad_texts_are_refused(teacher, tmp_path, capsys, name, text, length, message):
     (tmp_path / name).write_text(text)
     assert prepared(tmp_path / name, teacher, tmp_path / "tokens", length) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_bad_tokenizers_are_refused(teacher, tmp_path, capsys):
+    source = write_texts(tmp_path / "a.jsonl", [{"text": "Ana"}])
+    assert prepared(source, tmp_path, tmp_path / "tokens", 8) == 1
+    assert "config.json" in capsys.readouterr().err
+    shutil.copyfile(teacher / "config.json", tmp_path / "config.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert prepared(source, tmp_path, tmp_path / "tokens", 8) == 1
+    assert "has no tokenizer that can be read" in capsys.readouterr().err
     assert not (tmp_path / "tokens").exists()
-    assert prepared(tmp_path / name, tmp_path, tmp_path / "tokens", 8) == 1
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(teacher, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **how: asked.append((name, how)) or str(teacher))
+    source = write_texts(tmp_path / "texts.jsonl", [{"text": "Ana reports to Ben."}] * 9)
+    assert prepared(source, Path("ByteDance/Ouro-1.4B"), tmp_path / "tokens", 8) == 0
+    assert len(load_from_disk(str(tmp_path / "tokens"))) > 0
+    assert asked == [("ByteDance/Ouro-1.4B", {"allow_patterns": ["*.json", "*.jsonl", "*.jinja"]})]
+
+
+WITHOUT_TORCH = """
+import sys, tempfile
+sys.modules["torch"] = None
+from melt_models.training import cli, prepare
+for main in (cli.main, prepare.main):
+    try:
+        main(["--help"])
+    except SystemExit as end:
+        print(end.code, [name for name in ("transformers", "datasets") if name in sys.modules], file=sys.stderr)
+cli.main(["r.toml", "--teacher", "t", "--data", "d", "--out", "o"])
+prepare.main(["t.jsonl", "--tokenizer", "t", "--out", "o"])
+"""
+
+
+def test_help_needs_no_torch_and_work_says_how_to_get_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == 2
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["0 []", "0 []"]
+    assert lines[2:] == [
+        f"error: {what} needs torch, which is not installed: pip install 'melt-onnx[train]'"
+        for what in ("melt-train", "preparing data")
+    ]

@@ -111,7 +111,7 @@ class Melt:
 
         self.loops = loops
         loaded = MeltModel.load(model / "melt", device="cpu", capacity=CAPACITY, chunk=512, threads=threads)
-        self.runner = loaded.session.runner
+        self.runner = loaded.new_runner()
 
     def reset(self) -> None:
         """Forgets every token."""

@@ -3,40 +3,25 @@
 //     c++ -std=c++17 -O2 generate.cpp -o generate $(pkg-config --cflags --libs libonnxruntime nlohmann_json)
 //     ./generate ../../build/melt-tiny 4 20 1 56 3 ...       bundle, loops, new tokens, the prompt's token ids
 //
-// prints the ids of the greedy tokens. The graphs' inputs and outputs: runtime/melt_runtime/contract.py. Text becomes ids
-// by the bundle's tokenizer.json, which libraries for most languages read.
+// prints the ids of the greedy tokens, up to one that ends the text or to as many as were asked for. The graphs' inputs
+// and outputs: runtime/melt_runtime/contract.py. Text becomes ids by the bundle's tokenizer.json, which libraries for
+// most languages read. Debian has the headers: see headers.sh.
 
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
-#include <cstdlib>
-#include <fstream>
+#include <cstring>
 #include <functional>
 #include <iostream>
-#include <nlohmann/json.hpp>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-constexpr int kSchemaVersion = 3;
-using Ids = std::vector<int64_t>;
-
-nlohmann::json read_manifest(const std::string& bundle) {
-  std::ifstream file(bundle + "/manifest.json");
-  if (!file) throw std::runtime_error(bundle + "/manifest.json cannot be read: give the folder of a bundle");
-  const auto manifest = nlohmann::json::parse(file);
-  const int version = manifest.at("schema_version");
-  if (version != kSchemaVersion)
-    throw std::runtime_error("schema_version must be " + std::to_string(kSchemaVersion) + ", got " +
-                             std::to_string(version) + ": export the checkpoint again, or take the program that fits");
-  if (manifest.at("activations") != "float32")
-    throw std::runtime_error("activations must be float32 on a CPU, got " + manifest.at("activations").dump());
-  if (manifest.at("model").at("cache_kind") != "shared")
-    throw std::runtime_error("this program drives MELT's one KV cache; a LoopLM has one for each loop");
-  return manifest;
-}
+#include "bundle.hpp"
 
 int64_t volume(const std::vector<int64_t>& dims) {
   return std::accumulate(dims.begin(), dims.end(), int64_t{1}, std::multiplies<>());
@@ -60,22 +45,20 @@ struct Buffer {
 
 class Model {
  public:
-  Model(const std::string& bundle, int64_t capacity)
-      : manifest_(read_manifest(bundle)),
-        shape_(manifest_.at("model")),
-        embed_(env_, (bundle + "/embed.onnx").c_str(), Ort::SessionOptions{}),
-        loop_(env_, (bundle + "/loop.onnx").c_str(), Ort::SessionOptions{}),
-        head_(env_, (bundle + "/head.onnx").c_str(), Ort::SessionOptions{}) {
-    for (int i = 0; i < 2 * size("layers"); ++i)
-      cache_.emplace_back(std::vector<int64_t>{1, size("kv_heads"), capacity, size("head_dim")});
-  }
+  explicit Model(const std::string& bundle)
+      : manifest_(bundle, "manifest.json"),
+        shape_(read_shape(manifest_)),
+        stop_ids_(Fields(bundle, "generation_config.json").ids("stop_ids", shape_.vocab_size)),
+        embed_(open(bundle + "/embed.onnx")),
+        loop_(open(bundle + "/loop.onnx")),
+        head_(open(bundle + "/head.onnx")) {}
 
   // Runs a chunk through all loops after the tokens so far; returns the largest logit's id at its last token.
   int64_t step(const Ids& ids, int loops) {
-    const int64_t count = ids.size(), width = size("hidden_size"), layers = size("layers");
-    const bool has_latent = shape_.at("has_latent"), has_loop_idx = shape_.at("gate_kind") == "mean";
+    const int64_t count = ids.size(), width = shape_.hidden_size, layers = shape_.layers;
+    const bool has_latent = shape_.has_latent, has_loop_idx = shape_.has_loop_idx;
     Buffer<int64_t> input({1, count}), loop_idx{std::vector<int64_t>{}};
-    Buffer<float> hidden({1, count, width}), latent({layers, 1, count, width}), logits({1, 1, size("vocab_size")});
+    Buffer<float> hidden({1, count, width}), latent({layers, 1, count, width}), logits({1, 1, shape_.vocab_size});
     Buffer<int32_t> seqlens({1}), total{std::vector<int64_t>{}};
     input.data = ids;
     seqlens.data[0] = static_cast<int32_t>(length_ + count - 1);
@@ -111,7 +94,7 @@ class Model {
     loop.BindInput("total_sequence_length", total.value());
     if (has_loop_idx) loop.BindInput("loop_idx", loop_idx.value());
     Buffer<float> exit_logit({1, count, 1});
-    if (shape_.at("has_exit_gate")) loop.BindOutput("exit_logit", exit_logit.value());
+    if (shape_.has_exit_gate) loop.BindOutput("exit_logit", exit_logit.value());
     for (int i = 0; i < loops; ++i) {
       if (has_loop_idx) loop_idx.data[0] = i;
       loop_.Run(Ort::RunOptions{}, loop);
@@ -127,33 +110,64 @@ class Model {
     return std::max_element(logits.data.begin(), logits.data.end()) - logits.data.begin();
   }
 
-  // The prompt in chunks of the trained size, then one token at a time.
-  Ids generate(const Ids& prompt, int loops, int new_tokens) {
-    const int64_t chunk = size("trained_chunk"), count = prompt.size();
+  // The prompt in chunks of the trained size, then one token at a time, up to one that ends the text.
+  Ids generate(const Ids& prompt, int loops, int64_t new_tokens) {
+    const int64_t chunk = shape_.trained_chunk, count = prompt.size();
+    for (const int64_t id : prompt)
+      if (id < 0 || id >= shape_.vocab_size)
+        throw std::runtime_error("ID must be from 0 to " + std::to_string(shape_.vocab_size - 1) + ", got " +
+                                 std::to_string(id));
+    if (count + new_tokens > shape_.max_positions)
+      throw std::runtime_error(std::to_string(count) + " ids and " + std::to_string(new_tokens) +
+                               " new ones exceed the " + std::to_string(shape_.max_positions) +
+                               " positions of the model: ask for fewer");
+    for (int64_t i = 0; i < 2 * shape_.layers; ++i)
+      cache_.emplace_back(std::vector<int64_t>{1, shape_.kv_heads, count + new_tokens, shape_.head_dim});
     Ids tokens(1);
     for (int64_t start = 0; start < count; start += chunk)
       tokens[0] = step(Ids(prompt.begin() + start, prompt.begin() + std::min(start + chunk, count)), loops);
-    while (static_cast<int>(tokens.size()) < new_tokens) tokens.push_back(step({tokens.back()}, loops));
+    const auto ended = [this, &tokens] { return std::count(stop_ids_.begin(), stop_ids_.end(), tokens.back()) > 0; };
+    while (static_cast<int64_t>(tokens.size()) < new_tokens && !ended()) tokens.push_back(step({tokens.back()}, loops));
     return tokens;
   }
 
  private:
-  int64_t size(const char* name) const { return shape_.at(name).get<int64_t>(); }
+  // A graph of the bundle; it says of its model what the manifest says.
+  Ort::Session open(const std::string& path) const {
+    Ort::Session session(env_, path.c_str(), Ort::SessionOptions{});
+    Ort::AllocatorWithDefaultOptions allocator;
+    const auto said = session.GetModelMetadata().LookupCustomMetadataMapAllocated("melt", allocator);
+    if (!said) throw std::runtime_error(path + " says nothing of its model: export the checkpoint again");
+    manifest_.inner("model").require_equal(Fields(path, std::istringstream(said.get())), "model.");
+    return session;
+  }
 
-  nlohmann::json manifest_, shape_;
   Ort::Env env_;
+  Fields manifest_;
+  Shape shape_;
+  Ids stop_ids_;
   Ort::Session embed_, loop_, head_;
   std::vector<Buffer<float>> cache_;
   int64_t length_ = 0;
 };
 
+int64_t argument(const char* name, const char* text, int64_t least, int64_t most) {
+  int64_t value = 0;
+  const char* end = text + std::strlen(text);
+  const auto [stop, fault] = std::from_chars(text, end, value);
+  if (fault != std::errc{} || stop != end || value < least || value > most)
+    throw std::runtime_error(std::string(name) + " must be a whole number from " + std::to_string(least) + " to " +
+                             std::to_string(most) + ", got " + text);
+  return value;
+}
+
 int main(int argc, char** argv) try {
   if (argc < 5) throw std::runtime_error("usage: generate BUNDLE LOOPS NEW_TOKENS ID [ID ...]");
-  const int loops = std::atoi(argv[2]), new_tokens = std::atoi(argv[3]);
-  if (loops < 1 || new_tokens < 1) throw std::runtime_error("LOOPS and NEW_TOKENS must be at least 1");
+  const int loops = static_cast<int>(argument("LOOPS", argv[2], 1, kMostDepth));
+  const int64_t new_tokens = argument("NEW_TOKENS", argv[3], 1, kMostTokens);
   Ids prompt;
-  for (int i = 4; i < argc; ++i) prompt.push_back(std::atoll(argv[i]));
-  Model model(argv[1], prompt.size() + new_tokens);
+  for (int i = 4; i < argc; ++i) prompt.push_back(argument("ID", argv[i], 0, kMostTokens));
+  Model model(argv[1]);
   for (const int64_t id : model.generate(prompt, loops, new_tokens)) std::cout << id << ' ';
   std::cout << std::endl;
   return 0;

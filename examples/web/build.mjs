@@ -1,13 +1,10 @@
 // node build.mjs BUNDLE [OUT]: a static folder with the page, the libraries out of node_modules, and the bundle.
 
-import { cp, mkdir, readFile, rm } from "node:fs/promises";
-import { join } from "node:path";
+import { cp, mkdir, readFile, readdir, realpath, rm } from "node:fs/promises";
+import { join, sep } from "node:path";
 
-const [bundle, out = "dist"] = process.argv.slice(2);
-if (!bundle) {
-  console.error("error: give the folder of a bundle: node build.mjs ../../build/melt-tiny");
-  process.exit(1);
-}
+const PAGE = ["index.html", "page.js", "melt.js", "bundle.js"];
+const FOLDERS = ["vendor", "bundle"];
 const VENDOR = {
   "onnxruntime-web/dist/ort.wasm.min.mjs": "ort.wasm.min.mjs",
   "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.mjs",
@@ -15,16 +12,52 @@ const VENDOR = {
   "@huggingface/tokenizers/dist/tokenizers.min.mjs": "tokenizers.min.mjs",
   "@huggingface/jinja/dist/index.js": "jinja.js",
 };
-const manifest = JSON.parse(await readFile(join(bundle, "manifest.json"), "utf8"));
-await rm(out, { recursive: true, force: true });
-await mkdir(join(out, "vendor"), { recursive: true });
-for (const name of ["index.html", "page.js", "melt.js"]) await cp(new URL(name, import.meta.url), join(out, name));
-for (const [source, name] of Object.entries(VENDOR)) {
-  await cp(new URL(`node_modules/${source}`, import.meta.url), join(out, "vendor", name));
-}
-await mkdir(join(out, "bundle"));
 const unused = /^loop_int/; // loops over quantized caches, which the page does not use
-for (const name of ["manifest.json", ...Object.keys(manifest.files).filter((name) => !unused.test(name))]) {
-  await cp(join(bundle, name), join(out, "bundle", name));
+
+/** Names of the files to copy. */
+async function filesOf(bundle) {
+  const path = join(bundle, "manifest.json");
+  let files;
+  try {
+    files = JSON.parse(await readFile(path, "utf8"))?.files;
+  } catch (error) {
+    throw new Error(`${path} cannot be read (${error.message}): give the folder of a bundle`);
+  }
+  const names = typeof files === "object" && files !== null ? Object.keys(files) : [];
+  const odd = names.filter((name) => !/^[\w.-]+$/.test(name) || /^\.*$/.test(name));
+  if (names.length === 0 || odd.length > 0) throw new Error(`${path}: files must name files of the bundle, got ${JSON.stringify(odd)}`);
+  return ["manifest.json", ...names.filter((name) => !unused.test(name))];
 }
-console.log(`${out}: serve it with any static server, for example: node serve.mjs ${out}`);
+
+/** Empties OUT where it holds nothing but an earlier page, and refuses anything else. */
+async function clear(out, bundle) {
+  let found;
+  try {
+    found = await readdir(out);
+  } catch (error) {
+    if (error.code === "ENOENT") return;
+    throw error;
+  }
+  const own = FOLDERS.every((name) => found.includes(name)) && found.every((name) => [...PAGE, ...FOLDERS].includes(name));
+  if (found.length > 0 && !own) throw new Error(`${out} is no page of this program: choose another folder, or empty it`);
+  const holds = (await realpath(bundle)).startsWith((await realpath(out)) + sep);
+  if (holds) throw new Error(`${out} holds the bundle itself: choose another folder`);
+  for (const name of found) await rm(join(out, name), { recursive: true });
+}
+
+try {
+  const [bundle, out = "dist"] = process.argv.slice(2);
+  if (!bundle) throw new Error("give the folder of a bundle: node build.mjs ../../build/melt-tiny");
+  const names = await filesOf(bundle);
+  await clear(out, bundle);
+  for (const name of FOLDERS) await mkdir(join(out, name), { recursive: true });
+  for (const name of PAGE) await cp(new URL(name, import.meta.url), join(out, name));
+  for (const [source, name] of Object.entries(VENDOR)) {
+    await cp(new URL(`node_modules/${source}`, import.meta.url), join(out, "vendor", name));
+  }
+  for (const name of names) await cp(join(bundle, name), join(out, "bundle", name));
+  console.log(`${out}: serve it with any static server, for example: node serve.mjs ${out}`);
+} catch (error) {
+  console.error(`error: ${error.message}`);
+  process.exitCode = 1;
+}

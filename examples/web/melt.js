@@ -2,15 +2,14 @@
 // The graphs' inputs and outputs are those of runtime/melt_runtime/contract.py.
 
 import * as ort from "./vendor/ort.wasm.min.mjs";
+import { MeltError, fetchManifest, fileReader, isWhole, stopIdsOf } from "./bundle.js";
 import { Template } from "./vendor/jinja.js";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 
-export const SCHEMA_VERSION = 3;
 const GRAPHS = ["embed", "loop", "head"];
+const MOST_LOOPS = 1024;
 // The smallest module with an instruction of wasm SIMD (i8x16.splat): valid only where the browser has it.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
-
-export class MeltError extends Error {}
 
 function requireBrowser() {
   if (typeof WebAssembly !== "object" || !WebAssembly.validate(new Uint8Array(SIMD))) {
@@ -18,24 +17,22 @@ function requireBrowser() {
   }
 }
 
-function requireManifest(manifest, url) {
-  if (manifest.schema_version !== SCHEMA_VERSION) {
-    throw new MeltError(
-      `${url} has schema_version ${manifest.schema_version}, this page reads ${SCHEMA_VERSION}: ` +
-        "export the checkpoint again with the export.py that belongs to this page",
-    );
+/** Compares what the manifest says of the model with the graphs' own inputs and outputs. */
+function requireShape(shape, { loop, head }, url) {
+  const inputs = new Map(loop.inputMetadata.map((tensor) => [tensor.name, tensor.shape]));
+  const own = {
+    layers: loop.inputNames.filter((name) => name.startsWith("past_key.")).length,
+    hidden_size: inputs.get("hidden")?.[2],
+    kv_heads: inputs.get("past_key.0")?.[1],
+    head_dim: inputs.get("past_key.0")?.[3],
+    vocab_size: head.outputMetadata[0].shape[2],
+    has_latent: inputs.has("latent.0"),
+  };
+  const faults = Object.keys(own).filter((name) => own[name] !== shape[name]);
+  if (faults.length > 0) {
+    const found = faults.map((name) => `model.${name} must be the graphs' ${own[name]}, got ${shape[name]}`);
+    throw new MeltError(`${url}manifest.json: ${found.join("; ")}: copy the bundle again`);
   }
-  if (manifest.activations !== "float32") {
-    throw new MeltError(`${url} has ${manifest.activations} activations, wasm computes in float32: export without --activations`);
-  }
-}
-
-async function fetchFile(url) {
-  const response = await fetch(url);
-  if (!response.ok) {
-    throw new MeltError(`${url} cannot be fetched (${response.status}): the bundle must lie beside the page`);
-  }
-  return response;
 }
 
 /** Bytes that a model needs here: weights once for each of three sessions at most, packed again, and two caches. */
@@ -55,43 +52,52 @@ function requireMemory(bytes, limit = 1e9 * (navigator.deviceMemory ?? 4)) {
   }
 }
 
+/** What MAKE makes of a file, where a library may refuse it. */
+async function opened(url, name, make) {
+  try {
+    return await make(name);
+  } catch (error) {
+    throw error instanceof MeltError ? error : new MeltError(`${url}${name} cannot be read: ${error.message ?? error}`);
+  }
+}
+
 export class MeltModel {
   /**
    * Loads a bundle.
    * @param {string} url folder of the bundle, with a trailing slash
-   * @param {{capacity?: number, memoryLimit?: number}} options capacity: tokens of prompt and answer
+   * @param {{capacity?: number, memoryLimit?: number}} options capacity: tokens of prompt and answer (512 at most by itself)
    */
-  static async load(url, { capacity = 512, memoryLimit } = {}) {
+  static async load(url, { capacity, memoryLimit } = {}) {
     requireBrowser();
     ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
     ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-    const text = async (name) => (await fetchFile(url + name)).text();
-    const manifest = JSON.parse(await text("manifest.json"));
-    requireManifest(manifest, url + "manifest.json");
+    const manifest = await fetchManifest(url);
+    const { max_positions: most } = manifest.model;
+    capacity ??= Math.min(512, most);
+    if (!isWhole(capacity, 2, most)) throw new MeltError(`capacity must be a whole number from 2 to ${most}, got ${capacity}`);
     requireMemory(neededBytes(manifest, capacity), memoryLimit);
-    const weights = new Uint8Array(await (await fetchFile(url + "weights.data")).arrayBuffer());
-    const externalData = [{ path: "weights.data", data: weights }];
+    const read = fileReader(url, manifest);
+    const stopIds = stopIdsOf(await read.object("generation_config.json"), url);
+    const tokenizer = await opened(url, "tokenizer.json", async (name) => new Tokenizer(await read.object(name), {}));
+    const template = await opened(url, "chat_template.jinja", async (name) => new Template(await read.text(name)));
+    const externalData = [{ path: "weights.data", data: await read.bytes("weights.data") }];
     const sessions = {};
     for (const name of GRAPHS) {
+      const graph = await read.bytes(`${name}.onnx`);
       try {
-        sessions[name] = await ort.InferenceSession.create(`${url}${name}.onnx`, {
-          executionProviders: ["wasm"],
-          externalData,
-        });
+        sessions[name] = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData });
       } catch (error) {
         throw new MeltError(`${name}.onnx cannot be opened, most often for want of memory: ${error.message ?? error}`);
       }
     }
-    const settings = JSON.parse(await text("generation_config.json"));
-    const tokenizer = new Tokenizer(JSON.parse(await text("tokenizer.json")), {});
-    const template = new Template(await text("chat_template.jinja"));
-    return new MeltModel(manifest, sessions, capacity, tokenizer, template, settings.stop_ids ?? []);
+    requireShape(manifest.model, sessions, url);
+    return new MeltModel(manifest.model, sessions, capacity, tokenizer, template, stopIds);
   }
 
-  constructor(manifest, sessions, capacity, tokenizer, template, stopIds) {
-    Object.assign(this, { manifest, sessions, capacity, tokenizer, template, stopIds });
-    this.shape = manifest.model;
-    this.hasLoopIdx = manifest.graphs.loop.inputs.some((tensor) => tensor.name === "loop_idx");
+  constructor(shape, sessions, capacity, tokenizer, template, stopIds) {
+    Object.assign(this, { shape, sessions, capacity, tokenizer, template, stopIds });
+    this.hasLoopIdx = sessions.loop.inputNames.includes("loop_idx");
+    this.running = false;
     this.reset();
   }
 
@@ -103,7 +109,12 @@ export class MeltModel {
 
   /** Token ids of a chat, ready for an answer. */
   encode(messages) {
-    const text = this.template.render({ messages, add_generation_prompt: true });
+    let text;
+    try {
+      text = this.template.render({ messages, add_generation_prompt: true, tools: null, documents: null });
+    } catch (error) {
+      throw new MeltError(`the chat template refuses these messages: ${error.message}`);
+    }
     return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
   }
 
@@ -118,14 +129,28 @@ export class MeltModel {
    * @returns {Promise<number[]>} the new tokens, without the one that ended them
    */
   async generate(ids, { loops = this.shape.trained_loops, maxNewTokens = 64, stopIds = this.stopIds, onToken } = {}) {
-    if (!Number.isInteger(loops) || loops < 1) {
-      throw new MeltError(`loops must be a whole number of at least 1, got ${loops}`);
-    }
+    const last = this.shape.vocab_size - 1;
+    const places = Array.isArray(ids) && ids.length > 0 && ids.every((id) => isWhole(id, 0, last));
+    if (!places) throw new MeltError(`the prompt must be token ids from 0 to ${last}, at least one`);
+    // A LoopLM has one KV cache for each loop that it was trained with.
+    const most = this.shape.cache_kind === "per_loop" ? this.shape.trained_loops : MOST_LOOPS;
+    if (!isWhole(loops, 1, most)) throw new MeltError(`loops must be a whole number from 1 to ${most}, got ${loops}`);
+    if (!isWhole(maxNewTokens, 1)) throw new MeltError(`maxNewTokens must be a whole number of at least 1, got ${maxNewTokens}`);
     if (ids.length + maxNewTokens > this.capacity) {
       throw new MeltError(
         `${ids.length} tokens and ${maxNewTokens} new ones exceed the capacity of ${this.capacity}: load with a larger one`,
       );
     }
+    if (this.running) throw new MeltError("an answer is being made: wait for it, or load another model");
+    this.running = true;
+    try {
+      return await this.continueGreedily(ids, loops, maxNewTokens, stopIds, onToken);
+    } finally {
+      this.running = false;
+    }
+  }
+
+  async continueGreedily(ids, loops, maxNewTokens, stopIds, onToken) {
     this.reset();
     let logits = await this.prefill(ids, loops);
     const tokens = [];

@@ -13,6 +13,7 @@ from melt_layers.layers import (
     apply_rope,
     rope_tables,
 )
+from melt_layers.loops import RunLayer, run_loops
 
 __all__ = [
     "Attention",
@@ -24,6 +25,8 @@ __all__ = [
     "LayerConfig",
     "MLP",
     "RMSNorm",
+    "RunLayer",
     "apply_rope",
     "rope_tables",
+    "run_loops",
 ]

@@ -1,16 +1,18 @@
 """PyTorch definitions of MELT and of the LoopLM that it starts from, checkpoints and training.
 
-Importing this package registers ``model_type: melt`` with the Auto classes of transformers.
+A name is imported when it is asked for: command lines of this package show their help without torch. Importing
+``MeltConfig`` or ``MeltCausalLM`` registers ``model_type: melt`` with the Auto classes of transformers.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from melt_models.checkpoint import CheckpointError, load_checkpoint
-from melt_models.configuration import GATE_KINDS, MeltConfig
-from melt_models.modeling import KVCache, MeltCausalLM, MeltOutput
-
-AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
-AutoModelForCausalLM.register(MeltConfig, MeltCausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from melt_models.checkpoint import load_checkpoint
+    from melt_models.configuration import MeltConfig
+    from melt_models.configuration_form import GATE_KINDS
+    from melt_models.errors import CheckpointError
+    from melt_models.modeling import KVCache, MeltCausalLM, MeltOutput
 
 __all__ = [
     "GATE_KINDS",
@@ -21,3 +23,20 @@ __all__ = [
     "MeltOutput",
     "load_checkpoint",
 ]
+
+_HOMES = {
+    "GATE_KINDS": "configuration_form",
+    "CheckpointError": "errors",
+    "KVCache": "modeling",
+    "MeltCausalLM": "modeling",
+    "MeltConfig": "modeling",
+    "MeltOutput": "modeling",
+    "load_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports one of ``__all__``."""
+    if name in _HOMES:
+        return getattr(import_module(f"melt_models.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

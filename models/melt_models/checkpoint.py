@@ -1,25 +1,37 @@
 """Reads a checkpoint folder strictly: every fault of configuration and tensors is listed before weights are read."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, TypeAdapter, with_config
 from safetensors import safe_open
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from melt_models.configuration import MeltConfig
-from melt_models.families import FAMILIES, KNOWN_TYPES
+from melt_models.configuration_form import check_configuration
+from melt_models.errors import CheckpointError as CheckpointError
+from melt_models.families import READERS
+from melt_models.forms import STRICT, fitting, read_json, shown
+from melt_models.model_types import KNOWN_TYPES
 from melt_models.modeling import MeltCausalLM
 
+CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
 
 
-class CheckpointError(Exception):
-    """A checkpoint folder that cannot be loaded; the message lists every fault found."""
+@with_config(STRICT)
+class _Index(TypedDict):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,19 @@ class Checkpoint:
                 tensors.
         """
         self.folder = Path(folder)
-        self.config, notes = read_config(self.folder)
-        stored = _stored_tensors(self.folder)
-        idle = [name for name in stored if _is_idle(name, self.config)]
+        faults: list[str] = []
+        config, notes = examine_config(self.folder, faults)
+        stored, readable = _stored_tensors(self.folder, faults)
+        idle = [name for name in stored if config and _is_idle(name, config)]
         if idle:
             notes.append(f"tensors that the model does not use are passed over: {', '.join(idle)}")
         self.tensors = {name: entry for name, entry in stored.items() if name not in idle}
         self.notes = tuple(notes)
-        faults = _compare_tensors(_expected_shapes(self.config), self.tensors)
-        if faults:
-            raise CheckpointError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(faults))
+        if config and readable:
+            faults += _compare_tensors(_expected_shapes(config), self.tensors)
+        if faults or config is None:
+            raise CheckpointError(f"{folder} cannot be loaded:", faults)
+        self.config = config
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored type; a tied head is its embedding."""
@@ -81,7 +96,7 @@ class Checkpoint:
                 bad = int((~tensor.isfinite()).sum())
                 faults.append(f"{name}: {bad} of {tensor.numel()} weights are infinite or not a number")
         if faults:
-            raise CheckpointError(f"{self.folder} is damaged, fetch it again:\n  " + "\n  ".join(faults))
+            raise CheckpointError(f"{self.folder} is damaged, fetch it again:", faults)
 
 
 def load_checkpoint(folder: str | Path) -> MeltCausalLM:
@@ -102,25 +117,49 @@ def read_config(folder: Path) -> tuple[MeltConfig, list[str]]:
 
     Raises:
         CheckpointError: no such file, not JSON, an unknown model type, unknown keys, bad values, or what is not
-            implemented.
+            implemented; all faults at once.
     """
-    path = folder / "config.json"
+    faults: list[str] = []
+    config, notes = examine_config(folder, faults)
+    if config is None:
+        raise CheckpointError(f"{folder} cannot be loaded:", faults)
+    return config, notes
+
+
+def examine_config(folder: Path, faults: list[str]) -> tuple[MeltConfig | None, list[str]]:
+    """As ``read_config``, but adds what is wrong to ``faults``; the configuration is None then."""
+    path, notes = folder / CONFIG_NAME, list[str]()
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: a checkpoint folder holds config.json and {WEIGHTS_NAME}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+        faults.append(f"{path} does not exist: a checkpoint folder holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+        return None, notes
+    values = read_json(path, faults)
+    if values is None:
+        return None, notes
+    model_type = values.get("model_type")
     if model_type not in KNOWN_TYPES:
-        raise CheckpointError(f"{path}: model_type must be one of {', '.join(KNOWN_TYPES)}, got {model_type!r}")
-    notes: list[str] = []
+        faults.append(f"{CONFIG_NAME}: model_type must be one of {', '.join(KNOWN_TYPES)}, got {shown(model_type)}")
+        return None, notes
+    before = len(faults)
+    arguments, notes = READERS[model_type](values, CONFIG_NAME, faults)
+    check_configuration(arguments, CONFIG_NAME, faults)
+    if len(faults) > before:
+        return None, notes
     try:
-        if model_type in FAMILIES:
-            values, notes = FAMILIES[model_type](values)
-        return MeltConfig.from_dict(values), notes
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        config = MeltConfig(**{name: _as_float(name, value) for name, value in arguments.items()})
+    except (TypeError, ValueError, StrictDataclassError) as error:  # what transformers refuses beyond our rules
+        faults.append(f"{CONFIG_NAME}: {error}")
+        return None, notes
+    if config.early_exit_threshold < 1:
+        notes.append(
+            f"early_exit_threshold {config.early_exit_threshold:g} is passed over: a bundle runs the loops that each "
+            "call asks for, and leaves none of them early"
+        )
+    return config, notes
+
+
+def _as_float(name: str, value: Any) -> Any:
+    """JSON writes 1e6 as 1000000 too; transformers wants a float where one is declared."""
+    return float(value) if isinstance(getattr(MeltConfig, name, None), float) else value
 
 
 def empty_model(config: MeltConfig) -> MeltCausalLM:
@@ -142,30 +181,43 @@ def _is_idle(name: str, config: MeltConfig) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name, from the headers alone."""
+def _stored_tensors(folder: Path, faults: list[str]) -> tuple[dict[str, Stored], bool]:
+    """Every tensor of a folder by name, from the headers alone; and whether all files could be read."""
+    before = len(faults)
     index = folder / INDEX_NAME
-    names = _shards(index) if index.is_file() else [WEIGHTS_NAME]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing)}")
+    names = _shards(index, faults) if index.is_file() else [WEIGHTS_NAME]
+    missing = [name for name in names if not os.path.isfile(folder / name)]  # Path.is_file raises on odd names
+    faults += [f"missing weight file {name}" for name in missing]
     found: dict[str, Stored] = {}
     for name in names:
+        if name in missing:
+            continue
         try:
             with safe_open(folder / name, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     piece = tensors.get_slice(key)
+                    if key in found:
+                        faults.append(f"{key} stands in {found[key].file.name} and in {name}: remove one of them")
                     found[key] = Stored(folder / name, tuple(piece.get_shape()), piece.get_dtype())
         except Exception as error:  # safetensors raises its own type for a damaged header
-            raise CheckpointError(f"{folder / name} cannot be read: {error}; fetch the file again") from error
-    return found
+            faults.append(f"{name} cannot be read: {error}; fetch the file again")
+    return found, len(faults) == before
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards: {error!r}; fetch the file again") from error
+def _shards(index: Path, faults: list[str]) -> list[str]:
+    before = len(faults)
+    values = read_json(index, faults)
+    places = fitting(_INDEX, values, index.name, faults).get("weight_map", {}) if values is not None else {}
+    names = sorted(set(places.values()))
+    faults += [
+        f"{index.name}: weight_map must name files of this folder, got {shown(name)}"
+        for name in names
+        if Path(name).name != name
+    ]
+    if len(faults) == before:
+        return names
+    faults.append(f"{index.name} is not an index of shards: fetch the file again")
+    return []
 
 
 def _compare_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, Stored]) -> list[str]:

@@ -3,19 +3,12 @@
 Key names are those of Ouro's published ``config.json`` where it has them. Knows nothing of weights or training.
 """
 
-from typing import Literal, get_args
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-GateKind = Literal["none", "elementwise", "scalar", "ema", "mean", "last"]
-GATE_KINDS: tuple[str, ...] = get_args(GateKind)
-"""``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3)."""
-
-NormPlacement = Literal["sandwich", "pre"]
-NORM_PLACEMENTS: tuple[str, ...] = get_args(NormPlacement)
-"""``sandwich``: before and after attention and MLP (Ouro); ``pre``: before them only (Llama)."""
+from melt_models.configuration_form import CHUNK, FIELDS, check_configuration
+from melt_models.configuration_form import GATE_KINDS as GATE_KINDS
 
 _LATENT_KINDS = ("elementwise", "scalar", "ema", "mean")
 
@@ -30,6 +23,7 @@ class MeltConfig(PreTrainedConfig):
     Args:
         total_ut_steps: loops T that the model was trained for.
         chunk_size: tokens C that training and prefill process in parallel; the caller may choose another.
+            None: 500, or as many as there are positions.
         gate_kind: how the latent state is updated; ``none`` makes the model a LoopLM.
         gate_bias_init: initial value of ``b_z``. The paper does not fix it: a negative value starts a converted
             LoopLM near ``z = 0``.
@@ -63,7 +57,7 @@ class MeltConfig(PreTrainedConfig):
 
     total_ut_steps: int = 4
     early_exit_threshold: float = 1.0
-    chunk_size: int = 500
+    chunk_size: int | None = None
     gate_kind: str = "elementwise"
     gate_bias_init: float = -4.0
     gate_ema: float = 0.2
@@ -77,7 +71,9 @@ class MeltConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.chunk_size is None:
+            self.chunk_size = min(CHUNK, self.max_position_embeddings)
         unknown = sorted(key for key in kwargs if key not in _TRANSFORMERS_KEYS and not key.startswith("_"))
         if unknown:
             raise ValueError(f"unknown configuration keys {unknown}: remove them or correct their spelling")
@@ -86,39 +82,8 @@ class MeltConfig(PreTrainedConfig):
 
     def _check_rules(self) -> None:
         """Reports all broken rules at once."""
-        at_least_one = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "total_ut_steps",
-            "chunk_size",
-        )
-        faults = [
-            f"{name} must be at least 1, got {getattr(self, name)}" for name in at_least_one if getattr(self, name) < 1
-        ]
-        if self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads:
-            faults.append(
-                f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} "
-                f"and {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            faults.append(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if self.gate_kind not in GATE_KINDS:
-            faults.append(f"gate_kind must be one of {', '.join(GATE_KINDS)}, got {self.gate_kind!r}")
-        if self.norm_placement not in NORM_PLACEMENTS:
-            faults.append(f"norm_placement must be one of {', '.join(NORM_PLACEMENTS)}, got {self.norm_placement!r}")
-        if not 0.0 <= self.gate_ema <= 1.0:
-            faults.append(f"gate_ema must be in [0, 1], got {self.gate_ema}")
-        if self.hidden_act != "silu":
-            faults.append(f"hidden_act must be 'silu', got {self.hidden_act!r}")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default":
-            faults.append(f"rope_parameters.rope_type must be 'default', got {rope_type!r}")
+        faults: list[str] = []
+        check_configuration({name: getattr(self, name) for name in FIELDS}, type(self).__name__, faults)
         if faults:
             raise ValueError("; ".join(faults))
 

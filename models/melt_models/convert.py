@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from melt_models.checkpoint import INDEX_NAME, Checkpoint, CheckpointError, empty_model
-from melt_models.configuration import GateKind, MeltConfig
+from melt_files import require_absent, staged
+from melt_models.checkpoint import INDEX_NAME, Checkpoint, empty_model
+from melt_models.configuration import MeltConfig
+from melt_models.configuration_form import GateKind
+from melt_models.errors import CheckpointError
 from melt_models.modeling import MeltCausalLM
-from melt_models.staging import require_absent, staged
 
 GATES_NAME = "model-gates.safetensors"
 _TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -7,7 +7,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from melt_models.errors import list_faults
+from melt_models.forms import STRICT, fitting, parse_json, read_text
 
 EVALUATION_NAME = "evaluation.jsonl"
 
@@ -21,22 +27,47 @@ class Example:
     group: str
 
 
+@with_config(STRICT)
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
+@with_config(STRICT)
+class _Line(TypedDict):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    answer: Annotated[str, Field(min_length=1)]
+    group: str
+
+
+_LINE = TypeAdapter(_Line)
+
+
 def read_examples(folder: Path) -> tuple[Example, ...]:
     """Reads a checkpoint's evaluation; empty where it has none.
 
     Raises:
-        ValueError: a line that is not an example, with its number.
+        ValueError: lines that are not examples, each with its number.
     """
+    faults: list[str] = []
+    examples = examine_examples(folder, faults)
+    if faults:
+        raise ValueError(f"{folder}:{list_faults(faults)}")
+    return examples
+
+
+def examine_examples(folder: Path, faults: list[str]) -> tuple[Example, ...]:
+    """As ``read_examples``, but adds what is wrong to ``faults``."""
     path = folder / EVALUATION_NAME
-    if not path.is_file():
-        return ()
+    text = read_text(path, faults) if path.is_file() else None
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            examples.append(Example(list(values["messages"]), str(values["answer"]), str(values["group"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} must be messages, answer and group: {error!r}") from error
+    for number, line in enumerate((text or "").splitlines(), start=1):
+        before, where = len(faults), f"{EVALUATION_NAME}, line {number}"
+        values = parse_json(line, where, faults)
+        if values is not None:
+            fitting(_LINE, values, where, faults)
+        if values is not None and len(faults) == before:
+            examples.append(Example(values["messages"], values["answer"], values["group"]))
     return tuple(examples)
 
 

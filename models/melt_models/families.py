@@ -1,4 +1,4 @@
-"""Published ``config.json`` files of other families, read as a ``MeltConfig``.
+"""``config.json`` of MELT and of other families, read as arguments of ``MeltConfig``.
 
 A family keeps its tensors' names, which are ours too; only the configuration is translated. What would change the
 numbers and is not implemented is refused; what is corrected or passed over is said.
@@ -7,9 +7,16 @@ numbers and is not implemented is refused; what is corrected or passed over is s
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from melt_models.configuration import MeltConfig
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from melt_models.configuration_form import FIELDS
+from melt_models.forms import STRICT, fitting, shown
 
 Values = Mapping[str, Any]
+Reader = Callable[[Values, str, list[str]], tuple[dict[str, Any], list[str]]]
+"""Takes the content of ``config.json``, its name in messages and a list to which faults are added; gives arguments of
+``MeltConfig``, which are not yet checked, and what was corrected or passed over, a sentence each."""
 
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -22,7 +29,6 @@ _OPTIONAL = (
 )
 _FIXED = {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1}
 """Keys that may stand there with this value only."""
-_CHECKED = ("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window")
 _SILENT = frozenset(
     {
         *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -31,6 +37,27 @@ _SILENT = frozenset(
     }
 )
 """Keys that change no number of a forward pass, or are looked at elsewhere."""
+_WRITTEN = frozenset(
+    {
+        *("architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation", "model_type"),
+        *("name_or_path", "num_labels", "output_attentions", "torch_dtype", "transformers_version", "use_cache"),
+    }
+)
+"""Keys that transformers writes into every file; none of them changes a number here."""
+
+
+@with_config(STRICT)
+class _Checked(TypedDict, total=False):
+    rope_theta: float | None
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+    layer_types: list[str] | None
+    sliding_window: int | None
+    use_sliding_window: bool | None
+    quantization_config: dict[str, Any] | None
+
+
+_CHECKED = TypeAdapter(_Checked)
 
 PUBLISHED_OURO_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 """What Ouro's files say: all three are ``<|endoftext|>``."""
@@ -38,22 +65,22 @@ CORRECT_OURO_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 """What Ouro was trained with: ``<|im_start|>``, ``<|im_end|>``, ``<|endoftext|>``."""
 
 
-def read_ouro(values: Values) -> tuple[dict[str, Any], list[str]]:
-    """Ouro (arXiv 2510.25741): a LoopLM, a KV cache for each loop.
+def read_melt(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Our own files: every key must be known."""
+    unknown = sorted({*values} - {*FIELDS, *_WRITTEN, "rope_theta", "rope_scaling"})
+    if unknown := [name for name in unknown if not name.startswith("_")]:
+        faults.append(f"{where}: unknown configuration keys {shown(unknown)}: remove them or correct their spelling")
+    rope = _rope(fitting(_CHECKED, values, where, faults), where, faults)
+    ours = {name: values[name] for name in FIELDS if name in values}
+    return ours | {"rope_parameters": rope}, []
 
-    Args:
-        values: the content of ``config.json``.
 
-    Returns:
-        Arguments of ``MeltConfig``, and what was corrected or passed over, a sentence each.
-
-    Raises:
-        ValueError: what is missing or not implemented, all faults at once.
-    """
-    ours, notes = _common(values, own=("total_ut_steps", "early_exit_threshold"), needed=("total_ut_steps",))
-    ours |= {"total_ut_steps": values["total_ut_steps"], "norm_placement": "sandwich", "exit_gate": True}
-    if "early_exit_threshold" in values:
-        ours["early_exit_threshold"] = float(values["early_exit_threshold"])
+def read_ouro(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Ouro (arXiv 2510.25741): a LoopLM, a KV cache for each loop."""
+    own = ("total_ut_steps", "early_exit_threshold")
+    ours, notes = _common(values, where, faults, own=own, needed=("total_ut_steps",))
+    ours |= {name: values[name] for name in own if values.get(name) is not None}
+    ours |= {"norm_placement": "sandwich", "exit_gate": True}
     if {name: values.get(name) for name in PUBLISHED_OURO_IDS} == PUBLISHED_OURO_IDS:
         ours |= CORRECT_OURO_IDS
         notes.append(
@@ -63,59 +90,64 @@ def read_ouro(values: Values) -> tuple[dict[str, Any], list[str]]:
     return ours, notes
 
 
-def read_llama(values: Values) -> tuple[dict[str, Any], list[str]]:
-    """Llama and what is built like it: no loops, norms before attention and MLP only; as ``read_ouro``."""
-    ours, notes = _common(values, own=(), needed=())
+def read_llama(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Llama and what is built like it: no loops, norms before attention and MLP only."""
+    ours, notes = _common(values, where, faults, own=(), needed=())
     return ours | {"total_ut_steps": 1, "norm_placement": "pre", "exit_gate": False}, notes
 
 
-FAMILIES: dict[str, Callable[[Values], tuple[dict[str, Any], list[str]]]] = {"ouro": read_ouro, "llama": read_llama}
-"""Readers by ``model_type``."""
+FAMILIES: dict[str, Reader] = {"ouro": read_ouro, "llama": read_llama}
+"""Readers of other people's files by ``model_type``."""
+READERS: dict[str, Reader] = {"melt": read_melt, **FAMILIES}
+"""Readers of all ``KNOWN_TYPES``."""
 
 
-def _common(values: Values, own: tuple[str, ...], needed: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    faults = [f"{name} is missing" for name in (*_SAME, *needed) if values.get(name) is None]
+def _common(
+    values: Values, where: str, faults: list[str], own: tuple[str, ...], needed: tuple[str, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    faults += [f"{where}: {name} is missing" for name in (*_SAME, *needed) if values.get(name) is None]
     faults += [
-        f"{name} must be {value}, got {values[name]!r}: the models here have nothing else"
+        f"{where}: {name} must be {value}, got {shown(values[name])}: the models here have nothing else"
         for name, value in _FIXED.items()
         if values.get(name) not in (None, value)
     ]
-    rope, rope_faults = _rope(values)
-    faults += rope_faults + _windows(values)
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
-        faults.append(f"the weights are quantized ({method}): give the unquantized checkpoint, the export rounds")
-    if faults:
-        raise ValueError("; ".join(faults))
-    known = {*_SAME, *_OPTIONAL, *_FIXED, *_CHECKED, *_SILENT, *own}
+    checked = fitting(_CHECKED, values, where, faults)
+    rope = _rope(checked, where, faults)
+    if "rope_theta" not in rope and not any(name.startswith("rope_") for name in {*values} - {*checked}):
+        faults.append(f"{where}: rope_theta is missing")
+    _windows(checked, where, faults)
+    if quantized := checked.get("quantization_config"):
+        method = shown(quantized.get("quant_method"))
+        faults.append(f"{where}: the weights are quantized ({method}): give the unquantized checkpoint")
+    known = {*_SAME, *_OPTIONAL, *_FIXED, *_Checked.__annotations__, *_SILENT, *own}
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
     notes = [f"keys of config.json that mean nothing here are passed over: {', '.join(unknown)}"] if unknown else []
     ours = {name: values[name] for name in (*_SAME, *_OPTIONAL) if values.get(name) is not None}
+    if ours.get("pad_token_id") == -1:
+        del ours["pad_token_id"]
+        notes.append("pad_token_id -1 is read as none")
     return ours | {"gate_kind": "none", "rope_parameters": rope}, notes
 
 
-def _rope(values: Values) -> tuple[dict[str, Any], list[str]]:
+def _rope(checked: Values, where: str, faults: list[str]) -> dict[str, Any]:
     """Rotary parameters: ``rope_theta`` and ``rope_scaling`` of older files, ``rope_parameters`` of newer ones."""
-    stated = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    stated = {**(checked.get("rope_scaling") or {}), **(checked.get("rope_parameters") or {})}
     kind = stated.get("rope_type", stated.get("type", "default"))
-    theta = stated.get("rope_theta", values.get("rope_theta"))
-    faults = []
+    theta = stated.get("rope_theta", checked.get("rope_theta"))
     if kind != "default":
-        faults.append(f"rope_scaling must be none or 'default', got {kind!r}: this kind is not implemented")
+        faults.append(
+            f"{where}: rope_scaling must be none or 'default', got {shown(kind)}: this kind is not implemented"
+        )
     if stated.get("partial_rotary_factor", 1.0) != 1.0:
-        faults.append(f"partial_rotary_factor must be 1, got {stated['partial_rotary_factor']}")
-    if theta is None:
-        faults.append("rope_theta is missing")
-    return {"rope_type": "default", "rope_theta": theta}, faults
+        faults.append(f"{where}: partial_rotary_factor must be 1, got {shown(stated['partial_rotary_factor'])}")
+    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": theta})
 
 
-def _windows(values: Values) -> list[str]:
+def _windows(checked: Values, where: str, faults: list[str]) -> None:
     """Layers that see only the latest tokens."""
-    kinds = sorted({kind for kind in values.get("layer_types") or () if kind != "full_attention"})
-    faults = [f"layer_types must all be 'full_attention', got {', '.join(kinds)} too: not implemented"] if kinds else []
-    if values.get("sliding_window") is not None and values.get("use_sliding_window", True):
-        faults.append(f"sliding_window must be none, got {values['sliding_window']}: not implemented")
-    return faults
-
-
-KNOWN_TYPES = (MeltConfig.model_type, *FAMILIES)
+    kinds = sorted({kind for kind in checked.get("layer_types") or () if kind != "full_attention"})
+    if kinds:
+        others = ", ".join(map(shown, kinds))
+        faults.append(f"{where}: layer_types must all be 'full_attention', got {others} too: not implemented")
+    if checked.get("sliding_window") is not None and checked.get("use_sliding_window") is not False:
+        faults.append(f"{where}: sliding_window must be none, got {checked['sliding_window']}: not implemented")

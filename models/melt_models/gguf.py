@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from melt_models.checkpoint import WEIGHTS_NAME, CheckpointError
+from melt_files import require_absent, staged
+from melt_models.checkpoint import WEIGHTS_NAME
+from melt_models.errors import CheckpointError
 from melt_models.families import FAMILIES
-from melt_models.staging import require_absent, staged
 
 
 def gguf_to_checkpoint(file: Path, out: Path) -> None:
@@ -42,8 +43,11 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if config.model_type not in FAMILIES:
         raise CheckpointError(f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # a file that ends early, or a tokenizer that has no counterpart
+        raise CheckpointError(f"{file} cannot be unpacked: {error}; fetch it again") from error
     tied = config.tie_word_embeddings
     tensors = {
         name: t.contiguous() for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")

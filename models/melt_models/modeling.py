@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
 
-from melt_layers import Frame, GateLinear, KeyValue, Layer, RMSNorm
+from melt_layers import Frame, GateLinear, KeyValue, Layer, RMSNorm, run_loops
 from melt_models.configuration import MeltConfig
 
 GATE_INIT_STD = 1e-3
@@ -42,23 +41,29 @@ class KVCache:
         self.slots[(loop_idx if self.per_loop else 0, layer_idx)] = present
 
 
-@dataclass
-class MeltOutput(ModelOutput):
-    """Result of a forward pass.
+@dataclass(frozen=True)
+class MeltOutput:
+    """Result of a forward pass. No ``ModelOutput`` of transformers, whose releases rename its fields.
 
     Attributes:
-        loss: mean cross entropy of the next token over labels that are not -100, last loop, scalar.
         logits: last loop, [B, L, V].
         loop_hidden_states: normed value after every loop, T tensors [B, L, D].
+        cache: of these tokens and all before them; ``past_key_values`` is the same.
         exit_logits: exit gate before the sigmoid, [B, L, T]; None where the model has no exit gate.
-        past_key_values: the cache after these tokens.
+        loss: mean cross entropy of the next token over labels that are not -100, last loop, scalar; None without
+            labels.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    loop_hidden_states: tuple[Tensor, ...] | None = None
+    logits: Tensor
+    loop_hidden_states: tuple[Tensor, ...]
+    cache: KVCache
     exit_logits: Tensor | None = None
-    past_key_values: KVCache | None = None
+    loss: Tensor | None = None
+
+    @property
+    def past_key_values(self) -> KVCache:
+        """The cache, by the name that transformers gave it before 5.24."""
+        return self.cache
 
 
 class MeltPreTrainedModel(PreTrainedModel):
@@ -100,20 +105,18 @@ class MeltBackbone(MeltPreTrainedModel):
         Returns:
             The normed value after every loop, ``loops`` tensors [B, C, D].
         """
-        chunk = input_ids.shape[1]
-        frame = Frame.of(self.config, cache.length, chunk, input_ids.device)
-        hidden = self.embed_tokens(input_ids)
-        latents: list[Tensor | None] = [None] * len(self.layers)
-        states = []
-        for loop_idx in range(loops):
-            for layer_idx, layer in enumerate(self.layers):
-                past = cache.past(loop_idx, layer_idx)
-                hidden, latents[layer_idx], present = layer(hidden, latents[layer_idx], past, frame, loop_idx)
-                if cache.per_loop or loop_idx == loops - 1:
-                    cache.store(loop_idx, layer_idx, present)
-            hidden = self.norm(hidden)
-            states.append(hidden)
-        cache.length += chunk
+        frame = Frame.of(self.config, cache.length, input_ids.shape[1], input_ids.device)
+
+        def run_layer(
+            layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
+        ) -> tuple[Tensor, Tensor]:
+            x, latent, present = layer(x, latent, cache.past(loop_idx, layer_idx), frame, loop_idx)
+            if cache.per_loop or loop_idx == loops - 1:
+                cache.store(loop_idx, layer_idx, present)
+            return x, latent
+
+        states = run_loops(self.embed_tokens(input_ids), self.layers, self.norm, loops, run_layer)
+        cache.length += input_ids.shape[1]
         return states
 
     def forward(
@@ -161,19 +164,22 @@ class MeltCausalLM(MeltPreTrainedModel):
 
         Raises:
             ValueError: ``loops`` or ``chunk_size`` below 1.
+            TypeError: ``past_key_values`` is a cache of another kind.
         """
         loops = self.config.total_ut_steps if loops is None else loops
         chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
         for name, value in (("loops", loops), ("chunk_size", chunk_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(past_key_values, KVCache | None):
+            raise TypeError(f"past_key_values must be a KVCache or None, got {type(past_key_values).__name__}")
         cache = KVCache(self.config) if past_key_values is None else past_key_values
         states, exit_logits = self.model(input_ids, loops, chunk_size, cache)
         logits = self.lm_head(states[-1])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return MeltOutput(loss, logits, states, exit_logits, cache)
+        return MeltOutput(logits, states, cache, exit_logits, loss)
 
     @torch.no_grad()
     def generate_greedy(
@@ -187,6 +193,10 @@ class MeltCausalLM(MeltPreTrainedModel):
         out = self(input_ids, loops=loops, chunk_size=chunk_size)
         tokens = [out.logits[:, -1].argmax(-1, keepdim=True)]
         while len(tokens) < new_tokens:
-            out = self(tokens[-1], past_key_values=out.past_key_values, loops=loops, chunk_size=1)
+            out = self(tokens[-1], past_key_values=out.cache, loops=loops, chunk_size=1)
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
         return torch.cat(tokens, dim=1)
+
+
+AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
+AutoModelForCausalLM.register(MeltConfig, MeltCausalLM, exist_ok=True)

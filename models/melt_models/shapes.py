@@ -1,8 +1,9 @@
 """Published shapes by name, for benchmarks and full-size tests: configurations without weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from melt_models.configuration import MeltConfig
+if TYPE_CHECKING:
+    from melt_models.configuration import MeltConfig
 
 _OURO = {
     "vocab_size": 49152,
@@ -37,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Ouro: arXiv 2510.25741; MELT: arXiv 2605.07721; SmolLM2-135M: its ``config.json``."""
 
 
-def shape_config(name: str) -> MeltConfig:
+def shape_config(name: str) -> "MeltConfig":
     """The configuration of a published shape.
 
     Args:
@@ -46,6 +47,8 @@ def shape_config(name: str) -> MeltConfig:
     Raises:
         ValueError: an unknown name, or a number of layers that the shape does not have.
     """
+    from melt_models.configuration import MeltConfig  # here: the names of the shapes are known without transformers
+
     base, _, layers = name.partition(":")
     if base not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {base!r}")

@@ -9,29 +9,47 @@ Example::
 """
 
 from melt_runtime.cuda import CudaOptions
-from melt_runtime.errors import BundleError, CapacityError, MeltError, NumericalError, ProviderError, TokenError
+from melt_runtime.errors import (
+    BundleError,
+    BusyError,
+    CapacityError,
+    MeltError,
+    NumericalError,
+    ProviderError,
+    RunError,
+    StreamError,
+    TokenError,
+)
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.load_cache import LoadCache
+from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import Manifest, read_manifest
-from melt_runtime.model import MeltModel, plan_state
+from melt_runtime.model import MeltModel
+from melt_runtime.plan import plan_state
 from melt_runtime.session import Session
 from melt_runtime.text import Message
 from melt_runtime.version import __version__
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CapacityError",
     "CudaOptions",
     "GenerationConfig",
     "GenerationResult",
     "GenerationStream",
+    "LoadCache",
+    "LoopRunner",
     "Manifest",
     "MeltError",
     "MeltModel",
     "Message",
     "NumericalError",
     "ProviderError",
+    "RunError",
     "Session",
+    "StreamError",
     "Timings",
     "TokenError",
     "__version__",

@@ -9,11 +9,14 @@ import itertools
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ import numpy as np
 import onnxruntime as ort
 
 from melt_runtime.contract import KVCacheKind
+from melt_runtime.errors import RunError
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import Manifest, read_manifest
-from melt_runtime.memory import resident_bytes
 from melt_runtime.model import MeltModel
+from melt_runtime.process_memory import resident_bytes
+from melt_runtime.progress import Report
 from melt_runtime.state import State
 
 DECODE_STEPS = 12
@@ -116,18 +121,30 @@ class Row:
     peak_bytes: int
 
 
-def run_bench(bundles: list[Path], options: BenchOptions) -> Iterator[Row]:
+def run_bench(bundles: list[Path], options: BenchOptions, progress: Report | None = None) -> Iterator[Row]:
     """Measures bundle after bundle, case after case; rows come as they are measured.
+
+    Args:
+        bundles: their folders.
+        options: what to measure.
+        progress: told of each case as it begins.
 
     Raises:
         BundleError: a bundle that cannot be loaded.
         ValueError: a position beyond the model's, or a kind of KV cache that a bundle does not have.
+        RunError: the process of a case died.
     """
     manifests = {bundle: read_manifest(bundle) for bundle in bundles}
     cases = [case for bundle in bundles for case in _cases(bundle, manifests[bundle], options)]
     with new_process() as pool:
-        for case in cases:
-            yield from pool.submit(_measure, case).result()
+        for number, case in enumerate(cases):
+            if progress is not None:
+                progress(f"{Path(case.bundle).name}, {case.kind}", number, len(cases))
+            try:
+                rows = pool.submit(_measure, case).result()
+            except BrokenProcessPool as error:
+                raise RunError(f"the process that measured {case} died, of too little memory perhaps") from error
+            yield from rows
 
 
 def read_bandwidth(threads: int | None = None) -> float:
@@ -144,11 +161,28 @@ def fill_cache(state: State, tokens: int) -> None:
                 buffer.value.numpy()[:, :, :tokens] = _FILL
 
 
-def new_process() -> concurrent.futures.ProcessPoolExecutor:
-    """Runs each task in a new process."""
-    return concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+@contextmanager
+def new_process() -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Runs each task in a new process, which an interrupted caller does not wait for."""
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_when_interrupted,
+        max_tasks_per_child=1,
     )
+    with pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
+
+
+def _end_when_interrupted() -> None:
+    """Without a word: Ctrl-C reaches every process of a terminal, and its caller says what there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read_memory(threads: int | None) -> float:
@@ -230,9 +264,7 @@ def _measure(case: Case) -> list[Row]:
         threads=case.threads,
         kv_cache=case.kv_cache,
     )
-    runner = model.session.runner
-    if case.batch > 1:
-        runner = LoopRunner(runner.sessions, State(replace(runner.state.plan, batch=case.batch), "cpu"))
+    runner = model.new_runner(case.batch)
     load_seconds = time.perf_counter() - begin
     rows = []
     for loops in case.loops:

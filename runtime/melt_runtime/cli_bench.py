@@ -9,7 +9,9 @@ from pathlib import Path
 
 from melt_runtime.bench import BenchOptions, as_json, machine, read_bandwidth, run_bench
 from melt_runtime.bench_report import format_header, format_row, plot_rows
+from melt_runtime.cli_options import file_option, names_option, numbers_option, picture_option
 from melt_runtime.contract import KV_CACHES, PRECISIONS
+from melt_runtime.progress import Line
 
 EPILOG = """\
 examples:
@@ -22,17 +24,27 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``melt bench``."""
     defaults = BenchOptions()
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("bundles", nargs="*", type=Path, help="folders written by export.py")
+    parser.description = (
+        "Measure loading, the first token, prompts and decoding on the CPU, each case in a process of its own; a line "
+        "of a Markdown table for each, as they come."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE", help="folders written by melt-export")
     parser.add_argument(
         "--shape",
         action="append",
         default=[],
-        help="random weights of a published shape, made by the exporter; NAME:4 takes 4 layers; may be given again",
+        metavar="NAME",
+        help="random weights of a published shape (melt-export --help lists them), made by the exporter; NAME:4 takes "
+        "4 layers; may be given again",
     )
     parser.add_argument("--precision", default="int4", choices=PRECISIONS, help="of shapes (default: %(default)s)")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/bench"), help="where shapes are kept (default: %(default)s)"
+        "--work",
+        type=Path,
+        default=Path("build/bench"),
+        metavar="FOLDER",
+        help="where shapes are kept (default: %(default)s)",
     )
     for name, text in (
         ("loops", "depths"),
@@ -41,13 +53,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("batches", "sequences decoded together"),
     ):
         shown = ",".join(map(str, getattr(defaults, name)))
-        parser.add_argument(f"--{name}", type=parse_numbers, metavar="N,N", help=f"{text} (default: {shown})")
+        parser.add_argument(f"--{name}", type=numbers_option, metavar="N,N", help=f"{text} (default: {shown})")
     parser.add_argument(
-        "--kv-cache", type=_names, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)"
+        "--kv-cache", type=names_option, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per physical core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed and memory")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    parser.add_argument("--json", type=file_option, metavar="FILE", help="write everything")
+    parser.add_argument("--plot", type=picture_option, metavar="FILE.png", help="draw speed and memory")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,25 +74,19 @@ def run(args: argparse.Namespace) -> None:
     bundles = [*args.bundles, *(_shape_bundle(shape, args.precision, args.work) for shape in args.shape)]
     if not bundles:
         raise ValueError("name a bundle or a --shape to measure; see: melt bench --help")
-    bandwidth = read_bandwidth(options.threads)
-    print("; ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"a plain loop reads {bandwidth / 1e9:.1f} GB/s\n\n{format_header()}", flush=True)
     rows = []
-    for row in run_bench(bundles, options):
-        rows.append(row)
-        print(format_row(row, bandwidth), flush=True)
+    with Line("case") as line:
+        line("reading memory", 0, 0)
+        bandwidth = read_bandwidth(options.threads)
+        line.print("; ".join(f"{name} {value}" for name, value in machine().items()))
+        line.print(f"a plain loop reads {bandwidth / 1e9:.1f} GB/s\n\n{format_header()}")
+        for row in run_bench(bundles, options, line):
+            rows.append(row)
+            line.print(format_row(row, bandwidth))
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(rows, options, bandwidth), indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         plot_rows(rows, args.plot)
-
-
-def parse_numbers(text: str) -> tuple[int, ...]:
-    """The type of an option that takes several whole numbers: ``1,4``."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from None
 
 
 def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
@@ -105,7 +111,3 @@ def _shape_bundle(shape: str, precision: str, work: Path) -> Path:
     if done.returncode:
         raise ValueError(f"--shape {shape} could not be made: see the exporter's message above")
     return bundle
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))

@@ -5,7 +5,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from melt_runtime.cli_bench import parse_numbers
+from melt_runtime.cli_options import numbers_option, text_option
 from melt_runtime.generate import GenerationResult
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.memory import format_bytes, plan_memory
@@ -54,11 +54,13 @@ a model of your own, with torch (pip install 'melt-onnx[export]'):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``melt demo``."""
-    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("question", nargs="?", default=QUESTION, help="of your own, worded as in the example")
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "question", nargs="?", type=text_option, default=QUESTION, help="of your own, worded as in the example"
+    )
     shown = ",".join(map(str, LOOPS))
     parser.add_argument(
-        "--loops", type=parse_numbers, default=LOOPS, metavar="N,N", help=f"depths to answer at (default: {shown})"
+        "--loops", type=numbers_option, default=LOOPS, metavar="N,N", help=f"depths to answer at (default: {shown})"
     )
 
 

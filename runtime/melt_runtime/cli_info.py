@@ -1,10 +1,56 @@
-"""The text of ``melt info``: what a bundle holds, how close it is to torch, what its rounding costs."""
+"""The command ``melt info``: what a bundle holds, how close it is to torch, what its rounding costs."""
 
+import argparse
+import shutil
+import textwrap
 from pathlib import Path
-from typing import Any
 
-from melt_runtime.manifest import Manifest
+from melt_runtime.cli_options import add_bundle
+from melt_runtime.contract import KVCacheKind, ModelShape
+from melt_runtime.generation_config import describe_defaults, read_generation_config
+from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
+from melt_runtime.measured import Parity, Quality
 from melt_runtime.memory import format_bytes
+from melt_runtime.progress import Line
+
+_EPILOG = """\
+examples:
+  melt info build/melt-tiny
+  melt info build/melt-tiny --graphs
+"""
+_INDENT = 12
+_NARROWEST, _WIDEST = 60, 120
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``melt info``."""
+    parser.description = (
+        "Compare every file of a bundle with its manifest, then say what it holds: the model, its defaults, how far it "
+        "was from torch, what its rounding costs."
+    )
+    parser.epilog = _EPILOG
+    add_bundle(parser)
+    parser.add_argument("--graphs", action="store_true", help="list every input and output of the graphs too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares every file with the manifest, then prints what that says.
+
+    Raises:
+        BundleError: no bundle, or a damaged one.
+    """
+    manifest = read_manifest(args.bundle)
+    with Line("B") as line:
+        check_files(args.bundle, manifest, progress=line)
+    width = min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)
+    for text in describe_bundle(args.bundle, manifest, graphs=args.graphs).splitlines():
+        print(_wrap(text, width))
+
+
+def _wrap(line: str, width: int) -> str:
+    """One line of the report as several, if it is long; what a terminal would obey is shown in its place."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return textwrap.fill(shown, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> str:
@@ -23,13 +69,14 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
         f"positions   {shape.max_positions} tokens at most",
         f"loops       trained with {shape.trained_loops}; gate {shape.gate_kind}, KV cache {shape.cache_kind}",
         f"chunk       {shape.trained_chunk} tokens in parallel in prefill",
-        f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding['formats'])})",
-        *(f"            layers {pattern}: {precision}" for pattern, precision in rounding["layers"].items()),
+        *_defaults(folder, shape),
+        f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding.formats)})",
+        *(f"            layers {pattern}: {precision}" for pattern, precision in rounding.layers.items()),
         f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.activations}",
         f"made for    {', '.join(manifest.providers)}",
         f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}",
         *_parity(manifest.parity),
-        *_quality(manifest.quality),
+        *_quality(manifest.quality, manifest.kv_caches),
     ]
     for name, graph in manifest.graphs.items():
         lines.append(f"{name}.onnx  {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
@@ -40,38 +87,59 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
     return "\n".join(lines)
 
 
-def _parity(parity: dict[str, Any]) -> list[str]:
-    if not parity:
-        return ["parity      not compared with torch"]
-    lines = [
-        f"parity      largest difference from torch with the same weights, after any of {parity['loops']} loops,",
-        f"            {parity['prompt_tokens']} prompt tokens in chunks of {parity['chunk']}, "
-        f"{parity['decode_tokens']} decoded tokens:",
-        f"            tolerance   {parity['tolerance']:g}",
+def _defaults(folder: Path, shape: ModelShape) -> list[str]:
+    said = read_generation_config(folder / GENERATION_CONFIG_NAME, shape.vocab_size)
+    fields = describe_defaults(said, shape.trained_loops)
+    return [
+        f"{'defaults' if number == 0 else '':<11} {name} {value}" for number, (name, value) in enumerate(fields.items())
     ]
-    lines += [f"            {name:<11} {error:.1e}" for name, error in parity["max_abs_error"].items()]
-    lines.append(f"            greedy tokens equal: {parity['greedy_tokens_equal']} of {parity['decode_tokens']}")
-    if "activations" in parity:
-        lines.append("            of the same graphs in float32, where these could not run")
+
+
+def _parity(parity: Parity | None) -> list[str]:
+    if parity is None:
+        return ["parity      not compared with torch"]
+    lines = [f"parity      beside torch with the same weights, in {parity.activations}, every tensor after every loop:"]
+    for run in parity.runs:
+        lines.append(
+            f"  {run.kv_cache:<9} KV cache: {run.loops} loops, {run.prompt_tokens} prompt tokens in chunks of "
+            f"{run.chunk}, {run.decode_tokens} decoded"
+        )
+        lines += [
+            f"            {name:<11} {found.error:.1e} of {found.magnitude:.3g} (allowed {found.allowed:.1e})"
+            for name, found in run.tensors.items()
+        ]
+        lines.append(f"            first choice equal: {run.greedy_tokens_equal} of {run.greedy_tokens}")
+        if run.codes_equal is not None:
+            lines.append(f"            codes equal: {100 * run.codes_equal:.4g} %, the others next to torch's")
     return lines
 
 
-def _quality(quality: dict[str, Any]) -> list[str]:
-    if not quality:
+def _quality(quality: Quality | None, offered: tuple[KVCacheKind, ...]) -> list[str]:
+    if quality is None:
         return ["quality     not measured"]
     lines = [
-        f"quality     beside the float32 checkpoint, {quality['tokens']} tokens of {quality['text']}, "
-        f"{quality['loops']} loops, chunk {quality['chunk']};",
-        f"            perplexity of float32 {quality['perplexity_of_float32']:.4g}",
+        f"quality     beside the float32 checkpoint, {quality.tokens} tokens of {quality.text}, {quality.loops} loops, "
+        f"chunk {quality.chunk};",
+        f"            perplexity of float32 {quality.perplexity_of_float32:.4g}",
     ]
-    for kind, found in quality["kv_cache"].items():
-        errors = ", ".join(f"{100 * error:.2g}" for error in found["hidden_error_by_loop"].values())
+    for kind, found in quality.kv_cache.items():
+        errors = ", ".join(f"{100 * error:.2g}" for error in found.hidden_error_by_loop.values())
         lines += [
-            f"  {kind:<9} KV cache: perplexity {found['perplexity']:.4g}, KL divergence {found['kl']:.2g}, first "
-            f"choice equal for {100 * found['greedy_agreement']:.1f} %",
+            f"  {kind:<9} KV cache: perplexity {found.perplexity:.4g}, KL divergence {found.kl:.2g}, first choice "
+            f"equal for {100 * found.greedy_agreement:.1f} %",
             f"            error of the hidden state after each loop, %: {errors}",
         ]
-        for loops, groups in found.get("exact_match", {}).items():
+        if found.limit is not None:
+            verdict = "within" if found.within_limit else "beyond" if kind in offered else "left out: beyond"
+            lines.append(
+                f"            {verdict} the limit: KL divergence {found.limit.kl:g}, first choice equal for "
+                f"{100 * found.limit.greedy_agreement:g} %"
+            )
+        lost = quality.most_lost(kind)
+        if lost is not None:
+            points, loops, group = lost
+            lines.append(f"            costs up to {points:.1f} points of exact answers ({group}, {loops} loops)")
+        for loops, groups in found.exact_match.items():
             cells = ", ".join(f"{group} {100 * value:.0f}" for group, value in groups.items())
             lines.append(f"            exact match with {loops} loops, %: {cells}")
     return lines

@@ -42,26 +42,47 @@ greedy.onnx, sample.onnx, only in bundles for CUDA: logits to the next token, wi
          uniform [B, 1] float32                   drawn by the host from [0, 1) (sample only)
     out  ids [B, 1] int64                         what embed.onnx reads next
          token [B, 1] int32                       the same for the host; -1 where a logit is not a number
+
+Every graph also says what its inputs and outputs cannot: under ``melt`` in its metadata stands a JSON object with
+``precision``, ``activations`` and ``model.{field}`` for every field of ``ModelShape``, as the manifest has them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, get_args
 
-SCHEMA_VERSION = 3
+from annotated_types import Interval, Len
+
+SCHEMA_VERSION = 4
 """Of ``manifest.json`` and of this contract; a reader refuses any other."""
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
+Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 """Of weights. Floats are those of the activations; integers are rounded in blocks."""
-ACTIVATIONS = ("float32", "float16", "bfloat16")
+Activations = Literal["float32", "float16", "bfloat16"]
 """Types of hidden states, latent states and the unquantized KV cache."""
+PRECISIONS = get_args(Precision)
+ACTIVATIONS = get_args(Activations)
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
-Dimension = int | str
+GateKind = Literal["elementwise", "scalar", "ema", "mean", "last", "none"]
+MAX_LOOPS = 1024
+"""Most loops that may be asked for: far beyond what any model was trained with, and an answer still ends."""
 CacheKind = Literal["shared", "per_loop"]
 KVCacheKind = Literal["float", "int8", "int4"]
 KV_CACHES: tuple[KVCacheKind, ...] = ("float", "int8", "int4")
 """How keys and values are stored; ``float`` is the activation type."""
+
+# Upper bounds, far above any model: a number beyond them is damage, and would take the memory or never come back.
+Depth = Annotated[int, Interval(ge=1, le=MAX_LOOPS)]
+"""A count of layers or loops."""
+Width = Annotated[int, Interval(ge=1, le=1 << 20)]
+"""A size of the hidden state or the MLP, or a count of heads."""
+Tokens = Annotated[int, Interval(ge=1, le=1 << 26)]
+"""A count of token ids, or of tokens in a sequence."""
+Name = Annotated[str, Len(1, 100)]
+Dimension = Annotated[int, Interval(ge=0, le=1 << 26)] | Name
+METADATA_KEY = "melt"
+"""Of what a graph says of its model, see above."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class ModelShape:
     """What the runtime must know of a model.
 
     Attributes:
-        trained_loops: loops T that the model was trained for; any other count of at least 1 may be asked for.
+        trained_loops: loops T that the model was trained for; any other count from 1 to ``MAX_LOOPS`` may be asked for.
         trained_chunk: tokens processed in parallel in training, the default of prefill.
         max_positions: longest sequence that the rotary tables cover.
         cache_kind: ``shared``, one KV cache for all loops (MELT), or ``per_loop`` (LoopLM).
@@ -77,17 +98,17 @@ class ModelShape:
         has_exit_gate: whether the model says at every loop if it is done.
     """
 
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    trained_loops: int
-    trained_chunk: int
-    gate_kind: str
+    layers: Depth
+    hidden_size: Width
+    intermediate_size: Width
+    heads: Width
+    kv_heads: Width
+    head_dim: Width
+    vocab_size: Tokens
+    max_positions: Tokens
+    trained_loops: Depth
+    trained_chunk: Tokens
+    gate_kind: GateKind
     cache_kind: CacheKind
     has_latent: bool
     has_exit_gate: bool
@@ -102,9 +123,9 @@ class ModelShape:
 class TensorSpec:
     """An input or output of a graph: its name, its numpy type name, its shape with symbols for dynamic sizes."""
 
-    name: str
-    dtype: str
-    shape: tuple[Dimension, ...]
+    name: Name
+    dtype: Name
+    shape: Annotated[tuple[Dimension, ...], Len(0, 8)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,12 @@ class GraphSpec:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def graph_metadata(shape: ModelShape, precision: str, activations: str) -> dict[str, Any]:
+    """What every graph of a bundle says under ``METADATA_KEY``, before it becomes JSON."""
+    model = {f"model.{name}": value for name, value in asdict(shape).items()}
+    return {"precision": precision, "activations": activations, **model}
 
 
 def activation_dtype(precision: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+from melt_runtime.arguments import instance, whole_number
+
 PROVIDER = "CUDAExecutionProvider"
 LIBRARIES_EXTRA = "pip install 'melt-onnx[cuda-libraries]'"
 
@@ -36,13 +38,15 @@ class CudaOptions:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the limit.
+        """Checks the fields.
 
         Raises:
-            ValueError: a limit below 1.
+            ValueError: a wrong type, or a limit below 1.
         """
-        if self.memory_limit is not None and self.memory_limit < 1:
-            raise ValueError(f"memory_limit must be at least 1 byte, got {self.memory_limit}")
+        for name in ("graphs", "tf32"):
+            instance(name, getattr(self, name), bool, "True or False")
+        if self.memory_limit is not None:
+            whole_number("memory_limit", self.memory_limit, 1, 2**63 - 1)
 
     def provider_options(self, device_id: int) -> dict[str, str]:
         """The provider's own options. Its arena grows by what is asked for, not by powers of two."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from melt_runtime.errors import NumericalError
-from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.generation_config import GenerationSettings
 from melt_runtime.providers import DeviceKind
 from melt_runtime.state import Buffer
 
@@ -39,19 +39,19 @@ class DeviceSampler:
         self._is_greedy = True
 
     @staticmethod
-    def can_draw(config: GenerationConfig) -> bool:
-        """Whether these graphs do what ``config`` asks for."""
-        return config.repetition_penalty == 1 and config.min_p == 0
+    def can_draw(settings: GenerationSettings) -> bool:
+        """Whether these graphs do what ``settings`` ask for."""
+        return settings.repetition_penalty == 1 and settings.min_p == 0
 
-    def start(self, config: GenerationConfig) -> None:
+    def start(self, settings: GenerationSettings) -> None:
         """Takes the settings of one answer to the device."""
-        self._is_greedy = config.temperature == 0
+        self._is_greedy = settings.temperature == 0
         if self._is_greedy:
             return
-        self._random = np.random.default_rng(config.seed)
-        self._temperature.write(np.array([config.temperature], dtype=np.float32))
-        self._top_p.write(np.array([config.top_p], dtype=np.float32))
-        self._top_k.write(np.array([config.top_k or self._vocab_size], dtype=np.int64))
+        self._random = np.random.default_rng(settings.seed)
+        self._temperature.write(np.array([settings.temperature], dtype=np.float32))
+        self._top_p.write(np.array([settings.top_p], dtype=np.float32))
+        self._top_k.write(np.array([settings.top_k or self._vocab_size], dtype=np.int64))
 
     def bind(self, ids: Buffer) -> tuple[ort.IOBinding, ort.IOBinding]:
         """Bindings of both graphs that leave the token in ``ids`` [1, 1] int64, for the next step."""

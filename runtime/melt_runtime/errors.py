@@ -5,14 +5,19 @@
     ├── CapacityError    more tokens than the state was allocated for
     ├── ProviderError    an execution provider that was asked for and cannot run
     ├── TokenError       text or token ids that the model cannot take
-    └── NumericalError   the model computed NaN
+    ├── RunError         ONNX Runtime gave up in the middle: a graph that computes something else, or no memory left
+    ├── NumericalError   the model computed NaN or infinity
+    ├── BusyError        a session, stream or runner that is at work already
+    └── StreamError      a stream that cannot go on, or has no result
 
-Arguments outside their rule raise ``ValueError`` with field, rule and value.
+Beside it: arguments outside their rule raise ``ValueError`` with field, rule and value; a disk or file that refuses
+raises ``OSError``. ``melt_models`` has trees of its own, ``CheckpointError`` and ``TrainingError``: it does not know
+the runtime.
 """
 
 
 class MeltError(Exception):
-    """Base of everything this project raises on purpose."""
+    """Base of what the runtime and the exporter raise on purpose, but for ``ValueError`` and ``OSError``."""
 
 
 class BundleError(MeltError):
@@ -31,5 +36,17 @@ class TokenError(MeltError):
     """An empty prompt, unknown token ids, or text that the tokenizer cannot encode."""
 
 
+class RunError(MeltError):
+    """ONNX Runtime stopped with an error; the state holds what stood in it before, or part of what was computed."""
+
+
 class NumericalError(MeltError):
-    """The model gave NaN: its weights are damaged, or its precision is too low for it."""
+    """The model gave NaN or infinity: its weights are damaged, or its precision is too low for it."""
+
+
+class BusyError(MeltError):
+    """Something serves one call at a time and is at work; nothing was computed or changed by this one."""
+
+
+class StreamError(MeltError, RuntimeError):
+    """A stream whose conversation went on without it, or whose result was asked for before its end."""

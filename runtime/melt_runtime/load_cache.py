@@ -1,21 +1,26 @@
 """The folder that makes a second load fast: prepacked graphs, and which bundles were already found undamaged.
 
-Everything in it can be deleted at any time and is made again. Processes share it: entries appear by renaming a complete
-folder, and disappear whole. Knows files, not graphs.
+Everything in it can be deleted at any time and is made again. Processes share it: entries appear and disappear by
+renaming a complete folder. Where the folder cannot be written, what it holds still serves. Knows files, not graphs.
+
+    CACHEDIR.TAG            says to backups that this is a cache, and to us that we made the folder
+    {32 hex digits}/        an entry, with entry.json
+    checked/{...}.json      the files of one bundle that were found undamaged
 """
 
 import hashlib
 import json
+import math
 import os
-import shutil
+import re
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from melt_files import Partial, partial_folder, partials, remove_dead, replace_text
 from melt_runtime.manifest import Manifest
 
 DEFAULT_LIMIT = 16 << 30
@@ -24,7 +29,12 @@ MIN_BYTES = 64 << 20
 """Bundles with fewer bytes of weights load as quickly without help."""
 
 _STAMP = "entry.json"
-_ABANDONED_SECONDS = 24 * 3600
+_CHECKED = "checked"
+_TAG = "CACHEDIR.TAG"
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# made by melt-onnx; see https://bford.info/cachedir/\n"
+_MAKER = "melt-onnx"
+_KEY = re.compile(r"[0-9a-f]{32}")
+_NOTE = re.compile(r"[0-9a-f]{32}\.json")
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,19 @@ class CacheEntry:
     source: str
     nbytes: int
     last_used: float
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What deleting all entries came to.
+
+    Attributes:
+        freed: bytes.
+        left: what still lies in the folder: not ours, or in use.
+    """
+
+    freed: int
+    left: tuple[Path, ...]
 
 
 class LoadCache:
@@ -55,7 +78,7 @@ class LoadCache:
             min_bytes: see above.
 
         Raises:
-            ValueError: ``MELT_CACHE_GB`` is not a number.
+            ValueError: ``MELT_CACHE_GB`` or ``MELT_CACHE_DIR`` is outside its rule.
         """
         self.folder = _default_folder() if folder is None else folder
         self.limit = _default_limit() if limit is None else limit
@@ -64,13 +87,14 @@ class LoadCache:
     def find(self, key: str) -> Path | None:
         """The folder of an entry, marked as used; None where there is none, or files of another size or time."""
         folder = self.folder / key
-        stamp = folder / _STAMP
+        stamp = _read_stamp(folder)
         try:
-            recorded = json.loads(stamp.read_text(encoding="utf-8"))["files"]
-            whole = recorded == _signatures(folder)
-            os.utime(stamp)
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = stamp is not None and stamp.get("files") == _signatures(folder)
+        except OSError:
             whole = False
+        if whole:
+            with suppress(OSError):  # it may be read, not written: then nobody here deletes by last use either
+                os.utime(folder / _STAMP)
         return folder if whole else None
 
     @contextmanager
@@ -78,48 +102,79 @@ class LoadCache:
         """A new folder that becomes the entry ``key`` if the block ends well and it is still wanted.
 
         Args:
-            key: name of the entry.
+            key: name of the entry, 32 hexadecimal digits.
             source: what it is made from, for people.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".partial", dir=self.folder))
-        try:
+        self.make_folder()
+        with partial_folder(self.folder, key) as making:
             yield making
-            values = {"source": source, "files": _signatures(making)}
+            values = {"made_by": _MAKER, "source": source, "files": _signatures(making)}
             (making / _STAMP).write_text(json.dumps(values), encoding="utf-8")
+            making.chmod(0o755)
             if self.find(key) is None:
-                shutil.rmtree(self.folder / key, ignore_errors=True)  # damaged
+                self.remove(key)  # damaged
                 with suppress(OSError):  # another process was faster: its entry serves as well
                     making.rename(self.folder / key)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
         self._prune(keep=key)
+
+    def remove(self, key: str) -> None:
+        """Deletes an entry: it is gone at once, its bytes a moment later. One that cannot be deleted stays."""
+        folder = self.folder / key
+        with suppress(OSError):
+            if folder.exists():
+                with partial_folder(self.folder, key) as place:
+                    folder.rename(place / key)
 
     def entries(self) -> list[CacheEntry]:
         """Every entry, the most recently used first."""
         found = []
-        for stamp in self.folder.glob(f"*/{_STAMP}"):
-            with suppress(OSError, ValueError, KeyError):
-                source = json.loads(stamp.read_text(encoding="utf-8"))["source"]
-                nbytes = sum(path.stat().st_size for path in stamp.parent.iterdir())
-                found.append(CacheEntry(stamp.parent, source, nbytes, stamp.stat().st_mtime))
+        for folder in self.folder.glob("*"):
+            stamp = _read_stamp(folder)
+            if stamp is None:
+                continue
+            with suppress(OSError):  # deleted meanwhile
+                source, used = str(stamp.get("source")), (folder / _STAMP).stat().st_mtime
+                found.append(CacheEntry(folder, source, folder_bytes(folder), used))
         return sorted(found, key=lambda entry: -entry.last_used)
 
-    def clear(self) -> int:
-        """Deletes everything; returns the bytes that were freed."""
-        freed = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        return freed
+    def partials(self) -> list[Partial]:
+        """Entries that are being made, and what processes left that died while they made one."""
+        return [*partials(self.folder), *partials(self.folder / _CHECKED)]
+
+    def clear(self) -> Cleared:
+        """Deletes what this class put into the folder, and the folder if it made that too and nothing else is there.
+
+        Links are not followed; entries that are being made now stay.
+        """
+        before = folder_bytes(self.folder)
+        remove_dead(self.folder)
+        for entry in self.entries():
+            self.remove(entry.folder.name)
+        checked = self.folder / _CHECKED
+        if not checked.is_symlink():
+            remove_dead(checked)
+            for note in checked.glob("*.json"):
+                if _NOTE.fullmatch(note.name) and _read_own(note) is not None:
+                    with suppress(OSError):
+                        note.unlink()
+            with suppress(OSError):
+                checked.rmdir()
+        tag = self.folder / _TAG
+        left = tuple(sorted(path for path in self.folder.glob("*") if path != tag))
+        with suppress(OSError):
+            if not left and tag.read_text(encoding="utf-8") == _TAG_TEXT:
+                tag.unlink()
+                self.folder.rmdir()
+        return Cleared(before - folder_bytes(self.folder), left)
 
     def unchanged(self, bundle: Path, manifest: Manifest) -> frozenset[str]:
         """Files of a bundle that were found undamaged before and have had the same size, time and place since."""
-        try:
-            known = json.loads(self._checked(bundle).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        note = _read_own(self._checked(bundle))
+        known = None if note is None else note.get("files")
+        if not isinstance(known, dict):
             return frozenset()
         return frozenset(
             name
@@ -133,31 +188,60 @@ class LoadCache:
         Raises:
             OSError: the folder cannot be written.
         """
-        values = {name: [entry.sha256, *_signature(bundle / name)] for name, entry in manifest.files.items()}
-        path = self._checked(bundle)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
-            json.dump(values, stream)
-        Path(stream.name).replace(path)
+        files = {name: [entry.sha256, *_signature(bundle / name)] for name, entry in manifest.files.items()}
+        self.make_folder()
+        replace_text(self._checked(bundle), json.dumps({"made_by": _MAKER, "source": str(bundle), "files": files}))
+
+    def make_folder(self) -> None:
+        """Makes the folder, marked as ours, where it is missing.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(self.folder / _TAG, _TAG_TEXT)
 
     def _checked(self, bundle: Path) -> Path:
         name = hashlib.sha256(str(bundle.resolve()).encode()).hexdigest()[:32]
-        return self.folder / "checked" / f"{name}.json"
+        return self.folder / _CHECKED / f"{name}.json"
 
     def _prune(self, keep: str) -> None:
-        """Deletes the entries unused for longest while there are too many bytes, and what crashed processes left."""
+        """Deletes the entries unused for longest while there are too many bytes; those in the making count."""
         entries = self.entries()
-        total = sum(entry.nbytes for entry in entries)
+        total = sum(entry.nbytes for entry in entries) + sum(folder_bytes(part.folder) for part in self.partials())
         for entry in reversed(entries):
             if total <= self.limit:
                 break
             if entry.folder.name != keep:
-                shutil.rmtree(entry.folder, ignore_errors=True)
+                self.remove(entry.folder.name)
                 total -= entry.nbytes
-        for left in self.folder.glob(".*.partial"):
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder, as far as they are still there; links are not followed."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
             with suppress(OSError):
-                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def _read_stamp(folder: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None for any other folder, or a link."""
+    if not _KEY.fullmatch(folder.name) or folder.is_symlink():
+        return None
+    return _read_own(folder / _STAMP)
+
+
+def _read_own(path: Path) -> dict[str, Any] | None:
+    """A JSON object that this class wrote, or None."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and values.get("made_by") == _MAKER else None
 
 
 def _signatures(folder: Path) -> dict[str, list[int]]:
@@ -172,7 +256,9 @@ def _signature(path: Path) -> list[int]:
 
 def _default_folder() -> Path:
     chosen = os.environ.get("MELT_CACHE_DIR")
-    if chosen:
+    if chosen is not None:
+        if not chosen or (os.path.lexists(chosen) and not os.path.isdir(chosen)):
+            raise ValueError(f"MELT_CACHE_DIR must name a folder, which is made where needed, got {chosen!r}")
         return Path(chosen)
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
@@ -188,6 +274,9 @@ def _default_limit() -> int:
     if chosen is None:
         return DEFAULT_LIMIT
     try:
-        return int(float(chosen) * 1e9)
+        gigabytes = float(chosen)
     except ValueError:
-        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes, got {chosen!r}") from None
+        gigabytes = math.nan
+    if not 0 <= gigabytes < math.inf:
+        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes, at least 0, got {chosen!r}")
+    return int(gigabytes * 1e9)

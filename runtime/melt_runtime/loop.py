@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnxruntime as ort
 
+from melt_runtime.arguments import is_whole, shown, whole_number
 from melt_runtime.contract import ModelShape, cache_names, latent_names
 from melt_runtime.device_sampler import DeviceSampler
-from melt_runtime.errors import TokenError
+from melt_runtime.errors import RunError, TokenError
+from melt_runtime.hold import Hold
 from melt_runtime.state import Array, Buffer, State
 
 Observer = Callable[[int], None]
 """Called after every loop with its index, while the state holds that loop's values; for verification."""
 
+Progress = Callable[[int, int], None]
+"""Called after every chunk of a prompt with the tokens that are done and all of them."""
 
 _NOT_CAPTURED = -1  # what ONNX Runtime takes for a run that is no CUDA graph
 
@@ -52,8 +56,15 @@ class Bound:
     options: ort.RunOptions | None
 
     def run(self) -> None:
-        """Runs it; what it gives lies in the buffers."""
-        self.session.run_with_iobinding(self.binding, self.options)
+        """Runs it; what it gives lies in the buffers.
+
+        Raises:
+            RunError: ONNX Runtime could not.
+        """
+        try:
+            self.session.run_with_iobinding(self.binding, self.options)
+        except Exception as error:  # ONNX Runtime has no common base class below Exception
+            raise RunError(f"ONNX Runtime cannot run a graph of the bundle: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Binding:
 
 
 class LoopRunner:
-    """Drives the graphs over one state.
+    """Drives the graphs over one state, one call at a time: another, from any thread, is refused with ``BusyError``.
 
     Attributes:
         sessions: the graphs.
@@ -85,6 +96,7 @@ class LoopRunner:
     def __init__(self, sessions: Sessions, state: State):
         self.sessions = sessions
         self.state = state
+        self._hold = Hold("this runner is at work in another thread: make one for each with model.new_runner()")
         self.sampler: DeviceSampler | None = None
         if sessions.greedy is not None and sessions.sample is not None and state.plan.batch == 1:
             place = (state.device, state.step_ids.device_id)
@@ -103,6 +115,7 @@ class LoopRunner:
         chunk: int | None = None,
         sequence: int = 0,
         observe: Observer | None = None,
+        progress: Progress | None = None,
     ) -> Array:
         """Appends ``ids`` to one sequence, chunk after chunk.
 
@@ -112,37 +125,46 @@ class LoopRunner:
             chunk: tokens in parallel C; default: what the state was made for. Another value gives other numbers.
             sequence: row of the batch.
             observe: called after every loop.
+            progress: called after every chunk.
 
         Returns:
             Logits of the last token, [V] float32, a view that the next step overwrites.
 
         Raises:
             TokenError: no ids, or ids outside the vocabulary.
-            ValueError: ``loops`` or ``chunk`` outside its rule.
-            CapacityError: the ids do not fit; nothing was computed.
+            ValueError: ``loops``, ``chunk`` or ``sequence`` outside its rule.
+            CapacityError: the ids do not fit.
+            BusyError: another call is at work. Nothing was computed or changed by any of these.
         """
-        binding = self._prefill(ids, loops, chunk, sequence, observe)
-        binding.head.run()
-        logits: Array = self._logits()[sequence]
+        with self._hold.taken():
+            binding = self._prefill(ids, loops, chunk, sequence, observe, progress)
+            binding.head.run()
+            logits: Array = self._logits()[sequence]
         return logits
 
-    def prefill_and_draw(self, ids: Sequence[int], loops: int) -> int:
+    def prefill_and_draw(self, ids: Sequence[int], loops: int, progress: Progress | None = None) -> int:
         """As ``prefill``, and draws the next token on the device with the sampler's settings.
 
         Raises:
-            NumericalError: the logits hold NaN.
-            TokenError, ValueError, CapacityError: as for ``prefill``.
+            NumericalError: the logits hold NaN or infinity.
+            TokenError, ValueError, CapacityError, BusyError: as for ``prefill``, or there is no sampler.
         """
-        return self._draw(self._prefill(ids, loops, None, 0, None))
+        with self._hold.taken():
+            self._require_sampler()
+            return self._draw(self._prefill(ids, loops, None, 0, None, progress))
 
     def _prefill(
-        self, ids: Sequence[int], loops: int, chunk: int | None, sequence: int, observe: Observer | None
+        self,
+        ids: Sequence[int],
+        loops: int,
+        chunk: int | None,
+        sequence: int,
+        observe: Observer | None,
+        progress: Progress | None,
     ) -> Binding:
         """Everything up to the head; returns the last chunk's binding."""
         state, plan = self.state, self.state.plan
-        chunk = plan.chunk if chunk is None else chunk
-        if not 1 <= chunk <= plan.chunk:
-            raise ValueError(f"chunk must be in [1, {plan.chunk}], the state's chunk, got {chunk}")
+        chunk = plan.chunk if chunk is None else whole_number("chunk", chunk, 1, plan.chunk, " (the state's chunk)")
         tokens = check_ids(ids, plan.shape)
         state.require_loops(loops, int(state.lengths.max()))
         state.require_room(len(tokens), sequence)
@@ -157,6 +179,8 @@ class LoopRunner:
             state.total_length.write(np.array([end], dtype=np.int32))
             self._run_loops(binding, loops, observe)
             state.advance(len(piece), sequence, loops)
+            if progress is not None:
+                progress(start + len(piece), len(tokens))
         return binding
 
     def decode(self, ids: Sequence[int], loops: int, observe: Observer | None = None) -> Array:
@@ -171,18 +195,12 @@ class LoopRunner:
             Logits, [B, V] float32, a view that the next step overwrites.
 
         Raises:
-            TokenError, ValueError, CapacityError: as for ``prefill``.
+            TokenError, ValueError, CapacityError, BusyError: as for ``prefill``.
         """
-        state, batch = self.state, self.state.plan.batch
-        tokens = check_ids(ids, state.plan.shape)
-        if len(tokens) != batch:
-            raise ValueError(f"ids must hold one token for each of {batch} sequences, got {len(tokens)}")
-        state.require_loops(loops, int(state.lengths.max()))
-        for sequence in range(batch):
-            state.require_room(1, sequence)
-        self._decode(tokens, loops, observe)
-        self._step.head.run()
-        return self._logits()
+        with self._hold.taken():
+            self._decode(ids, loops, observe)
+            self._step.head.run()
+            return self._logits()
 
     def decode_and_draw(self, token: int, loops: int) -> int:
         """As ``decode`` for one sequence, and draws the next token on the device with the sampler's settings.
@@ -190,17 +208,23 @@ class LoopRunner:
         A token that the device drew is there already and is not sent again.
 
         Raises:
-            NumericalError: the logits hold NaN.
-            TokenError, ValueError, CapacityError: as for ``prefill``.
+            NumericalError: the logits hold NaN or infinity.
+            TokenError, ValueError, CapacityError, BusyError: as for ``prefill``, or there is no sampler.
         """
-        self.state.require_loops(loops, int(self.state.lengths.max()))
-        self.state.require_room(1)
-        self._decode(check_ids([token], self.state.plan.shape), loops, None)
-        return self._draw(self._step)
+        with self._hold.taken():
+            self._require_sampler()
+            self._decode([token], loops, None)
+            return self._draw(self._step)
 
-    def _decode(self, tokens: Array, loops: int, observe: Observer | None) -> None:
+    def _decode(self, ids: Sequence[int], loops: int, observe: Observer | None) -> None:
         """Everything up to the head."""
-        state = self.state
+        state, batch = self.state, self.state.plan.batch
+        tokens = check_ids(ids, state.plan.shape)
+        if len(tokens) != batch:
+            raise ValueError(f"ids must hold one token for each of {batch} sequences, got {len(tokens)}")
+        state.require_loops(loops, int(state.lengths.max()))
+        for sequence in range(batch):
+            state.require_room(1, sequence)
         if len(tokens) > 1 or tokens[0] != self._drawn:
             state.step_ids.write(tokens[:, None])
         self._drawn = None
@@ -209,8 +233,12 @@ class LoopRunner:
         longest = state.plan.capacity if self.sessions.replayed else state.lengths.max() + 1
         state.total_length.write(np.array([longest], dtype=np.int32))
         self._run_loops(self._step, loops, observe)
-        for sequence in range(state.plan.batch):
+        for sequence in range(batch):
             state.advance(1, sequence, loops)
+
+    def _require_sampler(self) -> None:
+        if self.sampler is None:
+            raise ValueError("this runner cannot draw tokens on a device: it runs on the CPU, or several sequences")
 
     def _draw(self, binding: Binding) -> int:
         assert self.sampler is not None
@@ -326,15 +354,28 @@ class LoopRunner:
 def check_ids(ids: Sequence[int], shape: ModelShape) -> Array:
     """Token ids as an array [L] int64.
 
+    Args:
+        ids: a sequence of whole numbers, Python's or numpy's, or an array of them; never bytes or truth values.
+        shape: the model.
+
     Raises:
         TokenError: no ids, not whole numbers, or outside the vocabulary.
     """
-    tokens = np.asarray(ids)
-    if tokens.ndim != 1 or tokens.size == 0:
-        raise TokenError(f"token ids must be a sequence of at least one, got shape {list(tokens.shape)}")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TokenError(f"token ids must be whole numbers, got {tokens.dtype}")
-    unknown = tokens[(tokens < 0) | (tokens >= shape.vocab_size)]
-    if unknown.size:
-        raise TokenError(f"token ids must be in [0, {shape.vocab_size}), got {sorted(set(unknown.tolist()))[:8]}")
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise TokenError(f"token ids must be whole numbers in one row, got {ids.dtype} {list(ids.shape)}")
+        tokens = ids
+    else:
+        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray | memoryview):
+            raise TokenError(f"token ids must be a sequence of whole numbers, got {shown(ids)}")
+        for token in ids:
+            if not is_whole(token):
+                raise TokenError(f"token ids must be whole numbers, got {shown(token)} among them")
+        tokens = np.array([min(max(int(token), -1), shape.vocab_size) for token in ids])
+    if tokens.size == 0:
+        raise TokenError("token ids must be a sequence of at least one")
+    outside = np.flatnonzero((tokens < 0) | (tokens >= shape.vocab_size))
+    if outside.size:
+        found = ", ".join(shown(int(ids[place])) for place in outside[:8])
+        raise TokenError(f"token ids must be in [0, {shape.vocab_size}), got [{found}]")
     return tokens.astype(np.int64)

@@ -3,15 +3,12 @@
 MELT stands beside a KV cache for each loop, as a LoopLM has it.
 """
 
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from melt_runtime.contract import KVCacheKind
 from melt_runtime.manifest import Manifest
-from melt_runtime.model import plan_state
-from melt_runtime.state import StatePlan
+from melt_runtime.plan import StatePlan, plan_state
+from melt_runtime.process_memory import current_bytes
 
 OPENING_BYTES = 40_000_000
 """What opening sessions and a tokenizer adds to a process: 28 to 48 MiB where it was measured (docs/performance.md)."""
@@ -43,6 +40,11 @@ class MemoryPlan:
     def process_bytes(self) -> int:
         """Peak resident memory of a process that fills its capacity, on the CPU, about."""
         return self.total_bytes + self.program_bytes + self.state.activation_bytes
+
+    @property
+    def kv_cache_name(self) -> str:
+        """How keys and values are stored, for people: ``int4``, though its bytes are those of uint8."""
+        return self.state.dtype if self.state.kv_cache == "float" else self.state.kv_cache
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -88,7 +90,7 @@ def format_plan(plan: MemoryPlan) -> str:
     """The plan as a table."""
     state = plan.state
     more = plan.per_loop.total_bytes - state.total_bytes
-    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {state.cache_dtype}"
+    sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {plan.kv_cache_name}"
     rows = (
         ("weights", plan.weight_bytes, plan.weight_bytes),
         ("KV cache", state.cache_bytes, plan.per_loop.cache_bytes),
@@ -102,66 +104,3 @@ def format_plan(plan: MemoryPlan) -> str:
     lines += [f"{name:<12} {format_bytes(ours):>16} {format_bytes(theirs):>18}" for name, ours, theirs in rows]
     lines.append(f"total is exact; program, activations (chunks of {state.chunk}) and process are estimates for a CPU")
     return "\n".join(lines)
-
-
-def plot_plan(plan: MemoryPlan, path: Path) -> None:
-    """Draws state bytes against the number of loops, this bundle beside a cache per loop.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    depths = list(range(1, max(8, 2 * plan.state.loops) + 1))
-    figure = new_figure(7, 4)
-    axes = figure.add_subplot()
-    for state, label, style in (
-        (plan.per_loop, "a KV cache per loop (LoopLM)", "s--"),
-        (plan.state, f"this bundle ({plan.state.shape.cache_kind} cache)", "o-"),
-    ):
-        axes.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
-    axes.set(xlabel="loops", ylabel="state, MB", ylim=(0, None))
-    axes.set_title(
-        f"State for {plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.state.cache_dtype}"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, sizes in inches.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def resident_bytes() -> int:
-    """Peak resident memory of this process; 0 where the system does not say (Windows)."""
-    found = _status("VmHWM:")  # Linux; getrusage counts what the parent held when it started this process
-    if found is not None:
-        return found
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def current_bytes() -> int:
-    """Resident memory of this process now; where the system does not say, its peak."""
-    return _status("VmRSS:") or resident_bytes()
-
-
-def _status(name: str) -> int | None:
-    """Bytes by their name in Linux's description of this process."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-    except (OSError, StopIteration):
-        return None

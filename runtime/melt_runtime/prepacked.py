@@ -15,21 +15,30 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from melt_runtime.contract import GraphSpec
 from melt_runtime.errors import BundleError
 from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import WEIGHTS_NAME, Manifest
-from melt_runtime.providers import ORT_TYPES, ProviderChoice, make_session, session_options
-from melt_runtime.state import stored_type
+from melt_runtime.plan import stored_type
+from melt_runtime.progress import Report
+from melt_runtime.providers import ProviderChoice, make_session, session_options
 
 _GRAPH = "graph.onnx"
 _DATA = "graph.data"
 _MIN_EXTERNAL_BYTES = 1024
 _PROBED_CHUNKS = (1, 16)  # a decoded token and a prompt run different kernels
+_TRIES = 3
 _ROOM = 2.5  # bytes of disk that a copy may take, over those of its bundle's weights
 
 
 def open_graph(
-    folder: Path, name: str, manifest: Manifest, choice: ProviderChoice, threads: int | None, cache: LoadCache
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    choice: ProviderChoice,
+    threads: int | None,
+    cache: LoadCache,
+    progress: Report,
 ) -> ort.InferenceSession:
     """Opens one graph of a bundle, on the CPU through a prepacked copy where the bundle is large.
 
@@ -42,6 +51,7 @@ def open_graph(
         choice: the provider.
         threads: CPU threads inside an operator.
         cache: where copies are kept.
+        progress: told where a copy is made.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
@@ -51,25 +61,37 @@ def open_graph(
     if name == "embed" or choice.device != "cpu" or manifest.weight_bytes < cache.min_bytes:
         return make_session(path, choice, threads)
     key = _key(manifest, f"{name}.onnx")
-    if cache.find(key) is None:
+    obstacle: str | Exception = "it is deleted again and again"
+    for _ in range(_TRIES):
         try:
-            _require_disk(cache, manifest.weight_bytes)
-            with cache.making(key, f"{path.resolve()}") as made:
-                _write_copy(path, made, choice)
+            copy = cache.find(key)
+            if copy is None:
+                progress(f"making a copy of {name}.onnx that the next load is fast from", 0, 0)
+                copy = _make_copy(key, path, manifest, choice, cache)
         except (OSError, BundleError) as error:
-            # One warning a process and place: Python shows equal warnings once.
-            message = (
-                f"no prepacked copy in {cache.folder}, every load will be slow and take memory of its own: {error}"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-    copy = cache.find(key)
-    if copy is None or not (copy / _GRAPH).is_file():
-        return make_session(path, choice, threads)
-    try:
-        return _open_copy(copy, choice, threads)
-    except BundleError:
-        shutil.rmtree(copy, ignore_errors=True)  # damaged in a way that its size and time do not show
-        return open_graph(folder, name, manifest, choice, threads, cache)
+            obstacle = error
+            break
+        if copy is None:
+            continue
+        if not (copy / _GRAPH).is_file():  # it only notes that a copy would not compute the same
+            return make_session(path, choice, threads)
+        try:
+            return _open_copy(copy, choice, threads)
+        except BundleError as error:  # damaged in a way that its size and time do not show, or deleted by another
+            obstacle = error
+            cache.remove(key)
+    # One warning a process and place: Python shows equal warnings once.
+    message = f"no prepacked copy in {cache.folder}, every load will be slow and take memory of its own: {obstacle}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return make_session(path, choice, threads)
+
+
+def _make_copy(key: str, path: Path, manifest: Manifest, choice: ProviderChoice, cache: LoadCache) -> Path | None:
+    """Makes the copy; None where another process deleted it at once."""
+    _require_disk(cache, manifest.weight_bytes)
+    with cache.making(key, f"{path.resolve()}") as made:
+        _write_copy(path, made, manifest.graphs[path.stem], choice)
+    return cache.find(key)
 
 
 def _open_copy(copy: Path, choice: ProviderChoice, threads: int | None = None) -> ort.InferenceSession:
@@ -78,7 +100,7 @@ def _open_copy(copy: Path, choice: ProviderChoice, threads: int | None = None) -
     return make_session(copy / _GRAPH, choice, options=options)
 
 
-def _write_copy(path: Path, made: Path, choice: ProviderChoice) -> None:
+def _write_copy(path: Path, made: Path, spec: GraphSpec, choice: ProviderChoice) -> None:
     """Writes the copy, or nothing where it would not compute the same.
 
     ONNX Runtime 1.31 does not align matrices of less than a mebibyte in the file, and its kernels for quantized ones
@@ -93,26 +115,28 @@ def _write_copy(path: Path, made: Path, choice: ProviderChoice) -> None:
     ):
         options.add_session_config_entry(entry, value)
     original = make_session(path, choice, options=options)
-    if not all(_agree(original, _open_copy(made, choice), chunk) for chunk in _PROBED_CHUNKS):
+    if not all(_agree(original, _open_copy(made, choice), spec, chunk) for chunk in _PROBED_CHUNKS):
         for file in made.iterdir():
             file.unlink()
 
 
-def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, chunk: int) -> bool:
+def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, spec: GraphSpec, chunk: int) -> bool:
     """Whether both graphs give the same bits for one chunk of random activations."""
     draw = np.random.default_rng(0)
     sizes = {"B": 1, "C": chunk, "S": chunk}
-    types = {name: stored_type(dtype) for dtype, name in ORT_TYPES.items()}
     feeds = {}
-    for value in original.get_inputs():
-        shape = [sizes.get(size, size) for size in value.shape]
-        dtype = types[value.type]
+    for tensor in spec.inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+        dtype = stored_type(tensor.dtype)
         floats = np.issubdtype(dtype, np.floating)
-        feeds[value.name] = draw.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
+        feeds[tensor.name] = draw.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
     if "seqlens_k" in feeds:
         feeds["seqlens_k"][:] = chunk - 1
         feeds["total_sequence_length"][...] = chunk
-    pairs = zip(original.run(None, feeds), copy.run(None, feeds), strict=True)
+    try:
+        pairs = list(zip(original.run(None, feeds), copy.run(None, feeds), strict=True))
+    except Exception as error:  # ONNX Runtime has no common base class below Exception
+        raise BundleError(f"ONNX Runtime cannot run it: {error}") from error
     return all(np.array_equal(one, other) for one, other in pairs)
 
 
@@ -136,7 +160,7 @@ def _require_disk(cache: LoadCache, weight_bytes: int) -> None:
     needed = int(_ROOM * weight_bytes)
     if needed > cache.limit:
         raise OSError(f"it may take {needed} bytes, the cache {cache.limit}: set MELT_CACHE_GB higher")
-    cache.folder.mkdir(parents=True, exist_ok=True)
+    cache.make_folder()
     free = shutil.disk_usage(cache.folder).free
     if free < needed:
         raise OSError(f"it may take {needed} bytes, the disk has {free} left: set MELT_CACHE_DIR to a larger one")

@@ -1,11 +1,13 @@
 """Execution providers: which one runs, why, and the sessions it runs in. Knows nothing of language models."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import onnxruntime as ort
 
+from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.contract import PROVIDERS
 from melt_runtime.cuda import PROVIDER, CudaOptions, cuda_obstacle
 from melt_runtime.errors import BundleError, ProviderError
@@ -68,9 +70,9 @@ def choose_provider(device: str, activations: str, cuda: CudaOptions | None = No
         ValueError: ``device`` is none of these.
         ProviderError: the bundle was made for another device, or ``cuda`` was asked for and cannot run here.
     """
-    kind, colon, number = device.partition(":")
+    kind, colon, number = instance("device", device, str, f"one of {', '.join(DEVICES)}, or cuda:N").partition(":")
     if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, or cuda:N, got {device!r}")
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, or cuda:N, got {shown(device)}")
     device_id, made_for = int(number or 0), PROVIDERS[activations]
     if kind == "cpu":
         if "cpu" not in made_for:
@@ -95,8 +97,19 @@ def _mismatch(device: DeviceKind, activations: str) -> str:
     made_for = " or ".join(PROVIDERS[activations])
     return (
         f"this bundle was made for {made_for} ({activations} activations), not for {device}: "
-        f"make another with python export.py CHECKPOINT --out BUNDLE {right}"
+        f"make another with melt-export CHECKPOINT --out BUNDLE {right}"
     )
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuses more threads than processors: they would wait for each other.
+
+    Raises:
+        ValueError: no whole number from 1 to the number of processors, nor None.
+    """
+    if threads is not None:
+        most = os.cpu_count() or 1
+        whole_number("threads", threads, 1, most, f" ({most} processors)")
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
@@ -106,10 +119,9 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
         threads: threads inside an operator; default: one per physical core.
 
     Raises:
-        ValueError: ``threads`` below 1.
+        ValueError: ``threads`` outside its rule.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    check_threads(threads)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

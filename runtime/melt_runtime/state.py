@@ -6,130 +6,21 @@ loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from melt_runtime.contract import KV_CACHES, KVCacheKind, ModelShape, cache_tensor
+from melt_runtime.arguments import whole_number
+from melt_runtime.contract import MAX_LOOPS
 from melt_runtime.errors import CapacityError
+from melt_runtime.plan import StatePlan, stored_type
 from melt_runtime.providers import DeviceKind
 
 Array = NDArray[Any]
 
-_STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type; the bits are the same
 _BFLOAT16 = 16  # ONNX's number of the type
-
-
-def stored_type(dtype: str) -> np.dtype[Any]:
-    """Numpy's type of a tensor's elements, or the one that has room for them."""
-    return np.dtype(_STORED_AS.get(dtype, dtype))
-
-
-@dataclass(frozen=True)
-class StatePlan:
-    """Sizes of a state, known before it is allocated.
-
-    Attributes:
-        shape: the model.
-        dtype: activation type.
-        batch: sequences B.
-        capacity: tokens S that the cache holds for each sequence.
-        chunk: most tokens C processed in parallel in prefill.
-        loops: cache sets of a LoopLM; a MELT state is the same for every value.
-        kv_cache: how keys and values are stored.
-    """
-
-    shape: ModelShape
-    dtype: str
-    batch: int
-    capacity: int
-    chunk: int
-    loops: int
-    kv_cache: KVCacheKind = "float"
-
-    def __post_init__(self) -> None:
-        """Checks the sizes.
-
-        Raises:
-            ValueError: a size below 1, a capacity beyond the model's positions, an unknown kind of KV cache.
-        """
-        if self.kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
-        for name in ("batch", "capacity", "chunk", "loops"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.capacity > self.shape.max_positions:
-            raise ValueError(
-                f"capacity must be at most {self.shape.max_positions} (max_positions), got {self.capacity}"
-            )
-
-    @property
-    def cache_sets(self) -> int:
-        """KV caches per layer: 1, or one for each loop."""
-        return self.loops if self.shape.cache_kind == "per_loop" else 1
-
-    def cache_set(self, loop_idx: int) -> int:
-        """Which of the cache sets loop ``loop_idx`` reads and writes."""
-        return loop_idx if self.shape.cache_kind == "per_loop" else 0
-
-    def as_per_loop(self, loops: int | None = None) -> "StatePlan":
-        """The plan of the same model with a KV cache for each of ``loops`` loops, as a LoopLM has."""
-        return replace(
-            self, shape=replace(self.shape, cache_kind="per_loop"), loops=self.loops if loops is None else loops
-        )
-
-    @property
-    def rows(self) -> int:
-        """Tokens in flight at most: a prefill chunk of one sequence, or one token of each."""
-        return max(self.batch, self.chunk)
-
-    @property
-    def cache_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one key or value buffer, [B, Hk, S, dh], or [B, Hk, S, dh / 2] at 4 bits."""
-        width = cache_tensor(self.shape, self.dtype, self.kv_cache)[1]
-        return self.batch, self.shape.kv_heads, self.capacity, width
-
-    @property
-    def cache_dtype(self) -> str:
-        """Type of the elements of keys and values."""
-        return cache_tensor(self.shape, self.dtype, self.kv_cache)[0]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values."""
-        elements = 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape)
-        return elements * stored_type(self.cache_dtype).itemsize
-
-    @property
-    def work_bytes(self) -> int:
-        """Bytes of everything else that a step touches."""
-        latents = self.shape.layers if self.shape.has_latent else 0
-        floats = self.rows * ((1 + latents) * self.shape.hidden_size + self.shape.has_exit_gate)
-        logits = 4 * self.batch * self.shape.vocab_size
-        loop_idx = 8 if self.shape.has_loop_idx else 0
-        ids = 8 * (self.batch + self.chunk)
-        bookkeeping = self.batch * (8 + self.capacity)
-        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2) + bookkeeping
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of the whole state."""
-        return self.cache_bytes + self.work_bytes
-
-    @property
-    def activation_bytes(self) -> int:
-        """Intermediate results while a whole chunk is processed, about: 6 rows of the MLP and 12 hidden states a token.
-
-        Measured in float32 on a CPU, not derived: ONNX Runtime decides what it holds at once, and its arena keeps it.
-        """
-        return self.rows * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
-
-    @property
-    def _itemsize(self) -> int:
-        return stored_type(self.dtype).itemsize
 
 
 class Buffer:
@@ -148,8 +39,14 @@ class Buffer:
         self.dtype = stored_type(dtype)
         self.element_type: Any = _BFLOAT16 if dtype == "bfloat16" else self.dtype.type
         self.device, self.device_id = device, device_id
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, device_id)
         self.shape = shape
+        try:
+            self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, device_id)
+        except Exception as error:  # ONNX Runtime has no common base class below Exception
+            raise CapacityError(
+                f"{self.nbytes} bytes for one buffer of the state cannot be allocated on {device}: lower capacity, "
+                f"batch or chunk ({error})"
+            ) from error
 
     @property
     def nbytes(self) -> int:
@@ -174,11 +71,19 @@ class Buffer:
 
     def _place(self, shape: Sequence[int] | None, offset: int) -> tuple[Any, ...]:
         sizes = list(self.shape if shape is None else shape)
+        if offset < 0 or offset + math.prod(sizes) > math.prod(self.shape):
+            raise ValueError(f"{sizes} from element {offset} on must lie in a buffer of {list(self.shape)}")
         return self.device, self.device_id, self.element_type, sizes, self.address(offset)
 
     def write(self, values: Array) -> None:
-        """Copies ``values``, of the buffer's own shape and type, to the device."""
-        assert (values.shape, values.dtype) == (self.shape, self.dtype)
+        """Copies ``values``, of the buffer's own shape and type, to the device.
+
+        Raises:
+            ValueError: they have another shape or type.
+        """
+        if (values.shape, values.dtype) != (self.shape, self.dtype):
+            wanted = f"{list(self.shape)} {self.dtype}"
+            raise ValueError(f"values must be {wanted}, got {list(values.shape)} {values.dtype}")
         self.value.update_inplace(values)
 
     def read(self) -> Array:
@@ -197,9 +102,9 @@ class State:
         exit_logit: [rows], None where the model has no exit gate.
         logits: of each sequence's last token, [B, V] float32, on the host.
         loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
-        lengths: tokens in the cache of each sequence, [B].
-        starts: where a chunk of each sequence began, [B, S] bool, on the host.
-        depth: loops that the cached tokens of a LoopLM went through, None while there are none.
+        lengths: tokens in the cache of each sequence, [B] int64, read-only.
+        depths: where a chunk of each sequence began, the loops that it went through, else 0; [B, S] int16 on the host,
+            read-only.
     """
 
     def __init__(self, plan: StatePlan, device: DeviceKind, device_id: int = 0):
@@ -225,9 +130,11 @@ class State:
         self.chunk_last_row = Buffer((1,), "int32", *place)
         self.total_length = Buffer((1,), "int32", "cpu")
         self.loop_idx = Buffer((1,), "int64", *place) if shape.has_loop_idx else None
-        self.depth: int | None = None
-        self.lengths = np.zeros(plan.batch, dtype=np.int64)
-        self.starts = np.zeros((plan.batch, plan.capacity), dtype=np.bool_)
+        self._lengths = np.zeros(plan.batch, dtype=np.int64)
+        self._depths = np.zeros((plan.batch, plan.capacity), dtype=np.int16)
+        self.lengths, self.depths = self._lengths.view(), self._depths.view()
+        for view in (self.lengths, self.depths):
+            view.setflags(write=False)
 
     @property
     def nbytes(self) -> int:
@@ -236,11 +143,28 @@ class State:
         buffers += [self.hidden, self.logits, self.step_ids, self.step_last_row]
         buffers += [self.chunk_ids, self.chunk_last_row, self.total_length]
         buffers += [buffer for buffer in (self.latent, self.exit_logit, self.loop_idx) if buffer is not None]
-        return sum(buffer.nbytes for buffer in buffers) + self.lengths.nbytes + self.starts.nbytes
+        return sum(buffer.nbytes for buffer in buffers) + self.lengths.nbytes + self.depths.nbytes
+
+    @property
+    def depth(self) -> int | None:
+        """Loops that the cached tokens of a LoopLM went through; None while there are none."""
+        return int(self.depths[:, 0].max()) or None
 
     def room(self, sequence: int = 0) -> int:
-        """Tokens that ``sequence`` can still take."""
-        return self.plan.capacity - int(self.lengths[sequence])
+        """Tokens that ``sequence`` can still take.
+
+        Raises:
+            ValueError: no row of the batch.
+        """
+        return self.plan.capacity - int(self.lengths[self.require_sequence(sequence)])
+
+    def require_sequence(self, sequence: int) -> int:
+        """``sequence``, where it is a row of the batch.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return whole_number("sequence", sequence, 0, self.plan.batch - 1, f" (batch {self.plan.batch})")
 
     def require_room(self, tokens: int, sequence: int = 0) -> None:
         """Refuses what does not fit, before anything is written.
@@ -270,10 +194,10 @@ class State:
         """Refuses a depth that the state cannot run after ``kept`` cached tokens. MELT takes any, at any token.
 
         Raises:
-            ValueError: below 1; for a LoopLM, more than it has caches, or another than its cached tokens had.
+            ValueError: no whole number from 1 to ``MAX_LOOPS``; for a LoopLM, more than it has caches, or another than
+                its cached tokens had.
         """
-        if loops < 1:
-            raise ValueError(f"loops must be at least 1, got {loops}")
+        whole_number("loops", loops, 1, MAX_LOOPS)
         if self.plan.shape.cache_kind == "shared":
             return
         if loops > self.plan.cache_sets:
@@ -288,28 +212,42 @@ class State:
             )
 
     def advance(self, tokens: int, sequence: int, loops: int) -> None:
-        """Counts ``tokens``, one chunk that went through ``loops`` loops, as final."""
-        self.require_room(tokens, sequence)
-        self.starts[sequence, self.lengths[sequence]] = True
-        self.lengths[sequence] += tokens
-        self.depth = loops
+        """Counts ``tokens``, one chunk that went through ``loops`` loops, as final.
 
-    def whole_chunks(self, tokens: int, sequence: int = 0) -> int:
-        """Most cached tokens, up to ``tokens``, that end where a chunk ends.
-
-        Kept whole, chunks divide a continued sequence as they would divide it from the start, so the numbers are equal.
+        Raises:
+            ValueError: an argument outside its rule.
+            CapacityError: the tokens do not fit.
         """
-        if tokens == self.lengths[sequence]:
-            return tokens
-        return int(np.flatnonzero(self.starts[sequence, : tokens + 1])[-1])
+        sequence, loops = self.require_sequence(sequence), whole_number("loops", loops, 1, MAX_LOOPS)
+        tokens = whole_number("tokens", tokens, 1, self.plan.shape.max_positions)
+        self.require_room(tokens, sequence)
+        self._depths[sequence, self._lengths[sequence]] = loops
+        self._lengths[sequence] += tokens  # last, so that an interrupt leaves the chunk uncounted
+
+    def full_chunks(self, tokens: int, loops: int, sequence: int = 0) -> int:
+        """Most cached tokens, up to ``tokens``, that a prompt run from the start through ``loops`` loops makes again.
+
+        They stand in full chunks from the start on, each of this depth, so that keeping them changes no number.
+        """
+        chunk, depths, length = self.plan.chunk, self.depths[sequence], int(self.lengths[sequence])
+        kept = 0
+        while (end := kept + chunk) <= min(tokens, length):
+            ends_whole = end == length or depths[end] != 0
+            if depths[kept] != loops or depths[kept + 1 : end].any() or not ends_whole:
+                break
+            kept = end
+        return kept
 
     def truncate(self, tokens: int, sequence: int = 0) -> None:
-        """Forgets all but the first ``tokens`` tokens; rows beyond are never read, so nothing is cleared."""
-        assert 0 <= tokens <= self.lengths[sequence]
-        self.lengths[sequence] = tokens
-        self.starts[sequence, tokens:] = False
-        if not self.lengths.any():
-            self.depth = None
+        """Forgets all but the first ``tokens`` tokens; rows beyond are never read, so nothing is cleared.
+
+        Raises:
+            ValueError: no whole number from 0 to the sequence's length, or no row of the batch.
+        """
+        length = int(self._lengths[self.require_sequence(sequence)])
+        tokens = whole_number("tokens", tokens, 0, length, " (the sequence's length)")
+        self._lengths[sequence] = tokens
+        self._depths[sequence, tokens:] = 0
 
     def reset(self) -> None:
         """Forgets all tokens of all sequences."""

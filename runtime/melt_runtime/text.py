@@ -1,17 +1,17 @@
 """Token ids to text and back: tokenizer, chat template, streaming decoder, stop strings. Knows nothing of models."""
 
-from collections.abc import Sequence
-from datetime import datetime
+import re
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from melt_runtime.errors import BundleError, TokenError
+from melt_runtime.errors import BundleError, MeltError, TokenError
 from melt_runtime.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
+from melt_runtime.messages import check_messages, require_text
+from melt_runtime.templates import MAX_TEMPLATE_BYTES, ChatTemplate
 
 
 class Message(TypedDict):
@@ -22,21 +22,29 @@ class Message(TypedDict):
 
 
 class TextCodec:
-    """A bundle's tokenizer and chat template."""
+    """A bundle's tokenizer and chat template.
+
+    Attributes:
+        tokenizer: cuts and pads nothing.
+        chat_template: the template's source; None where there is none.
+    """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None):
+        """Switches truncation and padding of the tokenizer off: they would change prompts without a word.
+
+        Raises:
+            BundleError: the template cannot be compiled.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        # What transformers offers to chat templates.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(chat_template) if chat_template else None
-        except jinja2.TemplateError as error:
+            self._template = ChatTemplate(chat_template) if chat_template else None
+        except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
+        added = tokenizer.get_added_tokens_decoder()
+        self._specials = frozenset(token for token, form in added.items() if form.special)
 
     @classmethod
     def read(cls, folder: Path) -> "TextCodec":
@@ -45,19 +53,19 @@ class TextCodec:
         Raises:
             BundleError: a file cannot be read.
         """
-        try:
+        with _refusing(BundleError, f"{TOKENIZER_NAME} cannot be read"):
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{TOKENIZER_NAME} cannot be read: {error}") from error
-        return cls(tokenizer, (folder / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8") or None)
+        return cls(tokenizer, read_template(folder / CHAT_TEMPLATE_NAME) or None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``.
 
         Raises:
-            TokenError: empty text.
+            TokenError: empty text, half characters, or text that the tokenizer refuses.
         """
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        require_text(text, "the prompt")
+        with _refusing(TokenError, "the tokenizer refuses the prompt"):
+            ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
         if not ids:
             raise TokenError("the prompt is empty: give at least one character")
         return ids
@@ -65,36 +73,92 @@ class TextCodec:
     def render(self, messages: Sequence[Message]) -> str:
         """The chat as the model was trained to see it, up to where the answer begins.
 
+        Args:
+            messages: as ``check_messages`` takes them.
+
         Raises:
-            TokenError: no message, an empty one of the user's, a role unknown to the template, or no template at all.
+            TokenError: no message, one that breaks a rule or that the template refuses, or no template at all.
         """
         if self._template is None:
             raise TokenError("this bundle has no chat template: pass raw=True to give the text as it is")
-        if not messages:
-            raise TokenError("messages must hold at least one message")
-        for number, message in enumerate(messages):
-            if message["role"] == "user" and not message["content"].strip():
-                raise TokenError(f"messages[{number}]: the content is empty")
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None)
-        except jinja2.TemplateError as error:
-            raise TokenError(f"the chat template refuses these messages: {error}") from error
+        return self._template.render(check_messages(messages, self._template.takes_parts))
 
     def stream(self) -> "StreamDecoder":
         """A decoder for one answer."""
-        return StreamDecoder(self.tokenizer)
+        return StreamDecoder(self.tokenizer, self._specials)
+
+
+def read_template(path: Path) -> str:
+    """The text of a chat template's file.
+
+    Raises:
+        BundleError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise BundleError(f"{path} must be at most {MAX_TEMPLATE_BYTES} bytes, got {path.stat().st_size}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _refusing(kind: type[MeltError], what: str) -> Iterator[None]:
+    """Makes ours of what tokenizers raises: plain exceptions, and panics, which are not even those.
+
+    Raises:
+        MeltError: of the kind that is given.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise kind(f"{what}: {error}") from error
+        raise
 
 
 class StreamDecoder:
-    """Token by token to text; holds back what may still be half a character."""
+    """Token by token to text; holds back what may still be half a character.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    Together the pieces are what the tokenizer makes of all tokens at once, special tokens left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, specials: Set[int]):
+        self._tokenizer, self._specials = tokenizer, specials
+        # Text of a token depends on its neighbours: the tokens last shown are decoded again with those held back.
+        self._shown: list[int] = []
+        self._held: list[int] = []
+        self._before = ""  # text of the shown ones
 
     def push(self, token: int) -> str:
         """Text that is complete with this token, often one token's, sometimes none."""
-        return self._stream.step(self._tokenizer, token) or ""
+        word = self._tokenizer.id_to_token(token)
+        if word is None or token in self._specials:
+            return ""
+        self._held.append(token)
+        if _BYTE.fullmatch(word):  # the next byte decides what the bytes before are
+            return ""
+        text, before = self._decode(self._shown + self._held), self._before
+        if text.endswith("\ufffd") or not text.startswith(before) or text == before:
+            return ""
+        self._shown, self._held = self._held, []
+        self._before = self._decode(self._shown)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come: characters that never became whole show as U+FFFD."""
+        text, before = self._decode(self._shown + self._held), self._before
+        self._shown, self._held, self._before = [], [], ""
+        return text[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        with _refusing(TokenError, "the tokenizer cannot show its tokens"):
+            text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token that is one byte of a character, in tokenizers with such a fallback."""
 
 
 class StopMatcher:
@@ -126,7 +190,3 @@ class StopMatcher:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that begins ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def _raise(message: str) -> Any:
-    raise jinja2.TemplateError(message)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from fake_libraries import read_counters
 
 from melt_runtime import CudaOptions, GenerationConfig, MeltModel, NumericalError
+from melt_runtime.generation_config import GenerationSettings, settle
 
 CAPACITY, CHUNK, LOOPS, GROWTH_TOKENS = 240, 16, (1, 2, 4), 200
 
@@ -21,7 +22,7 @@ def main(bundle: str, graphs: bool) -> None:
     """Prints the counts: of a prompt; of a decoded token by what chooses it and by loops, once warm; of 200 tokens."""
     options = CudaOptions(graphs=graphs)
     model = MeltModel.load(bundle, device="cuda", capacity=CAPACITY, chunk=CHUNK, cuda=options)
-    runner = model.session.runner
+    runner = model.new_runner()
     assert runner.sampler is not None
     counts: dict[str, dict] = {}
     model_loops = LOOPS if model.manifest.model.trained_loops > 1 else (1,)
@@ -41,15 +42,20 @@ def main(bundle: str, graphs: bool) -> None:
 
     counts["prompt"] = count(lambda: runner.prefill([1] * (CHUNK + 3), 4 if model_loops == LOOPS else 1))
     measure("host", lambda loops: runner.decode([1], loops))
-    runner.sampler.start(GenerationConfig(temperature=0.0))
+    runner.sampler.start(settings(temperature=0.0))
     measure("greedy", decode_on_device)
-    runner.sampler.start(GenerationConfig(temperature=0.8, top_k=40, top_p=0.9, seed=0))
+    runner.sampler.start(settings(temperature=0.8, top_k=40, top_p=0.9, seed=0))
     measure("sample", decode_on_device)
     runner.state.reset()
     runner.prefill([1] * CHUNK, model_loops[-1])
     decode_on_device(model_loops[-1])
     counts["growth"] = count(lambda: [decode_on_device(model_loops[-1]) for _ in range(GROWTH_TOKENS)])
     print(json.dumps({"counts": counts, "providers": runner.sessions.loop.get_providers()}))
+
+
+def settings(**said) -> GenerationSettings:
+    """What the sampler is told."""
+    return settle(GenerationConfig(**said), GenerationConfig(), trained_loops=4, room=1)
 
 
 def count(step: Callable[[], object]) -> dict[str, int]:

@@ -4,6 +4,8 @@ Every call is one chunk: its tokens run all loops together and see the tokens of
 Letters: B batch, C tokens of this call, P tokens of earlier calls, D hidden size, T loops, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +13,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from melt_layers import Frame, Layer, RMSNorm
+from melt_layers import Frame, KeyValue, Layer, RMSNorm, run_loops
 
 
 class MeltConfig(PretrainedConfig):
     """``config.json`` of a MELT checkpoint as it stands; ``melt_models.MeltConfig`` describes its keys.
 
     Raises:
-        ValueError: keys that the model needs are missing, or the model keeps a KV cache for each of several loops.
+        ValueError: keys that the model needs are missing or hold what they cannot, all in one message; or the model
+            keeps a KV cache for each of several loops.
     """
 
     model_type = "melt"
@@ -27,9 +30,14 @@ class MeltConfig(PretrainedConfig):
         super().__init__(**values)
         if not values:  # transformers compares with an empty configuration when it saves one
             return
-        missing = [name for name in _NEEDED if not hasattr(self, name)]
-        if missing:
-            raise ValueError(f"config.json of a MELT checkpoint needs {', '.join(missing)}: save it with melt_models")
+        faults = [
+            f"{name} must be {rule}, got {getattr(self, name, None)!r}"
+            for names, rule, holds in _RULES
+            for name in names
+            if not holds(getattr(self, name, None))
+        ]
+        if faults:
+            raise ValueError(f"config.json of a MELT checkpoint: {'; '.join(faults)}: save it with melt_models")
         self.require_plain(self.total_ut_steps)
 
     def require_plain(self, loops: int) -> None:
@@ -52,11 +60,32 @@ class MeltConfig(PretrainedConfig):
         return float(self.rope_parameters["rope_theta"])
 
 
-_NEEDED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
-    *("total_ut_steps", "gate_kind", "gate_ema", "norm_placement"),
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings", "total_ut_steps"),
+        ),
+        "a whole number of at least 1",
+        _is_count,
+    ),
+    (("rms_norm_eps", "gate_ema"), "a number above 0", _is_positive),
+    (
+        ("rope_parameters",),
+        "an object with a rope_theta above 0",
+        lambda value: isinstance(value, dict) and _is_positive(value.get("rope_theta")),
+    ),
+    (("gate_kind", "norm_placement"), "a string", lambda value: isinstance(value, str)),
 )
+"""What the model needs of its configuration."""
 
 
 class MeltBackbone(nn.Module):
@@ -107,17 +136,18 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         past = past_key_values.to_legacy_cache() if past_key_values is not None else ()
         past_length = past[0][0].shape[2] if past else 0
         frame = self.frame(input_ids, attention_mask, position_ids, past_length)
+        presents: dict[int, KeyValue] = {}  # of each layer, after the latest loop
+
+        def run_layer(
+            layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
+        ) -> tuple[Tensor, Tensor]:
+            before = past[layer_idx] if past else None
+            x, latent, presents[layer_idx] = layer(x, latent, before, frame, loop_idx)
+            return x, latent
+
         hidden = self.model.embed_tokens(input_ids)
-        latents: list[Tensor | None] = [None] * len(self.model.layers)
-        presents: list[tuple[Tensor, Tensor]] = []
-        for loop_idx in range(self.config.total_ut_steps):
-            presents = []
-            for layer_idx, layer in enumerate(self.model.layers):
-                before = past[layer_idx] if past else None
-                hidden, latents[layer_idx], present = layer(hidden, latents[layer_idx], before, frame, loop_idx)
-                presents.append(present)
-            hidden = self.model.norm(hidden)
-        cache = DynamicCache.from_legacy_cache(tuple(presents)) if use_cache is not False else None
+        hidden = run_loops(hidden, self.model.layers, self.model.norm, self.config.total_ut_steps, run_layer)[-1]
+        cache = DynamicCache.from_legacy_cache(tuple(presents.values())) if use_cache is not False else None
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)
 
     def frame(

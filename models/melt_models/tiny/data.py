@@ -38,12 +38,20 @@ class Encoder:
     """Turns problems into batches with melt-tiny's tokenizer, in which every name is one token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        """Looks up every name's token.
+
+        Raises:
+            ValueError: of another tokenizer, where a name has several.
+        """
         self.tokenizer = tokenizer
         self.pad_id = int(tokenizer.convert_tokens_to_ids(PAD))
         names = {name for domain in DOMAINS for name in domain.entities}
         self._answer_ids = {}
         for name in names:
-            (self._answer_ids[name],) = tokenizer.encode(name)
+            ids = tokenizer.encode(name)
+            if len(ids) != 1:
+                raise ValueError(f"{name!r} must be one token, got {len(ids)}: give melt-tiny's own tokenizer")
+            self._answer_ids[name] = ids[0]
         self._name_ids = frozenset(self._answer_ids.values())
 
     def answer_id(self, name: str) -> int:

@@ -16,8 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from melt_models.checkpoint import load_checkpoint
+from melt_models.errors import CheckpointError
 from melt_models.evaluation import Example, write_examples
 from melt_models.modeling import KVCache, MeltCausalLM
+from melt_models.progress import Progress
 from melt_models.tiny.data import ANSWER_TOKENS, Encoder
 from melt_models.tiny.task import MAX_HOPS, make_problem
 
@@ -46,22 +48,24 @@ def exact_match(
     drawn = [make_problem(rng, held_out=True, questions=questions) for _ in range(problems)]
     batches = [encoder.batch(drawn[start : start + 64], loops=MAX_HOPS) for start in range(0, problems, 64)]
     table: dict[int, dict[int, float]] = {}
-    for depth in loops:
-        right = torch.zeros(MAX_HOPS + 1)
-        asked = torch.zeros(MAX_HOPS + 1)
-        for batch in batches:
-            states, _ = model.model(
-                batch.input_ids, depth, chunk_size or model.config.chunk_size, KVCache(model.config)
-            )
-            rows, places = batch.is_name.nonzero(as_tuple=True)
-            exact = torch.ones(len(rows), dtype=torch.bool)
-            for offset in range(ANSWER_TOKENS):
-                chosen = model.lm_head(states[-1][rows, places + offset]).argmax(-1)
-                exact &= chosen == batch.targets[-1][rows, places + offset]
-            hops = batch.hops[rows, places]
-            right += torch.bincount(hops, weights=exact.float(), minlength=MAX_HOPS + 1)
-            asked += torch.bincount(hops, minlength=MAX_HOPS + 1)
-        table[depth] = {hop: (right[hop] / asked[hop]).item() for hop in range(1, MAX_HOPS + 1)}
+    with Progress("evaluating", len(loops) * len(batches), "part") as progress:
+        for depth in loops:
+            right = torch.zeros(MAX_HOPS + 1)
+            asked = torch.zeros(MAX_HOPS + 1)
+            for batch in batches:
+                states, _ = model.model(
+                    batch.input_ids, depth, chunk_size or model.config.chunk_size, KVCache(model.config)
+                )
+                rows, places = batch.is_name.nonzero(as_tuple=True)
+                exact = torch.ones(len(rows), dtype=torch.bool)
+                for offset in range(ANSWER_TOKENS):
+                    chosen = model.lm_head(states[-1][rows, places + offset]).argmax(-1)
+                    exact &= chosen == batch.targets[-1][rows, places + offset]
+                hops = batch.hops[rows, places]
+                right += torch.bincount(hops, weights=exact.float(), minlength=MAX_HOPS + 1)
+                asked += torch.bincount(hops, minlength=MAX_HOPS + 1)
+                progress.advance()
+            table[depth] = {hop: (right[hop] / asked[hop]).item() for hop in range(1, MAX_HOPS + 1)}
     return table
 
 
@@ -102,11 +106,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-loops", type=int, default=6, help="depths 1 to this (default: %(default)s)")
     parser.add_argument("--write-examples", type=int, metavar="N", help="write N questions of each number of hops")
     args = parser.parse_args(argv)
-    if args.write_examples is not None:
-        write_examples(args.checkpoint, draw_examples(args.write_examples))
-        return 0
-    model = load_checkpoint(args.checkpoint)
-    encoder = Encoder(AutoTokenizer.from_pretrained(args.checkpoint))
+    for name in ("problems", "questions", "chunk", "max_loops", "write_examples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    try:
+        if args.write_examples is not None:
+            write_examples(args.checkpoint, draw_examples(args.write_examples))
+            return 0
+        model = load_checkpoint(args.checkpoint)
+        encoder = Encoder(AutoTokenizer.from_pretrained(args.checkpoint))
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     chunk = args.chunk or model.config.chunk_size
     depths = tuple(range(1, args.max_loops + 1))
     print(f"exact match in percent, {args.problems} held-out contexts, {args.questions} questions each, chunk {chunk}")

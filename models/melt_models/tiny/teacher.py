@@ -18,19 +18,24 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from melt_files import staged
 from melt_models.checkpoint import load_checkpoint
 from melt_models.configuration import MeltConfig
+from melt_models.errors import CheckpointError
 from melt_models.modeling import KVCache, MeltCausalLM
+from melt_models.progress import Progress
 from melt_models.tiny.data import IGNORED, Batch, Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
 from melt_models.tiny.task import FACTS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
+from melt_models.training.errors import TrainingError
 
 BRANCH_SCALE = 0.3
 RECORD = "stage.json"
@@ -154,42 +159,42 @@ class Trainer:
         """Every stage that has not been finished yet.
 
         Raises:
-            SystemExit: ``out`` holds stages of another recipe.
+            TrainingError: ``out`` holds stages of another recipe, or something else.
         """
         for index, stage in enumerate(self.stages):
             folder = self.out / f"stage-{index + 1}"
             settings = {"recipe": asdict(self.recipe), "stage": asdict(stage)}
             record = json.loads(json.dumps(settings))  # as it will be read back
-            if (folder / RECORD).is_file():
-                if json.loads((folder / RECORD).read_text())["settings"] != record:
-                    raise SystemExit(f"error: {folder} was made by another recipe: remove it or choose another --out")
+            if folder.exists():
+                if _read_record(folder) != record:
+                    raise TrainingError(f"{folder} was made by another recipe: remove it or choose another --out")
                 self.model = load_checkpoint(folder)
                 print(f"stage {index + 1} was finished before: {folder}")
                 continue
             measured = self.run_stage(index, stage)
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            (folder / RECORD).write_text(json.dumps({"settings": record, "measured": measured}, indent=2) + "\n")
+            with staged(folder) as new:
+                self.model.save_pretrained(new)
+                self.tokenizer.save_pretrained(new)
+                (new / RECORD).write_text(json.dumps({"settings": record, "measured": measured}, indent=2) + "\n")
 
     def run_stage(self, index: int, stage: Stage) -> dict[str, float]:
         """Steps until the goal is met; returns steps, tokens and minutes."""
         rng = random.Random(1000 * self.recipe.seed + index)
         optimizers = make_optimizers(self.model.train(), self.recipe)
         average, tokens, started = 0.0, 0, time.perf_counter()
-        progress = tqdm(range(stage.most_steps), desc=f"stage {index + 1}", unit="step", mininterval=10)
-        for step in progress:
-            rate = min(1.0, (step + 1) / self.recipe.warmup)
-            if stage.falling:
-                rate = min(rate, 1 - step / stage.most_steps)
-            loss, right, count = self.step(stage, rng, optimizers, rate)
-            average += (right - average) * 0.02
-            tokens += count
-            seconds = time.perf_counter() - started
-            if step % 10 == 0:
-                progress.set_postfix_str(f"loss {loss:.3f} right {average:.3f} {tokens / seconds:.0f} tokens/s")
-            if average >= stage.goal:
-                break
-        progress.close()
+        with Progress(f"stage {index + 1}", stage.most_steps, "step") as progress:
+            for step in range(stage.most_steps):
+                rate = min(1.0, (step + 1) / self.recipe.warmup)
+                if stage.falling:
+                    rate = min(rate, 1 - step / stage.most_steps)
+                loss, right, count = self.step(stage, rng, optimizers, rate)
+                average += (right - average) * 0.02
+                tokens += count
+                seconds = time.perf_counter() - started
+                note = f"loss {loss:.3f}, right {average:.3f}, {tokens / seconds:.0f} tokens/s"
+                progress.advance(note=note)
+                if average >= stage.goal:
+                    break
         table = format_table(exact_match(self.model.eval(), self.encoder, problems=64))
         print(f"stage {index + 1}: {step + 1} steps, {tokens} tokens, {seconds / 60:.1f} minutes\n{table}", flush=True)
         return {"steps": step + 1, "tokens": tokens, "minutes": round(seconds / 60, 1)}
@@ -232,17 +237,47 @@ def make_optimizers(model: MeltCausalLM, recipe: Recipe) -> Optimizers:
     ]
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The settings of a finished stage.
+
+    Raises:
+        TrainingError: the folder is not one.
+    """
+    path = folder / RECORD
+    try:
+        settings = json.loads(path.read_bytes())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is no record of a stage ({error!r}): remove {folder}") from error
+    return settings
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Trains by the stages; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.teacher", description=__doc__)
+    """Trains by the stages; returns the exit status: 0 done, 1 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m melt_models.tiny.teacher",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint of every stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
     parser.add_argument("--most-steps", type=int, help="steps a stage at most, for a trial run that trains nothing")
     args = parser.parse_args(argv)
-    stages: tuple[Stage, ...] = STAGES
-    if args.most_steps is not None:
-        stages = tuple(replace(stage, most_steps=min(stage.most_steps, args.most_steps)) for stage in STAGES)
-    Trainer(Recipe(seed=args.seed), args.out, stages).run()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if not 0 <= args.seed < 1 << 63:
+            raise TrainingError(f"--seed must be in [0, 2**63), got {args.seed}")
+        stages: tuple[Stage, ...] = STAGES
+        if args.most_steps is not None:
+            if args.most_steps < 1:
+                raise TrainingError(f"--most-steps must be at least 1, got {args.most_steps}")
+            stages = tuple(replace(stage, most_steps=min(stage.most_steps, args.most_steps)) for stage in STAGES)
+        Trainer(Recipe(seed=args.seed), args.out, stages).run()
+    except (TrainingError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on after the last finished stage", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -10,12 +10,14 @@ import random
 import sys
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 
-from melt_models.staging import require_absent, staged
+from melt_files import require_absent, staged
+from melt_models.progress import Progress
 from melt_models.tiny.data import IGNORED, Encoder
 from melt_models.tiny.task import MAX_HOPS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
+from melt_models.training.errors import TrainingError
 
 TOKENIZER_SEED = 0
 """Of teacher and data alike."""
@@ -26,26 +28,43 @@ def problem_rows(rows: int, seed: int, questions: int = 8) -> list[dict[str, lis
     """``rows`` contexts of 1 to 4 hops as ``input_ids`` and ``labels``."""
     rng, encoder = random.Random(f"data/{seed}"), Encoder(build_tokenizer(TOKENIZER_SEED))
     written: list[dict[str, list[int]]] = []
-    while len(written) < rows:
-        count = min(_ROWS_AT_ONCE, rows - len(written))
-        batch = encoder.batch([make_problem(rng, held_out=False, questions=questions) for _ in range(count)], MAX_HOPS)
-        for ids, targets in zip(batch.input_ids, batch.targets[-1], strict=True):
-            length = int((ids != encoder.pad_id).sum())
-            labels = [IGNORED, *targets[: length - 1].tolist()]
-            written.append({"input_ids": ids[:length].tolist(), "labels": labels})
+    with Progress("writing data", rows, "row") as progress:
+        while len(written) < rows:
+            count = min(_ROWS_AT_ONCE, rows - len(written))
+            problems = [make_problem(rng, held_out=False, questions=questions) for _ in range(count)]
+            batch = encoder.batch(problems, MAX_HOPS)
+            for ids, targets in zip(batch.input_ids, batch.targets[-1], strict=True):
+                length = int((ids != encoder.pad_id).sum())
+                labels = [IGNORED, *targets[: length - 1].tolist()]
+                written.append({"input_ids": ids[:length].tolist(), "labels": labels})
+            progress.advance(count)
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the data set; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.write_data", description=__doc__)
+    """Writes the data set; returns the exit status: 0 done, 1 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m melt_models.tiny.write_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--rows", type=int, default=16384, help="contexts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    require_absent(args.out, SystemExit)
-    with staged(args.out) as folder:
-        Dataset.from_list(problem_rows(args.rows, args.seed)).save_to_disk(str(folder))
+    disable_progress_bars()  # the rows are the progress
+    try:
+        if args.rows < 1:
+            raise TrainingError(f"--rows must be at least 1, got {args.rows}")
+        require_absent(args.out, TrainingError)
+        with staged(args.out) as folder:
+            Dataset.from_list(problem_rows(args.rows, args.seed)).save_to_disk(str(folder))
+    except (TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -4,22 +4,17 @@
 
 Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
 outputs included. Stopped at any point, the same command goes on from the last checkpoint. The model is OUT/model; the
-next step is: python export.py OUT/model --out BUNDLE
+next step is: melt-export OUT/model --out BUNDLE
 """
 
 import argparse
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import transformers
-
-from melt_models.checkpoint import CheckpointError
-from melt_models.hub import checkpoint_folder
+from melt_models.errors import CheckpointError, missing_package
 from melt_models.training.errors import TrainingError
-from melt_models.training.plot import plot_log
-from melt_models.training.recipe import read_recipe
-from melt_models.training.recipe_files import recipe_path
-from melt_models.training.trainer import train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,17 +32,38 @@ def main(argv: list[str] | None = None) -> int:
         "--plot", action="store_true", help="draw OUT/log.png at the end; after a finished run, only that"
     )
     args = parser.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        recipe = read_recipe(recipe_path(args.recipe))
-        model = train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)
+        model = _train(args)
         print(f"model: {model}")
         if args.plot:
+            from melt_models.training.plot import plot_log
+
             print(f"plot: {plot_log(args.out)}")
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _train(args: argparse.Namespace) -> Path:
+    """Trains; what takes seconds to import is imported here."""
+    if args.plot and find_spec("matplotlib") is None:  # before the training, not after it
+        raise TrainingError("--plot needs matplotlib: pip install 'melt-onnx[plot]'")
+    try:
+        for module in ("torch", "melt_models.training.trainer"):  # torch first: transformers warns where it is not
+            import_module(module)
+    except ModuleNotFoundError as error:
+        raise TrainingError(missing_package(error, "melt-train", "train")) from error
+    from transformers.utils import logging
+
+    from melt_models.hub import checkpoint_folder
+    from melt_models.training.recipe import read_recipe
+    from melt_models.training.recipe_files import recipe_path
+    from melt_models.training.trainer import train
+
+    logging.disable_progress_bar()
+    recipe = read_recipe(recipe_path(args.recipe))
+    return train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)

@@ -8,10 +8,13 @@ the seed and the step alone, so that a resumed run needs no state of a loader.
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 
+from melt_models.configuration import MeltConfig
+from melt_models.progress import Progress
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import IGNORED, TokenBatch
 
@@ -26,17 +29,24 @@ class TokenData:
         tokens: number of their tokens.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, longest_chunk: int, pad_token_id: int, seed: int):
-        """Opens and checks a data set; reads every id once.
+    def __init__(self, folder: Path, config: MeltConfig, longest_chunk: int, seed: int, is_silent: bool):
+        """Opens and checks a data set; reads every id once, with progress.
+
+        Args:
+            folder: where it lies.
+            config: of the teacher: vocabulary, positions, padding.
+            longest_chunk: of the recipe.
+            seed: of the order of rows.
+            is_silent: shows no progress.
 
         Raises:
-            TrainingError: no such data set, columns missing or of unequal lengths, ids outside the vocabulary,
-                sequences shorter than a chunk or of one token.
+            TrainingError: no such data set, columns missing, of another type or of unequal lengths, ids outside the
+                vocabulary, sequences shorter than a chunk, of one token or longer than the model's positions.
         """
         self._data = _open(folder)
-        self._pad, self._seed = pad_token_id, seed
+        self._pad, self._seed = config.pad_token_id or 0, seed
         self.rows = len(self._data)
-        self.tokens = _check(self._data, folder, vocab_size, max(longest_chunk, 2))
+        self.tokens = _check(self._data, folder, config, max(longest_chunk, 2), is_silent)
         self._has_labels = "labels" in self._data.column_names
         self._order: tuple[int, torch.Tensor] | None = None
 
@@ -66,7 +76,7 @@ def _open(folder: Path) -> Dataset:
     how = "write one with datasets.Dataset.save_to_disk or python -m melt_models.training.prepare"
     try:
         data = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError) as error:
+    except Exception as error:  # of a damaged folder datasets raises what its readers do
         raise TrainingError(f"{folder} is not a data set on disk ({error}): {how}") from error
     if not isinstance(data, Dataset):
         raise TrainingError(f"{folder} holds several splits ({', '.join(data)}): give the folder of one of them")
@@ -77,33 +87,54 @@ def _open(folder: Path) -> Dataset:
     return data
 
 
-def _check(data: Dataset, folder: Path, vocab_size: int, shortest: int) -> int:
+def _check(data: Dataset, folder: Path, config: MeltConfig, shortest: int, is_silent: bool) -> int:
     """Checks every row; returns the number of tokens."""
-    tokens = 0
-    for index, table in enumerate(data.with_format("arrow").iter(batch_size=_SCANNED_ROWS)):
-        ids, first = table["input_ids"], index * _SCANNED_ROWS
-        lengths = pc.list_value_length(ids)
-        if (row := _first(pc.less(lengths, shortest))) is not None:
-            raise TrainingError(
-                f"{folder}, row {first + row}: {lengths[row].as_py()} tokens are fewer than a chunk of {shortest}: "
-                "join short texts to longer sequences, leave them out, or lower chunk_sizes"
-            )
-        flat = pc.list_flatten(ids)
-        if pc.min(flat).as_py() < 0 or pc.max(flat).as_py() >= vocab_size:
-            owner = pc.list_parent_indices(ids)
-            place = _first(pc.or_(pc.less(flat, 0), pc.greater_equal(flat, vocab_size)))
-            raise TrainingError(
-                f"{folder}, row {first + owner[place].as_py()}: token id {flat[place].as_py()} is outside the "
-                f"vocabulary of {vocab_size}: tokenize the data with the teacher's own tokenizer"
-            )
-        if "labels" in table.column_names:
-            _check_labels(table, folder, first, vocab_size, lengths)
-        tokens += len(flat)
+    tokens, longest, vocab_size = 0, config.max_position_embeddings, config.vocab_size
+    with Progress("checking data", len(data), "row", is_silent=is_silent) as progress:
+        for table in data.with_format("arrow").iter(batch_size=_SCANNED_ROWS):
+            ids, first = _lists(table, "input_ids", folder, progress.done), progress.done
+            lengths = pc.list_value_length(ids)
+            if (row := _first(pc.less(lengths, shortest))) is not None:
+                raise TrainingError(
+                    f"{folder}, row {first + row}: {lengths[row].as_py()} tokens are fewer than a chunk of {shortest}: "
+                    "join short texts to longer sequences, leave them out, or lower chunk_sizes"
+                )
+            if (row := _first(pc.greater(lengths, longest))) is not None:
+                raise TrainingError(
+                    f"{folder}, row {first + row}: {lengths[row].as_py()} tokens are more than the teacher's "
+                    f"max_position_embeddings of {longest}: cut the rows shorter"
+                )
+            flat = pc.list_flatten(ids)
+            outside = pc.or_(pc.less(flat, 0), pc.greater_equal(flat, vocab_size))
+            if (place := _first(outside)) is not None:
+                owner = pc.list_parent_indices(ids)
+                raise TrainingError(
+                    f"{folder}, row {first + owner[place].as_py()}: token id {flat[place].as_py()} is outside the "
+                    f"vocabulary of {vocab_size}: tokenize the data with the teacher's own tokenizer"
+                )
+            if "labels" in table.column_names:
+                _check_labels(_lists(table, "labels", folder, first), folder, first, vocab_size, lengths)
+            tokens += len(flat)
+            progress.advance(len(ids))
     return tokens
 
 
-def _check_labels(table: Any, folder: Path, first: int, vocab_size: int, lengths: Any) -> None:
-    labels = table["labels"]
+def _lists(table: pa.Table, name: str, folder: Path, first: int) -> pa.ChunkedArray:
+    """A column of lists of whole numbers, none of them missing."""
+    column = table[name]
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not pa.types.is_integer(kind.value_type):
+        raise TrainingError(f"{folder}: {name} must be lists of whole numbers, got {kind}")
+    if (row := _first(pc.is_null(column))) is not None:
+        raise TrainingError(f"{folder}, row {first + row}: {name} is missing: leave the row out")
+    if (place := _first(pc.is_null(pc.list_flatten(column)))) is not None:
+        row = pc.list_parent_indices(column)[place].as_py()
+        raise TrainingError(f"{folder}, row {first + row}: {name} has a place without a number: leave the row out")
+    return column
+
+
+def _check_labels(labels: pa.ChunkedArray, folder: Path, first: int, vocab_size: int, lengths: pa.ChunkedArray) -> None:
     sizes = pc.list_value_length(labels)
     if (row := _first(pc.not_equal(sizes, lengths))) is not None:
         raise TrainingError(

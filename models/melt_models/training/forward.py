@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from melt_layers import Frame, KeyValue, Layer
+from melt_layers import Frame, KeyValue, Layer, run_loops
 from melt_models.modeling import MeltBackbone
 
 Rows = list[KeyValue]
@@ -65,37 +65,31 @@ def forward_chunk(
             transition); None: the model's own alone.
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
     """
-    chunk = input_ids.shape[1]
-    frame = Frame.of(backbone.config, cache.length, chunk, input_ids.device)
+    frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"
-    hidden = backbone.embed_tokens(input_ids)
-    latents: list[Tensor | None] = [None] * len(backbone.layers)
-    states, attended = [], []
-    finals: Rows = []  # of each layer, the chunk's rows after the latest loop
-    for loop_idx in range(loops):
-        finals = []
-        for layer_idx, layer in enumerate(backbone.layers):
-            own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
-            past = own if is_looplm else cache.final.setdefault(layer_idx, [])
-            # The lists grow below; a recomputation in the backward pass must see them as they are now.
-            arguments = (layer, hidden, latents[layer_idx], list(past), list(own), frame, loop_idx, alpha)
-            if recompute and torch.is_grad_enabled():
-                result = checkpoint(_layer, *arguments, use_reentrant=False)
-            else:
-                result = _layer(*arguments)
-            hidden, latents[layer_idx], output, rows, looplm_rows = result
-            attended.append(output)
-            finals.append(rows)
-            if is_looplm:
-                own.append(rows)
-            elif looplm_rows is not None:
-                own.append(looplm_rows)
-        hidden = backbone.norm(hidden)
-        states.append(hidden)
-    if not is_looplm:
-        for layer_idx, rows in enumerate(finals):
-            cache.final[layer_idx].append(rows)
-    cache.length += chunk
+    attended = []
+
+    def run_layer(
+        layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
+        past = own if is_looplm else cache.final.setdefault(layer_idx, [])
+        # The lists grow below; a recomputation in the backward pass must see them as they are now.
+        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha)
+        if recompute and torch.is_grad_enabled():
+            result = checkpoint(_layer, *arguments, use_reentrant=False)
+        else:
+            result = _layer(*arguments)
+        x, latent, output, rows, looplm_rows = result
+        attended.append(output)
+        if is_looplm or loop_idx == loops - 1:
+            past.append(rows)
+        if looplm_rows is not None and not is_looplm:
+            own.append(looplm_rows)
+        return x, latent
+
+    states = run_loops(backbone.embed_tokens(input_ids), backbone.layers, backbone.norm, loops, run_layer)
+    cache.length += input_ids.shape[1]
     return ChunkPass(states, attended)
 
 

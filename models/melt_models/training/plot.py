@@ -1,37 +1,64 @@
 """Draws a run's log: its loss terms by step, with the end of phase 1 marked."""
 
 from pathlib import Path
+from typing import Any
 
 from melt_models.training.errors import TrainingError
 from melt_models.training.saving import read_log
+from melt_plots import picture
 
 PLOT_NAME = "log.png"
-_TERMS = ("cross_entropy", "distillation", "attention")
+_TERMS = {"cross_entropy": "cross entropy, nats", "distillation": "distillation, nats", "attention": "attention"}
+_WIDE = 5
+"""Ratio of the largest value to the smallest from which an axis is logarithmic."""
+_SHOWN = 1e3
+"""Ratio of the largest value to the smallest that a logarithmic axis shows."""
 
 
 def plot_log(out: Path) -> Path:
     """Writes ``OUT/log.png``.
 
     Raises:
-        TrainingError: no log, or matplotlib is not installed.
+        TrainingError: no log, one without losses, or matplotlib is not installed.
     """
     records = read_log(out)
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise TrainingError("--plot needs matplotlib: pip install 'melt-onnx[plot]'") from error
     terms = [name for name in _TERMS if any(name in record for record in records)]
-    figure, axes = plt.subplots(len(terms), 1, figsize=(8, 2.4 * len(terms)), sharex=True, squeeze=False)
-    for axis, name in zip(axes[:, 0], terms, strict=True):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        axis.plot(*zip(*points, strict=True), linewidth=0.8)
-        axis.set_ylabel(name.replace("_", " "))
-        axis.set_yscale("log")
-        boundary = sum(record["phase"] == "transition" for record in records)
-        if 0 < boundary < len(records):
-            axis.axvline(boundary + 0.5, color="grey", linestyle="--", linewidth=0.8)
-    axes[-1, 0].set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(out / PLOT_NAME, dpi=120)
-    plt.close(figure)
+    if not terms:
+        raise TrainingError(f"the log of {out} has no losses to draw")
+    boundary = sum(record["phase"] == "transition" for record in records)
+    size = {"width": 8, "height": 0.8 + 2.2 * len(terms)}
+    try:
+        with picture(out / PLOT_NAME, f"Training, {len(records)} steps", len(terms), **size, sharex=True) as (_, axes):
+            for axis, name in zip(axes[:, 0], terms, strict=True):
+                points = [(record["step"], record[name]) for record in records if name in record]
+                axis.plot(*zip(*points, strict=True), linewidth=1)
+                axis.set_ylabel(_TERMS[name])
+                choose_scale(axis, [value for _, value in points if value > 0])
+                if 0 < boundary < len(records):
+                    axis.axvline(boundary + 0.5, color="#555555", linestyle="--", linewidth=1)
+            if 0 < boundary < len(records):
+                top = axes[0, 0].get_xaxis_transform()
+                for text, side in (("transition ", "right"), (" distillation", "left")):
+                    axes[0, 0].text(boundary + 0.5, 1.02, text, transform=top, ha=side, fontsize=9)
+            axes[-1, 0].set_xlabel("step")
+            axes[-1, 0].locator_params("x", integer=True)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     return out / PLOT_NAME
+
+
+def choose_scale(axis: Any, values: list[float]) -> None:
+    """A logarithmic axis where values differ widely, with plain numbers beside its ticks.
+
+    Values far below the largest are left out of view: at alpha 0 the student is its teacher, and the rest is rounding.
+    """
+    if not values or max(values) < _WIDE * min(values):
+        return
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = max(min(values), max(values) / _SHOWN), max(values)
+    axis.set_yscale("log")
+    axis.set_ylim(low / 1.2, high * 1.2)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())

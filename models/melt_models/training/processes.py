@@ -12,6 +12,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from melt_models.training.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -46,12 +48,19 @@ class Processes:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """The processes that ``torchrun`` started, and this one's device: the GPU of its number on this machine."""
+    """The processes that ``torchrun`` started, and this one's device: the GPU of its number on this machine.
+
+    Raises:
+        TrainingError: this machine has fewer GPUs than processes.
+    """
     if "RANK" not in os.environ:
         yield Processes(), device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise TrainingError(f"process {number} of this machine needs a GPU of its own and there are {count}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

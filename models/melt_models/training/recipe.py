@@ -3,14 +3,19 @@
 A recipe names no paths: teacher, data and output are given to the run, so that a recipe serves any of them.
 """
 
+import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-from melt_models.configuration import GATE_KINDS
+from melt_models.configuration_form import GATE_KINDS
+from melt_models.forms import shown
 from melt_models.training.errors import TrainingError
 
+_MOST = 10**9
+"""Of every whole number."""
 PRECISIONS = ("float32", "bfloat16")
 SUPERVISED_LOOPS = ("last", "every")
 
@@ -128,39 +133,66 @@ def read_recipe(path: Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TrainingError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise TrainingError(f"recipe {path} is not TOML: {error}") from error
+    faults: list[str] = []
+    for name in ("transition", "distillation"):
+        if isinstance(values.get(name), dict):
+            checked = _checked(Phase, values[name], f"{name}.", faults)
+            values[name] = Phase(**{"steps": 0, **checked})  # where steps are missing, that is a fault already
+    checked = _checked(Recipe, values, "", faults)
+    if faults:
+        raise TrainingError(f"recipe {path}: {'; '.join(faults)}")
     try:
-        for name in ("transition", "distillation"):
-            if isinstance(values.get(name), dict):
-                values[name] = Phase(**_checked(Phase, values[name], f"{name}."))
-        return Recipe(**_checked(Recipe, values, ""))
+        return Recipe(**checked)
     except TrainingError as error:
         raise TrainingError(f"recipe {path}: {error}") from error
 
 
-def _checked(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The values with the types of ``kind``'s fields; lists become tuples and whole numbers floats where asked."""
+def _checked(kind: type, values: dict[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
+    """The values that have the types of ``kind``'s fields; every other one is a fault more.
+
+    Lists become tuples, and whole numbers floats where a field wants them.
+    """
     types = get_type_hints(kind)
     required = [field.name for field in fields(kind) if field.default is MISSING]
-    faults = [f"unknown key {prefix}{name}: remove it or correct its spelling" for name in values if name not in types]
+    faults += [f"unknown key {prefix}{name}: remove it or correct its spelling" for name in values if name not in types]
     faults += [f"{prefix}{name} is missing" for name in required if name not in values]
     checked = {}
     for name, value in values.items():
         wanted = types.get(name)
-        if wanted is float and type(value) is int:
+        if wanted is float and _is_int(value):
             value = float(value)
         if get_origin(wanted) is tuple and isinstance(value, list):
-            fits = all(type(item) is get_args(wanted)[0] for item in value)
-            value, expected = tuple(value), f"a list of {get_args(wanted)[0].__name__}"
-        else:
-            fits, expected = type(value) is wanted, "a table" if wanted is Phase else getattr(wanted, "__name__", "")
-        if wanted is not None and not fits:
-            faults.append(f"{prefix}{name} must be {expected}, got {value!r}")
-        checked[name] = value
-    if faults:
-        raise TrainingError("; ".join(faults))
+            value = tuple(value)
+        if wanted is not None and _FITS[wanted](value):
+            checked[name] = value
+        elif wanted is not None:
+            faults.append(f"{prefix}{name} must be {_WORDS[wanted]}, got {shown(values[name])}")
     return checked
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int and abs(value) <= _MOST
+
+
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    int: _is_int,
+    float: lambda value: type(value) is float and math.isfinite(value),
+    bool: lambda value: type(value) is bool,
+    str: lambda value: type(value) is str,
+    tuple[int, ...]: lambda value: type(value) is tuple and all(map(_is_int, value)),
+    Phase: lambda value: type(value) is Phase,
+}
+_WORDS: dict[Any, str] = {
+    int: f"int of at most {_MOST}",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    tuple[int, ...]: "a list of int",
+    Phase: "a table",
+}
+"""What a field of a type may hold, and how to say it."""
 
 
 def _broken_rules(recipe: Recipe) -> list[str]:
@@ -168,13 +200,13 @@ def _broken_rules(recipe: Recipe) -> list[str]:
 
     def require(holds: bool, name: str, rule: str, value: object) -> None:
         if not holds:
-            faults.append(f"{name} must be {rule}, got {value!r}")
+            faults.append(f"{name} must be {rule}, got {shown(value)}")
 
     for name in ("batch_size", "micro_batch_size", "checkpoint_every"):
         require(getattr(recipe, name) >= 1, name, "at least 1", getattr(recipe, name))
     for name in ("base_learning_rate", "gate_learning_rate", "gradient_clip"):
         require(getattr(recipe, name) > 0, name, "above 0", getattr(recipe, name))
-    for name in ("warmup_steps", "decay_steps", "weight_decay"):
+    for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
         require(getattr(recipe, name) >= 0, name, "at least 0", getattr(recipe, name))
     for name, values in (
         ("gate_kind", tuple(kind for kind in GATE_KINDS if kind != "none")),
@@ -192,7 +224,7 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         phase = getattr(recipe, name)
         require(phase.steps >= 0, f"{name}.steps", "at least 0", phase.steps)
         weights = (phase.cross_entropy, phase.distillation, phase.attention)
-        require(min(weights) >= 0, name, "made of weights of at least 0", weights)
+        require(all(weight >= 0 for weight in weights), name, "made of weights of at least 0", weights)
         require(not phase.steps or max(weights) > 0, name, "given a term with a weight above 0", weights)
     require(recipe.steps >= 1, "transition.steps + distillation.steps", "at least 1", recipe.steps)
     return faults

@@ -2,7 +2,7 @@
 
 import math
 import random
-import sys
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from melt_layers import GateLinear
 from melt_models.modeling import MeltCausalLM
+from melt_models.progress import Progress
 from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
@@ -68,27 +68,26 @@ def _train(
             f"{processes.count}), got {recipe.batch_size}: start another number of processes"
         )
     pair = load_pair(teacher, student, recipe)
-    vocabulary, pad = pair.teacher.config.vocab_size, pair.teacher.config.pad_token_id or 0
-    tokens = TokenData(data, vocabulary, max(recipe.chunk_sizes), pad, recipe.seed)
+    tokens = TokenData(data, pair.teacher.config, max(recipe.chunk_sizes), recipe.seed, not processes.is_first)
     settings = {
         "recipe": asdict(recipe),
         "teacher": _identity(pair.teacher),
         "student": None if student is None else _identity(pair.student),
         "data": {"rows": tokens.rows, "tokens": tokens.tokens},
     }
-    folder = RunFolder(out, settings, processes)
-    if folder.model.is_dir():
-        return folder.model
-    objective = Objective(
-        pair.student.to(place).train(),
-        pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
-        recipe.supervised_loops == "every",
-        recipe.gradient_checkpointing,
-    )
-    optimizer = make_optimizer(objective.student, recipe)
-    done = folder.restore(objective.student, optimizer, place)
-    _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
-    return folder.finish(objective.student.to("cpu", pair.stored), teacher)
+    with RunFolder(out, settings, processes) as folder:
+        if folder.model.is_dir():
+            return folder.model
+        objective = Objective(
+            pair.student.to(place).train(),
+            pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
+            recipe.supervised_loops == "every",
+            recipe.gradient_checkpointing,
+        )
+        optimizer = make_optimizer(objective.student, recipe)
+        done = folder.restore(objective.student, optimizer, place)
+        _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
+        return folder.finish(objective.student.to("cpu", pair.stored), teacher)
 
 
 def choose_device(device: str) -> torch.device:
@@ -99,12 +98,15 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise TrainingError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise TrainingError(f"device {device} was asked for and torch {torch.__version__} sees no CUDA: use cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise TrainingError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    place = torch.device(device)
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainingError(f"device {device} was asked for and torch {torch.__version__} sees no CUDA: use cpu")
+        count = torch.cuda.device_count()
+        if place.index is not None and place.index >= count:
+            raise TrainingError(f"device {device} was asked for and there are {count}: the last is cuda:{count - 1}")
     return place
 
 
@@ -154,14 +156,7 @@ class _Loop:
     def run(self, steps: range) -> None:
         """Takes ``steps``, with progress, log and checkpoints."""
         recipe, tokens, started = self.recipe, 0, time.perf_counter()
-        bar = tqdm(
-            total=recipe.steps,
-            initial=steps.start,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # seconds between two lines
-            disable=not self.processes.is_first,
-        )
-        with bar:
+        with Progress("training", recipe.steps, "step", steps.start, is_silent=not self.processes.is_first) as progress:
             for step in steps:
                 record = self.step(step, draw_step(recipe, step, self.student.config.total_ut_steps))
                 tokens += record["tokens"]
@@ -169,18 +164,23 @@ class _Loop:
                 self.folder.log({**record, "seconds": round(seconds, 3)})
                 if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
                     self.folder.save(step + 1, self.student, self.optimizer)
-                bar.set_description(record["phase"], refresh=False)
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
-                bar.update()
+                note = f"loss {record['loss']:.4f}, {tokens / seconds:.0f} tokens/s"
+                progress.advance(title=record["phase"], note=note)
 
     def step(self, step: int, drawn: Step) -> dict[str, Any]:
         """One optimizer step; returns its line of the log.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or the device's memory is full.
         """
         recipe = self.recipe
-        terms, tokens = self.accumulate(step, drawn)
+        try:
+            terms, tokens = self.accumulate(step, drawn)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(
+                f"step {step + 1} needs more memory than {self.device} has: lower micro_batch_size, or set "
+                "gradient_checkpointing"
+            ) from error
         if not math.isfinite(terms["loss"]):
             raise TrainingError(
                 f"the loss of step {step + 1} is {terms['loss']}: lower the learning rates or gradient_clip; "

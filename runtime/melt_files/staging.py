@@ -1,11 +1,11 @@
 """Folders and files that appear whole or not at all."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from melt_files.partial import partial_folder
 
 
 def require_absent(out: Path, error: type[Exception]) -> None:
@@ -16,22 +16,19 @@ def require_absent(out: Path, error: type[Exception]) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``out``, which must not exist, at the end; or disappears."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
+    """A temporary sibling that becomes ``out``, which must not exist, at the end; or disappears.
+
+    What killed processes left beside ``out`` is removed first.
+    """
+    with partial_folder(out.parent, out.name) as staging:
         yield staging
         staging.chmod(0o755)
         staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader, or a full disk, finds the old text or the new one."""
-    new = path.with_name(f".{path.name}.partial")
-    try:
+    """Writes a file in one step: a reader, another writer or a full disk finds the old text or the new one."""
+    with partial_folder(path.parent, path.name) as place:
+        new = place / path.name
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""Draws every picture of the documents again, from what was measured and stands in ``docs/data``.
+
+    python benchmarks/pictures.py
+
+Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
+``bench-kv.json``), ``benchmarks/memory.py --json`` and ``benchmarks/training.py --json``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from melt_plots import picture
+from melt_runtime.bench import Row
+from melt_runtime.bench_report import plot_rows
+
+DOCS = Path(__file__).parent.parent / "docs"
+NAMES = {"melt-1.6b-int4": "MELT-1.6B", "ouro-1.4b-int4": "Ouro-1.4B"}
+AT = 8000
+"""Tokens of context at which memory is drawn by loops."""
+
+
+def read(name: str) -> Any:
+    """What was measured."""
+    return json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))
+
+
+def draw_memory(points: list[dict[str, Any]], path: Path) -> None:
+    """Peak memory of whole processes: by context, a line for each depth that differs, and by loops."""
+    title = "MELT: memory does not grow with depth (whole processes, 4-bit weights, int8 KV cache)"
+    with picture(path, title, 1, 2, width=10, height=4.2) as (_, axes):
+        by_context, by_loops = axes[0]
+        for colour, (bundle, name) in enumerate(NAMES.items()):
+            own = [point for point in points if point["bundle"] == bundle]
+            longest = max(point["context"] for point in own)
+            ends = {p["loops"]: p["peak"] / 1e9 for p in own if p["context"] == longest}
+            is_flat = max(ends.values()) < 1.02 * min(ends.values())
+            for loops, end in list(ends.items())[-1:] if is_flat else ends.items():
+                line = [(p["context"], p["peak"] / 1e9) for p in own if p["loops"] == loops]
+                by_context.plot(*zip(*line, strict=True), "o-", color=f"C{colour}", alpha=0.4 + 0.07 * loops)
+                depth = f"{min(ends)} to {max(ends)} loops" if is_flat else f"{loops} loop{'s' * (loops > 1)}"
+                # Where two lines end at the same height, one label stands above and one below.
+                shift = 7 if is_flat else -7 if loops == 1 else 0
+                by_context.annotate(
+                    f"{name}, {depth}", (longest, end), (6, shift), textcoords="offset points", va="center", fontsize=9
+                )
+            line = [(p["loops"], p["peak"] / 1e9, p["plan"] / 1e9) for p in own if p["context"] == AT]
+            places, peaks, plans = zip(*line, strict=True)
+            by_loops.plot(places, peaks, "o-", color=f"C{colour}", label=f"{name}, measured")
+            by_loops.plot(places, plans, "x", color="black", zorder=3)
+        by_context.set(title="by context", xlabel="tokens", ylabel="peak resident memory, GB", ylim=(0, None))
+        by_context.set_xlim(0, 1.55 * longest)
+        by_context.set_xticks([0, 4000, 8000, 16000])
+        by_context.xaxis.set_major_formatter("{x:,.0f}")
+        by_loops.set(title=f"by loops, at {AT:,} tokens", xlabel="loops", ylim=(0, None), xticks=places)
+        by_loops.plot([], [], "x", color="black", label="as melt plan said before")
+        by_loops.legend(loc="upper left")
+
+
+def draw_runs(runs: list[dict[str, Any]], path: Path) -> None:
+    """Exact match of the teacher, of MELT, of other gates and of recipes with a part left out."""
+    title = "melt-tiny's task: exact match at 4 loops, in chunks of 64"
+    with picture(path, title, width=8, height=4) as (_, axes):
+        axis, places = axes[0, 0], list(range(len(runs)))[::-1]
+        colours = ["C6" if run["title"].startswith("teacher") else "C0" for run in runs]
+        spreads = [run["spread"] or 0 for run in runs]
+        axis.barh(places, [run["mean"] for run in runs], xerr=spreads, color=colours, height=0.65)
+        for place, run in zip(places, runs, strict=True):
+            spread = f" ± {run['spread']:.1f} ({run['seeds']} seeds)" if run["spread"] is not None else ""
+            axis.text(1.5, place, f"{run['mean']:.1f}{spread}", va="center", color="white", fontsize=9)
+        axis.set_yticks(places, [run["title"] for run in runs])
+        axis.set(xlabel="exact match, %", xlim=(0, 103))
+        axis.grid(visible=False, axis="y")
+
+
+def draw_depths(accuracy: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Exact match by loops and hops, as shaded tables, teacher beside MELT."""
+    title = "One loop more answers one hop more: exact match, %"
+    with picture(path, title, 1, 2, width=8, height=3.2, sharey=True) as (_, axes):
+        for axis, (name, by_loops) in zip(axes[0], accuracy.items(), strict=True):
+            depths, hops = list(by_loops), list(by_loops["1"])
+            cells = [[by_loops[depth][hop] for depth in depths] for hop in hops]
+            axis.imshow(cells, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+            for row, values in enumerate(cells):
+                for column, value in enumerate(values):
+                    colour = "white" if value > 60 else "#222222"
+                    axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+            axis.set_xticks(range(len(depths)), depths)
+            axis.set_yticks(range(len(hops)), [f"{hop} hop{'s' * (hop != '1')}" for hop in hops])
+            axis.set(title=name, xlabel="loops")
+            axis.grid(visible=False)
+            axis.tick_params(length=0)
+
+
+def main() -> int:
+    """Draws them all."""
+    for name in ("bench-full", "bench-kv"):
+        plot_rows([Row(**row) for row in read(f"{name}.json")["rows"]], DOCS / f"{name}.png")
+    draw_memory(read("memory.json")["points"], DOCS / "memory.png")
+    training = read("training.json")
+    draw_runs(training["runs"], DOCS / "training-kinds.png")
+    draw_depths(training["accuracy"], DOCS / "training-loops.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

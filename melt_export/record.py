@@ -1,0 +1,99 @@
+"""Runs a bundle through the runtime's own driver, in-place cache and all, and keeps what every loop left behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from melt_runtime.contract import KVCacheKind
+from melt_runtime.loop import LoopRunner
+from melt_runtime.manifest import Manifest
+from melt_runtime.opening import open_sessions
+from melt_runtime.plan import plan_state
+from melt_runtime.providers import choose_provider
+from melt_runtime.state import Array, State
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """The state after one loop over C tokens.
+
+    Attributes:
+        hidden: [C, D] float.
+        latents: of every layer, [C, D] float; empty where the gate has no latent state.
+        rows: of every layer the tokens' keys and values as the cache holds them, each [Hk, C, dh], at 4 bits
+            [Hk, C, dh / 2].
+        exit_logit: [C] float; None where the model has no exit gate.
+    """
+
+    hidden: Array
+    latents: list[Array]
+    rows: list[tuple[Array, Array]]
+    exit_logit: Array | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One chunk, or one decoded token: its ids, the state after each loop, the last token's logits [V] float32."""
+
+    ids: list[int]
+    loops: list[LoopRecord]
+    logits: Array
+
+
+def open_runner(
+    folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float", chunk: int | None = None
+) -> LoopRunner:
+    """A driver over a bundle on the CPU, in chunks of its trained size where none is given."""
+    sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
+    plan = plan_state(manifest, capacity, kv_cache=kv_cache, chunk=chunk)
+    return LoopRunner(sessions, State(plan, "cpu"))
+
+
+def record_steps(
+    runner: LoopRunner, prompt: list[int], loops: int, decoded: Sequence[int] | None, count: int
+) -> list[StepRecord]:
+    """Runs a prompt in chunks, then single tokens.
+
+    Args:
+        runner: over an empty state of one sequence.
+        prompt: token ids.
+        loops: depth T.
+        decoded: the tokens to decode; None: those of the highest logits.
+        count: how many.
+    """
+    chunk = runner.state.plan.chunk
+    steps = [_record(runner, prompt[start : start + chunk], loops) for start in range(0, len(prompt), chunk)]
+    for place in range(count):
+        token = int(steps[-1].logits.argmax()) if decoded is None else decoded[place]
+        steps.append(_record(runner, [token], loops, decode=True))
+    return steps
+
+
+def _record(runner: LoopRunner, ids: list[int], loops: int, decode: bool = False) -> StepRecord:
+    state = runner.state
+    start, tokens, width = int(state.lengths[0]), len(ids), state.plan.shape.hidden_size
+    found: list[LoopRecord] = []
+
+    def keep(loop_idx: int) -> None:
+        # A chunk's rows stand packed from the start of their buffers.
+        latents: list[Array] = []
+        if state.latent is not None:
+            layers = state.plan.shape.layers
+            latents = np.split(state.latent.read().reshape(-1, width)[: layers * tokens], layers)
+        rows = slice(start, start + tokens)
+        found.append(
+            LoopRecord(
+                state.hidden.read().reshape(-1, width)[:tokens],
+                latents,
+                [
+                    (keys.value.numpy()[0, :, rows].copy(), values.value.numpy()[0, :, rows].copy())
+                    for keys, values in state.caches[state.plan.cache_set(loop_idx)]
+                ],
+                None if state.exit_logit is None else state.exit_logit.read()[:tokens],
+            )
+        )
+
+    logits = runner.decode(ids, loops, keep)[0] if decode else runner.prefill(ids, loops, observe=keep)
+    return StepRecord(ids, found, logits.copy())

@@ -1,0 +1,82 @@
+"""Checks of what callers give: each raises ``ValueError`` with field, rule and value. Knows nothing of models."""
+
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_MOST_BITS = 256
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` of bounded length that never fails: Python refuses to print the longest integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        """As Python prints it, unless it is very long."""
+        return repr(value) if value.bit_length() <= _MOST_BITS else f"a number of {value.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """``value`` as a message shows it, whatever its length."""
+    return _Repr().repr(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer, Python's or numpy's; a truth value is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
+
+
+def whole_number(name: str, value: object, least: int, most: int, why: str = "") -> int:
+    """``value`` as an ``int``.
+
+    Args:
+        name: of the field.
+        value: what was given.
+        least: smallest that is taken.
+        most: largest that is taken.
+        why: said after ``most``.
+
+    Raises:
+        ValueError: no whole number, or outside ``[least, most]``.
+    """
+    if not is_whole(value):
+        raise ValueError(f"{name} must be a whole number, got {shown(value)}")
+    number = int(value)  # type: ignore[call-overload]
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(number)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}{why}, got {shown(number)}")
+    return int(number)
+
+
+def real_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> float:
+    """``value`` as a ``float``.
+
+    Raises:
+        ValueError: no number, or not as ``rule`` says, which ``holds`` decides; NaN never holds.
+    """
+    if not (is_whole(value) or isinstance(value, float | np.floating)):
+        raise ValueError(f"{name} must be a number, {rule}, got {shown(value)}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = float("inf")
+    if not holds(number):
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+    return number
+
+
+def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> Any:
+    """``value`` itself, where it is of ``kind``.
+
+    Raises:
+        ValueError: it is not as ``rule`` says.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+    return value

@@ -1,0 +1,61 @@
+"""The standard streams as a command needs them: what they lack, what they cannot show, what was not text."""
+
+import io
+import os
+import sys
+
+
+def prepare_streams() -> None:
+    """Makes output show what its encoding has not, and input bring what is not text to where it is refused by name.
+
+    Raises:
+        OSError: standard output is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by itself
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def drop_output() -> None:
+    """Forgets what could not be written to standard output: at its end Python would try once more, and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_input() -> str:
+    """All of standard input.
+
+    Raises:
+        OSError: it is closed.
+        ValueError: it is empty, or no text in its encoding.
+    """
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    if sys.stdin.isatty():
+        print("the prompt, from this terminal; Ctrl-D on a line of its own ends it:", file=sys.stderr)
+    text = require_encoded(sys.stdin.read(), "standard input")
+    if not text.strip():
+        raise ValueError("standard input is empty: it must hold the prompt")
+    return text
+
+
+def require_encoded(text: str, place: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: Python had to carry a byte in it that is no text in the encoding of where it came from.
+    """
+    for at, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            byte = (
+                f"the byte 0x{ord(character) - 0xDC00:02x}" if "\udc80" <= character <= "\udcff" else "half a character"
+            )
+            raise ValueError(f"{place} must be UTF-8 text, got {byte} after {at} characters")
+    return text

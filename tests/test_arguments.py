@@ -1,0 +1,218 @@
+"""Odd arguments to whatever is public: only this project's errors and ``ValueError`` come out, and nothing is lost."""
+
+import os
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from melt_runtime import BusyError, CapacityError, CudaOptions, LoadCache, MeltError, MeltModel, TokenError
+from melt_runtime.arguments import is_whole, shown, whole_number
+
+CAPACITY, CHUNK, VOCABULARY = 64, 8, 703
+EXPECTED_IDS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+
+
+@pytest.fixture(scope="module")
+def model(random_bundle) -> MeltModel:
+    return MeltModel.load(random_bundle(), device="cpu", capacity=CAPACITY)
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> tuple[int, ...]:
+    return model.generate(EXPECTED_IDS, max_new_tokens=4, stop_ids=()).token_ids
+
+
+class Strange:
+    """Nothing that anybody asks for."""
+
+
+whole = st.one_of(st.integers(-3, 70), st.sampled_from([2**31, 2**63, -(2**63), 10**5000]), st.integers())
+odd = st.one_of(
+    st.none(),
+    st.booleans(),
+    whole,
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.lists(st.one_of(st.integers(-2, 800), st.floats(), st.text(max_size=2), st.booleans(), st.none()), max_size=4),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.sampled_from([Strange(), Strange, np.array(3), np.array([[1]]), np.float32(2), np.int64(3), np.bool_(True), ()]),
+)
+FIELDS = (
+    *("max_new_tokens", "loops", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    *("stop", "stop_ids"),
+)
+odd_prompt = st.one_of(
+    odd,
+    st.lists(st.fixed_dictionaries({}, optional={"role": odd, "content": odd, "x": odd}), max_size=3),
+    st.lists(st.integers(0, 702), max_size=80),
+    st.sampled_from(
+        ["\ud800", "\0", " ", range(5), np.arange(3), np.arange(3, dtype=np.uint8), np.zeros(2), iter([1])]
+    ),
+)
+few = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.filterwarnings("ignore:loops=:RuntimeWarning")
+@few
+@given(prompt=odd_prompt, changes=st.dictionaries(st.sampled_from(FIELDS), odd, max_size=3), raw=st.booleans())
+def test_odd_calls_are_refused_or_answered(model, expected, prompt, changes, raw):
+    short = {"max_new_tokens": 3, "loops": 2, **changes}
+    if is_whole(short["loops"]) and short["loops"] > 4:
+        short["loops"] = max(short["loops"], 1025)  # hundreds of loops are allowed, and slow
+    with suppress(MeltError, ValueError):
+        assert 1 <= len(model.generate(prompt, raw=raw, **short).token_ids) <= CAPACITY
+    assert model.generate(EXPECTED_IDS, max_new_tokens=4, stop_ids=()).token_ids == expected
+
+
+@few
+@given(
+    ids=odd_prompt,
+    loops=st.one_of(st.integers(1, 4), odd),
+    chunk=st.one_of(st.none(), odd),
+    row=st.one_of(st.just(1), odd),
+)
+def test_odd_calls_of_a_runner_are_refused_or_computed(runner, ids, loops, chunk, row):
+    runner.state.reset()
+    if is_whole(loops) and loops > 4:
+        loops = max(loops, 1025)
+    for call in (
+        lambda: runner.prefill(ids, loops, chunk, row),
+        lambda: runner.decode(ids, loops),
+        lambda: runner.state.advance(ids, row, loops),
+        lambda: runner.state.truncate(ids, row),
+        lambda: runner.state.room(row),
+        lambda: runner.prefill_and_draw(ids, loops),
+        lambda: runner.decode_and_draw(ids, loops),
+    ):
+        with suppress(MeltError, ValueError):
+            call()
+    runner.state.reset()
+    assert int(runner.prefill(EXPECTED_IDS, 4, sequence=1).argmax()) == runner.expected
+
+
+@pytest.fixture(scope="module")
+def runner(model, expected):
+    runner = model.new_runner(batch=2)
+    runner.expected = expected[0]
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sequence": -1}, ValueError, "sequence must be at least 0, got -1"),
+        ({"sequence": 2}, ValueError, r"sequence must be at most 1 \(batch 2\), got 2"),
+        ({"sequence": True}, ValueError, "sequence must be a whole number, got True"),
+        ({"chunk": 0}, ValueError, "chunk must be at least 1"),
+        ({"chunk": 9}, ValueError, r"chunk must be at most 8 \(the state's chunk\), got 9"),
+        ({"chunk": True}, ValueError, "chunk must be a whole number, got True"),
+        ({"loops": 1.5}, ValueError, "loops must be a whole number, got 1.5"),
+        ({"loops": 2**31}, ValueError, "loops must be at most 1024"),
+        ({"ids": b"abc"}, TokenError, "sequence of whole numbers, got b'abc'"),
+        ({"ids": [True]}, TokenError, "whole numbers, got True"),
+        ({"ids": [1] * 65}, CapacityError, "65 more tokens do not fit"),
+    ],
+    ids=str,
+)
+def test_a_runner_says_what_it_cannot_take(runner, arguments, error, message):
+    runner.state.reset()
+    with pytest.raises(error, match=message):
+        runner.prefill(**{"ids": [1], "loops": 2, **arguments})
+    assert runner.state.lengths.tolist() == [0, 0]
+
+
+def test_a_runner_and_a_session_do_not_meet(model, expected):
+    """Both over the same graphs, each over a state of its own; a stream between its pieces."""
+    stream = model.stream(EXPECTED_IDS, max_new_tokens=4, stop_ids=())
+    next(stream)
+    runner = model.new_runner()
+    runner.prefill([1, 2, 3], 4)
+    for token in range(10):
+        runner.decode([token], 3)
+    list(stream)
+    assert stream.result.token_ids == expected
+    for batch in (0, 1.0, 2**20):
+        with pytest.raises(ValueError, match="batch must be"):
+            model.new_runner(batch)
+
+
+def test_a_runner_calls_back_while_it_is_held(model):
+    runner = model.new_runner()
+
+    def again(loop_idx: int) -> None:
+        with pytest.raises(BusyError, match=r"this runner is at work .*model.new_runner\(\)"):
+            runner.decode([1], 1)
+
+    runner.prefill([1, 2], 2, observe=again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": "256"}, "capacity must be a whole number, got '256'"),
+        ({"capacity": 257}, r"capacity must be at most 256 \(max_positions\), got 257"),
+        ({"capacity": 10**5000}, "capacity must be at most 256 .*got a number of 16610 bits"),
+        ({"device": 5}, "device must be one of cpu, cuda, auto, or cuda:N, got 5"),
+        ({"device": None}, "device must be one of cpu, cuda, auto, or cuda:N, got None"),
+        ({"threads": 4096}, rf"threads must be at most {os.cpu_count()} \({os.cpu_count()} processors\), got 4096"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 1.0}, "threads must be a whole number, got 1.0"),
+        ({"kv_cache": 5}, "kv_cache must be one of float, int8, int4.*got 5"),
+        ({"chunk": True}, "chunk must be a whole number, got True"),
+        ({"chunk": 65, "capacity": 64}, r"chunk must be at most 64 \(the capacity\), got 65"),
+        ({"loops": 2**31}, "loops must be at most 1024"),
+        ({"cuda": {"graphs": True}}, "cuda must be CudaOptions or None, got"),
+        ({"cache": "/tmp"}, "cache must be a LoadCache or None, got '/tmp'"),
+        ({"bundle": None}, "bundle must be the path of a folder, got None"),
+        ({"bundle": 5}, "bundle must be the path of a folder, got 5"),
+    ],
+    ids=lambda value: shown(value)[:40],
+)
+def test_loading_says_what_it_cannot_take(random_bundle, monkeypatch, options, message):
+    monkeypatch.setattr("melt_runtime.model.check_bundle", lambda *_: pytest.fail("files were read first"))
+    with pytest.raises(ValueError, match=message):
+        MeltModel.load(**{"bundle": random_bundle(), "device": "cpu", **options})
+
+
+@few
+@given(
+    options=st.dictionaries(
+        st.sampled_from(["device", "capacity", "chunk", "loops", "threads", "kv_cache", "cache", "cuda"]),
+        odd.filter(lambda value: value is not None),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_odd_loads_are_refused(random_bundle, options):
+    """What is odd and allowed loads; the capacity is small, so that it is quick."""
+    with suppress(MeltError, ValueError):
+        MeltModel.load(**{"bundle": random_bundle(), "device": "cpu", "capacity": 8, **options})
+
+
+def test_cuda_options_are_checked():
+    for options, message in (
+        ({"graphs": 1}, "graphs must be True or False, got 1"),
+        ({"tf32": None}, "tf32 must be True or False, got None"),
+        ({"memory_limit": 0}, "memory_limit must be at least 1, got 0"),
+        ({"memory_limit": "1"}, "memory_limit must be a whole number, got '1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CudaOptions(**options)
+    assert LoadCache is not None
+
+
+def test_what_is_shown_stays_short_and_never_fails():
+    class Broken:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert len(shown("x" * 10_000)) < 100
+    assert shown(10**5000) == "a number of 16610 bits"
+    assert "Broken" in shown(Broken())
+    assert whole_number("n", np.uint8(3), 0, 5) == 3
+    with pytest.raises(ValueError, match="n must be a whole number, got"):
+        whole_number("n", np.timedelta64(3), 0, 5)

@@ -1,0 +1,209 @@
+"""Outputs appear whole or not at all; what a dead process left goes with the next one, and nothing else does."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from melt_files import partial_folder, partials, remove_dead, replace_text, staged
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from melt_files import staged
+while True:
+    with staged(Path(sys.argv[1])) as folder:
+        (folder / "half").write_text("x" * 1000)
+        print("making", flush=True)
+        time.sleep(float(sys.argv[2]))
+    (Path(sys.argv[1]) / "half").unlink()
+    Path(sys.argv[1]).rmdir()
+"""
+
+
+def start_making(out, seconds=600.0) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", MAKER, str(out), str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "making\n"
+    return process
+
+
+def kill(process: subprocess.Popen, number=signal.SIGKILL) -> None:
+    process.send_signal(number)
+    process.communicate()
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_the_next_run_removes_what_a_dead_one_left(tmp_path, number):
+    out = tmp_path / "out"
+    kill(start_making(out), number)
+    assert [partial.dead for partial in partials(tmp_path)] == [True]
+    assert len(names(tmp_path)) == 2
+    with staged(out) as folder:
+        assert len(names(tmp_path)) == 2  # only those of this run
+        (folder / "whole").touch()
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["whole"]
+
+
+def test_another_output_in_the_same_folder_cleans_up_too(tmp_path):
+    """A training run's next checkpoint has another name than the one that was lost."""
+    for _ in range(3):
+        kill(start_making(tmp_path / "step-000050"))
+    with staged(tmp_path / "step-000100"):
+        pass
+    assert names(tmp_path) == ["step-000100"]
+
+
+def test_what_lives_is_left_alone(tmp_path):
+    process = start_making(tmp_path / "out")
+    before = names(tmp_path)
+    with partial_folder(tmp_path, "mine"):
+        remove_dead(tmp_path)
+        assert len(names(tmp_path)) == 4
+        assert [partial.dead for partial in partials(tmp_path)] == [False, False]
+    assert names(tmp_path) == before
+    kill(process)
+    remove_dead(tmp_path)
+    assert names(tmp_path) == []
+
+
+def foreign_machine(mark):
+    values = json.loads(mark.read_text())
+    mark.write_text(json.dumps({**values, "host": "elsewhere", "boot": "another"}))
+
+
+def without_locks(mark):
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "locked": False}))
+
+
+def not_ours(mark):
+    mark.write_text('{"made_by": "another program"}')
+
+
+def no_text(mark):
+    mark.write_bytes(b"\xff\xfe")
+
+
+def a_link(mark):
+    mark.rename(mark.parent / "elsewhere")
+    mark.symlink_to(mark.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("change", [foreign_machine, without_locks, not_ours, no_text, a_link])
+def test_what_is_not_surely_ours_and_dead_stays(tmp_path, change):
+    kill(start_making(tmp_path / "out"))
+    (mark,) = tmp_path.glob(".*.owner")
+    change(mark)
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.owner").mkdir()
+    before = names(tmp_path)
+    with partial_folder(tmp_path, "mine"):
+        pass
+    assert names(tmp_path) == before
+
+
+def test_the_same_machine_under_another_name(tmp_path):
+    """A container that was started anew."""
+    kill(start_making(tmp_path / "out"))
+    (mark,) = tmp_path.glob(".*.owner")
+    values = json.loads(mark.read_text())
+    if not values["boot"]:
+        pytest.skip("this system does not number its boots")
+    mark.write_text(json.dumps({**values, "host": "elsewhere"}))
+    remove_dead(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_process_that_died_before_it_could_say_who_it_is(tmp_path):
+    (tmp_path / ".out.0123abcd.owner").touch()
+    remove_dead(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError), staged(tmp_path / "new" / "out") as folder:
+        (folder / "no folder" / "half").touch()
+    assert names(tmp_path / "new") == []
+
+
+def test_killed_at_random_moments(tmp_path):
+    chance = random.Random(0)
+    for _ in range(12):
+        process = start_making(tmp_path / "out", 0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        process.stdout.close()
+        process.kill()
+        process.wait()
+        if (tmp_path / "out").exists():
+            shutil.rmtree(tmp_path / "out")
+    with staged(tmp_path / "last"):
+        pass
+    assert names(tmp_path) == ["last"]
+
+
+def _make_many(parent, number, queue) -> None:
+    try:
+        for turn in range(40):
+            with staged(parent / f"{number}-{turn}") as folder:
+                (folder / "file").write_text("whole")
+            remove_dead(parent)
+            if number == 0:  # the folder itself comes and goes
+                for _ in range(3):
+                    with partial_folder(parent / "inner", "x") as place:
+                        (place / "file").touch()
+                    with suppress(OSError):
+                        (parent / "inner").rmdir()
+            else:
+                replace_text(parent / "inner" / "text", str(number) * 5000)
+                text = (parent / "inner" / "text").read_text()
+                assert len(text) == 5000
+                assert len(set(text)) == 1
+        queue.put("well")
+    except BaseException as error:
+        queue.put(repr(error))
+        raise
+
+
+def test_several_processes_make_and_clean_up_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_make_many, args=(tmp_path, number, queue)) for number in range(3)]
+    for process in processes:
+        process.start()
+    assert [queue.get(timeout=120) for _ in processes] == ["well"] * 3
+    for process in processes:
+        process.join()
+    assert len(names(tmp_path)) == 3 * 40 + 1
+    assert all((tmp_path / name / "file").read_text() == "whole" for name in names(tmp_path) if name != "inner")
+    assert names(tmp_path / "inner") in ([], ["text"])
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["text"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), staged(tmp_path / "file" / "out"):
+        pytest.fail("something was made")
+    assert os.listdir(tmp_path) == ["file"]
