@@ -15,6 +15,8 @@ from tolerances import TORCH, assert_close
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_runtime.cli import main
 from melt_runtime.cli_demo import BUNDLE
+from melt_runtime.manifest import read_manifest
+from melt_runtime.memory import format_bytes, plan_memory
 
 MEASURED = ("parity", "quality", "producer")
 """What a manifest says of the machine that made it."""
@@ -28,7 +30,9 @@ def test_the_shipped_model_answers_one_step_further_with_each_loop(capsys):
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert [row[3] for row in rows] == ["Ana.", "Ben.", "Dan.", "Dan."]
     assert len({row[1] for row in rows}) == 1
-    assert [row[2] for row in rows] == ["2.18 MB", "4.27 MB", "6.37 MB", "8.47 MB"]
+    plans = [plan_memory(read_manifest(BUNDLE), loops=loops) for loops in (1, 2, 3, 4)]
+    assert rows[0][1] == format_bytes(plans[0].state.total_bytes)
+    assert [row[2] for row in rows] == [format_bytes(plan.per_loop.total_bytes) for plan in plans]
     assert f"melt chat {BUNDLE}" in captured.out
     assert captured.err == ""
 
