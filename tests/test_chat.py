@@ -1,4 +1,4 @@
-"""``melt chat``: its commands, what Ctrl-C leaves, what it refuses; over lines that a test gives, a pipe, a terminal."""
+"""``melt chat``: its commands, what Ctrl-C leaves, what it refuses; over given lines, a pipe, a terminal."""
 
 import io
 import json
