@@ -5,10 +5,10 @@ Run as a program, it renders each and prints what came out, a line of JSON each;
 """
 
 import json
-import resource
 
 from melt_runtime import templates
 from melt_runtime.errors import MeltError
+from melt_runtime.process_memory import resident_bytes
 
 HOSTILE = {
     "power": "{{ 10**10000000 }}",
@@ -145,7 +145,7 @@ def main() -> None:
         except MeltError as error:
             said = f"{type(error).__name__}: {error}"
         print(json.dumps([name, said]), flush=True)
-    print(json.dumps(["memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10]))
+    print(json.dumps(["memory", resident_bytes()]))
 
 
 if __name__ == "__main__":

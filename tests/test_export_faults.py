@@ -94,6 +94,7 @@ NONSENSE = {
 def test_nonsense_is_listed_whole_before_anything_is_made(checkpoint, tmp_path):
     """Types and ranges together, of every file: one run shows all that must be corrected."""
     edit_config(checkpoint, colour="red", **{name: value for name, (value, _) in NONSENSE.items()})
+    (checkpoint / "chat_template.jinja").unlink()
     (checkpoint / "tokenizer_config.json").write_text('{"chat_template": 5, "eos_token": {"content": null}}')
     (checkpoint / "generation_config.json").write_text('{"top_p": 1.4}')
     (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
@@ -106,7 +107,7 @@ def test_nonsense_is_listed_whole_before_anything_is_made(checkpoint, tmp_path):
     for message in (
         "config.json: unknown configuration keys ['colour']",
         "generation_config.json: top_p must be at most 1, got 1.4",
-        "tokenizer_config.json: chat_template must be a text or a list of named templates, got 5",
+        "tokenizer_config.json: chat_template must be text, or a list of such as ",
         "tokenizer.json cannot be used: ",
         "evaluation.jsonl, line 1: messages[0] must be",
         "evaluation.jsonl, line 2 is not JSON",
@@ -174,7 +175,8 @@ def test_generation_defaults_are_carried_over(checkpoint, tmp_path):
         **{"repetition_penalty": 1.1, "max_new_tokens": 40, "stop_strings": "END", "num_beams": 1, "length_penalty": 2},
     )
     source = checkpoint_source(checkpoint)
-    wanted = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 40}
+    wanted = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
+    wanted |= {"repetition_penalty": 1.1, "max_new_tokens": 40}
     assert source.generation == GenerationConfig(stop_ids=(3, 7), stop=("END",), **wanted)
     assert source.notes == (
         "generation_config.json ends a text at [3, 7], config.json at [3]: the first counts, as in transformers",
@@ -284,7 +286,7 @@ def test_a_terminated_export_and_a_closed_terminal_are_heeded(monkeypatch, ignor
 
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "transformers", "safetensors", "pydantic", "tqdm", "onnx_ir", "onnx", "huggingface_hub"):
+for name in ("torch", "transformers", "safetensors", "pydantic", "onnx_ir", "onnx", "huggingface_hub"):
     sys.modules[name] = None
 from melt_export.cli import main
 sys.exit(main(sys.argv[1:]))
