@@ -1,12 +1,19 @@
 """The command line: what it prints, where, and with which status."""
 
+import errno
 import io
+import json
+import os
 import re
+import shlex
+import subprocess
 import sys
 
 import pytest
 
+from melt_runtime import MeltModel, __version__, cli
 from melt_runtime.cli import main
+from melt_runtime.load_cache import LoadCache
 from melt_runtime.manifest import read_manifest
 from melt_runtime.memory import plan_memory
 
@@ -20,7 +27,8 @@ def test_generate_prints_the_answer_and_its_costs(tiny_bundle, capsys):
     assert captured.out.strip()
     assert "\n" not in captured.out.strip()
     assert re.search(r"memory: [\d.]+ MB of weights \+ [\d.]+ MB of state for 2048 tokens", captured.err)
-    assert re.search(r"loops 4, prefill \d+ tokens at \d+/s, decode \d+ at \d+/s, state [\d.]+ MB", captured.err)
+    costs = r"prompt \d+ tokens in [\d.]+ m?s, answer \d+ at \d+/s, loops 4, finish: stop, state [\d.]+ MB"
+    assert re.search(costs, captured.err)
     assert f"{plan.state.total_bytes / 1e6:.2f} MB" in captured.err
 
 
@@ -39,19 +47,10 @@ def test_standard_input_is_a_prompt(tiny_bundle, capsys, monkeypatch):
     assert piped == capsys.readouterr().out
 
 
-def test_chat_keeps_the_conversation(tiny_bundle, capsys, monkeypatch):
-    turns = f"{QUESTION}\n\nWho is one level above Ana?\n/reset\n{QUESTION}\n/quit\nnever read\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
-    assert main(["chat", str(tiny_bundle), "--max-new-tokens", "8"]) == 0
-    answers = capsys.readouterr().out.splitlines()
-    assert len(answers) == 3
-    assert answers[0] == answers[2]
-
-
 def test_info_shows_model_parity_and_graphs(tiny_bundle, capsys):
     assert main(["info", str(tiny_bundle), "--graphs"]) == 0
     out = capsys.readouterr().out
-    for part in ("trained with 4; gate elementwise, KV cache shared", "greedy tokens equal: 32 of 32", "latent_out.1"):
+    for part in ("trained with 4; gate elementwise, KV cache shared", "first choice equal: ", "latent_out.1"):
         assert part in out
 
 
@@ -81,6 +80,9 @@ def test_doctor_says_what_can_run(capsys):
         (["--top-p", "1.4"], "top_p must be in (0, 1], got 1.4"),
         (["--max-new-tokens", "3000"], "the capacity is 2048"),
         (["--capacity", "0"], "capacity must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--stop", ""], "stop must be a sequence of non-empty strings"),
+        (["--stop", "x\udcff"], "--stop must be UTF-8 text, got the byte 0xff after 1 bytes"),
     ],
 )
 def test_failures_print_one_line_and_status_one(tiny_bundle, capsys, options, message):
@@ -118,4 +120,286 @@ def test_help_teaches_with_examples(capsys):
 def test_plot_without_matplotlib_names_the_extra(tiny_bundle, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plan", str(tiny_bundle), "--plot", str(tmp_path / "x.png")]) == 1
-    assert "pip install 'melt-onnx[plot]'" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "pip install 'melt-onnx[plot]'" in captured.err
+    assert captured.out == ""
+
+
+def melt(*arguments, **options) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "melt_runtime", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, **options)
+
+
+def test_the_version_is_one(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["--version"])
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"melt {__version__}\n"
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_quiet_run_on_the_cpu_says_nothing_but_its_answer(device, tiny_bundle):
+    """No line of ONNX Runtime about CUDA either, whichever build of it is installed."""
+    done = melt("generate", tiny_bundle, QUESTION, "--quiet", "--device", device, "--threads", 1)
+    assert done.stderr == b""
+    assert done.stdout.decode().split() == ["Cleo."]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(prompt, tmp_path, capsys, monkeypatch):
+    assert main(["generate", str(tmp_path / "none"), prompt]) == 1
+    assert "the prompt is empty: give at least one character" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
+    assert main(["generate", str(tmp_path / "none"), "-"]) == 1
+    assert "standard input is empty: it must hold the prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        ("ab\udcffc", "got the byte 0xff after 2 bytes"),
+        ("é\udcc3", "got the byte 0xc3 after 2 bytes"),
+        ("\ud800", "got half a character after 0 characters"),
+    ],
+)
+def test_text_that_is_not_utf8_is_one_error(prompt, fault, tmp_path, capsys, monkeypatch):
+    assert main(["generate", str(tmp_path / "none"), prompt]) == 1
+    assert capsys.readouterr().err == f"error: the prompt must be UTF-8 text, {fault}\n"
+    assert main(["demo", prompt]) == 1
+    assert capsys.readouterr().err == f"error: the question must be UTF-8 text, {fault}\n"
+    assert main(["chat", str(tmp_path / "none"), "--system", prompt]) == 1
+    assert capsys.readouterr().err == f"error: --system must be UTF-8 text, {fault}\n"
+
+
+def test_bytes_of_standard_input_that_are_no_text_are_one_error(tmp_path):
+    done = melt("generate", tmp_path / "none", "-", input=b"ab\xffc")
+    assert done.returncode == 1
+    assert done.stderr == b"error: standard input must be UTF-8 text, got the byte 0xff after 2 bytes\n"
+
+
+def test_a_terminal_of_few_characters_shows_the_others_by_number(tiny_bundle, capsys):
+    """A name beyond ASCII comes in as UTF-8 whatever the locale, and goes out as it can."""
+    assert main(["generate", str(tiny_bundle), "Zoë", "--quiet", "--max-new-tokens", "4"]) == 0
+    expected = capsys.readouterr().out
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments, given in ((["Zoë"], b""), (["-"], "Zoë".encode())):
+        options = ("--quiet", "--max-new-tokens", 4)
+        done = melt("generate", tiny_bundle, *arguments, *options, input=given, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.decode() == expected.encode("ascii", "backslashreplace").decode()
+    done = melt("info", tiny_bundle.parent / "Zoë", env=environment)
+    assert done.returncode == 1
+    assert b"Zo\\xeb" in done.stderr
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+
+
+@posix
+@pytest.mark.parametrize("command", ["info {bundle} --graphs", "--help", "generate {bundle} 'Who?'", "cache"])
+def test_a_reader_that_leaves_ends_the_command_quietly(command, tiny_bundle):
+    arguments = shlex.split(command.format(bundle=tiny_bundle))
+    line = [sys.executable, "-m", "melt_runtime", *arguments]
+    # argparse itself passes over what it cannot write at once.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    for word in (b"Traceback", b"roken pipe", b"Exception", b"error"):
+        assert word not in errors
+
+
+@posix
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">&-", "error: standard output is closed"),
+        (">/dev/full", f"error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}"),
+        ("2>&-", ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirection, message, tiny_bundle):
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    line = f"{sys.executable} -m melt_runtime plan {tiny_bundle} {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.stderr.strip() == message
+    assert done.returncode == (1 if message else 0)
+    assert bool(done.stdout) == (not message)
+
+
+@posix
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_closed_standard_input(command, tiny_bundle):
+    arguments = ["-"] if command == "generate" else []
+    line = f"{sys.executable} -m melt_runtime {command} {tiny_bundle} {' '.join(arguments)} <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: standard input is closed\n")
+
+
+def test_an_interrupted_command_has_status_130(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "diagnose", interrupt)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert main(["doctor"]) == 130
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none/x.png", "the folder of {folder}/none/x.png does not exist"),
+        ("x.xyz", "a picture's file must end in one of ."),
+        ("x", "a picture's file must end in one of ."),
+        ("folder.png", "{folder}/folder.png is a folder: name a file"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(command, path, message, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert main([command, str(tmp_path / "no bundle"), "--plot", str(tmp_path / path)]) == 1
+    captured = capsys.readouterr()
+    assert message.format(folder=tmp_path) in captured.err
+    assert captured.out == ""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_plan_names_kv_caches_as_the_option_does(kind, tiny_bundle, tmp_path, capsys):
+    picture = tmp_path / "plan.svg"
+    assert main(["plan", str(tiny_bundle), "--kv-cache", kind, "--loops", "600", "--plot", str(picture)]) == 0
+    name = "float32" if kind == "float" else kind
+    assert f"KV cache {name}\n" in capsys.readouterr().out
+    assert picture.stat().st_size < 200_000  # not a mark and a number for each of a thousand depths
+
+
+def allocate(bundle, batch=1, **sizes) -> None:
+    MeltModel.load(bundle, device="cpu", **sizes).new_runner(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--capacity", "4097"], {"capacity": 4097}),
+        (["--capacity", "0"], {"capacity": 0}),
+        (["--loops", "1025"], {"loops": 1025}),
+        (["--batch", "4097"], {"batch": 4097}),
+        (["--batch", "0"], {"batch": 0}),
+    ],
+)
+def test_plan_plans_only_what_can_be_allocated(options, arguments, tiny_bundle, capsys):
+    assert main(["plan", str(tiny_bundle), *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    with pytest.raises(ValueError, match=options[0][2:]) as raised:
+        allocate(tiny_bundle, **arguments)
+    assert captured.err == f"error: {raised.value}\n"
+
+
+def test_plan_refuses_a_kv_cache_that_the_bundle_has_not(bundle_copy, capsys):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for place in (manifest["graphs"], manifest["files"], manifest["quality"]["kv_cache"]):
+        for name in [name for name in place if "int4" in name]:
+            del place[name]
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["plan", str(bundle_copy), "--kv-cache", "int4"]) == 1
+    assert "kv_cache must be one of float, int8, which this float32 bundle has, got 'int4'" in capsys.readouterr().err
+
+
+def test_info_of_what_was_not_measured(random_bundle, capsys):
+    assert main(["info", str(random_bundle("int4"))]) == 0
+    out = capsys.readouterr().out
+    assert "parity      not compared with torch" in out
+    assert "quality     not measured" in out
+
+
+def test_info_wraps_long_values_and_obeys_none(bundle_copy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["producer"] = {f"package-{number}": "1.2.3" for number in range(30)}
+    manifest["producer"]["\x1b[31mred\nline"] = "x" * 100
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["info", str(bundle_copy)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"\x1b[31mred\nline" in out
+    for number in range(30):
+        assert f"package-{number} 1.2.3" in " ".join(out.split())
+    long = [line for line in out.splitlines() if len(line) > 80]
+    assert all(len(line.split()) <= 2 for line in long)  # a single word or a path, which stays whole
+    assert [line for line in long if "x" * 100 in line]
+
+
+def test_the_cache_is_listed_and_cleared(tiny_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MELT_CACHE_DIR", str(tmp_path / "cache"))
+    cache = LoadCache(min_bytes=1)
+    MeltModel.load(tiny_bundle, device="cpu", cache=cache)
+    (tmp_path / "cache" / "foreign.txt").write_text("mine")
+    assert main(["cache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'cache'}: ")
+    assert sorted(line.split()[-1] for line in lines[1:]) == sorted(
+        str((tiny_bundle / name).resolve()) for name in ("head.onnx", "loop.onnx")
+    )
+    assert main(["cache", "--clear"]) == 0
+    out = capsys.readouterr().out
+    assert "freed " in out
+    assert f"left alone, not ours or in use: {tmp_path / 'cache' / 'foreign.txt'}" in out
+    assert (tmp_path / "cache" / "foreign.txt").read_text() == "mine"
+    assert main(["cache"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    monkeypatch.setenv("MELT_CACHE_GB", "inf")
+    assert main(["cache"]) == 1
+    assert "MELT_CACHE_GB must be a number of gigabytes" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(tiny_bundle, capsys):
+    assert main(["generate", str(tiny_bundle), QUESTION, "--quiet", "--loops", "6"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: loops=6 is deeper than the 4 loops")
+
+
+@posix
+def test_waits_show_themselves_on_a_terminal_and_end_when_interrupted(random_bundle):
+    from terminal import Terminal
+
+    prompt = "Ana reports to Ben. " * 40
+    options = ("--loops", "1024", "--device", "cpu")
+    with Terminal("generate", random_bundle(), prompt, *options) as terminal:
+        for wait in (b"checking files: ", b"opening loop.onnx ...", b"prompt: "):
+            terminal.wait_for(wait)
+        terminal.send(b"\x03")
+        terminal.wait_for(b"interrupted")
+        assert terminal.end() == 130
+    assert b"Traceback" not in terminal.output
+
+
+@posix
+def test_a_benchmark_shows_its_cases_on_a_terminal_and_ends_when_interrupted(tiny_bundle):
+    from terminal import Terminal
+
+    with Terminal("bench", tiny_bundle, "--loops", "1000", "--positions", "100", "--chunks", "64") as terminal:
+        terminal.wait_for(b"reading memory ...")
+        terminal.wait_for(b", first token: ")
+        terminal.send(b"\x03")
+        terminal.wait_for(b"interrupted")
+        assert terminal.end() == 130
+    assert b"Traceback" not in terminal.output
+
+
+def test_nothing_of_it_reaches_a_pipe(random_bundle):
+    done = melt("generate", random_bundle(), "Ana reports to Ben. " * 30, "--loops", 64, "--max-new-tokens", 1)
+    assert done.returncode == 0
+    assert b"\r" not in done.stderr
+    assert [line.split()[0] for line in done.stderr.decode().splitlines()] == [
+        "memory:",
+        "device:",
+        "warning:",
+        "prompt",
+    ]

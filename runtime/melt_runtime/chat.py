@@ -16,7 +16,7 @@ from melt_runtime.generate import GenerationResult
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.progress import PROMPT_DELAY, Line
 from melt_runtime.session import Session
-from melt_runtime.streams import require_encoded
+from melt_runtime.streams import require_utf8
 from melt_runtime.text import Message
 
 HELP = """\
@@ -117,7 +117,7 @@ class Chat:
         if not line.strip():
             return True
         try:
-            require_encoded(line, "a line")
+            line = require_utf8(line, "a message")
             if line.startswith("/"):
                 name, *rest = line.split(maxsplit=1)
                 if name not in self._commands:

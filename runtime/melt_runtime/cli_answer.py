@@ -4,11 +4,11 @@ import argparse
 import sys
 
 from melt_runtime.chat import Chat, describe_costs, terminal_lines
-from melt_runtime.cli_options import add_answer_options, add_bundle, answer_settings, load_model, text_option
+from melt_runtime.cli_options import add_answer_options, add_bundle, answer_settings, load_model
 from melt_runtime.memory import format_bytes
 from melt_runtime.process_memory import resident_bytes
 from melt_runtime.progress import PROMPT_DELAY, Line
-from melt_runtime.streams import read_input
+from melt_runtime.streams import read_input, require_utf8
 
 _GENERATE = """\
 examples:
@@ -32,7 +32,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "Answer one prompt: the answer on standard output as it comes, its costs on standard error."
     parser.epilog = _GENERATE
     add_bundle(parser)
-    parser.add_argument("prompt", type=text_option, metavar="PROMPT", help="a user's message; - reads standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help="a user's message; - reads standard input")
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     parser.add_argument("--quiet", action="store_true", help="the answer alone, no costs on standard error")
     add_answer_options(parser)
@@ -45,7 +45,7 @@ def generate(args: argparse.Namespace) -> None:
         MeltError, ValueError, OSError: before anything is computed, but for numbers that a damaged model gives.
     """
     settings = answer_settings(args)  # refuses bad values before the model is loaded
-    prompt = read_input() if args.prompt == "-" else args.prompt
+    prompt = read_input() if args.prompt == "-" else require_utf8(args.prompt, "the prompt")
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
     model = load_model(args, args.quiet)
@@ -70,9 +70,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "Talk in turns over one state: what was said is kept, and not computed again."
     parser.epilog = _CHAT
     add_bundle(parser)
-    parser.add_argument(
-        "--system", type=text_option, default="", metavar="TEXT", help="instructions that begin the conversation"
-    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="instructions that begin the conversation")
     add_answer_options(parser)
 
 
@@ -83,6 +81,7 @@ def chat(args: argparse.Namespace) -> None:
         MeltError, ValueError, OSError: before the first of them.
     """
     settings = answer_settings(args)
+    system = require_utf8(args.system, "--system")
     read_line = terminal_lines()
     model = load_model(args, quiet=False)
-    Chat(model.session, settings, args.system).run(read_line)
+    Chat(model.session, settings, system).run(read_line)

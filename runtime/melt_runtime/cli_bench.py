@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from melt_plots import require_picture_path
 from melt_runtime.bench import BenchOptions, as_json, machine, read_bandwidth, run_bench
 from melt_runtime.bench_report import format_header, format_row, plot_rows
-from melt_runtime.cli_options import file_option, names_option, numbers_option, picture_option
+from melt_runtime.cli_options import names_option, numbers_option, require_writable
 from melt_runtime.contract import KV_CACHES, PRECISIONS
 from melt_runtime.progress import Line
 
@@ -58,8 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache", type=names_option, metavar="KIND,KIND", help=f"of {', '.join(KV_CACHES)} (default: float)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
-    parser.add_argument("--json", type=file_option, metavar="FILE", help="write everything")
-    parser.add_argument("--plot", type=picture_option, metavar="FILE.png", help="draw speed and memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed and memory")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: nothing to measure, a bad number, or a shape without the exporter.
     """
+    require_writable(args.json)
+    if args.plot is not None:
+        require_picture_path(args.plot)
     given = {name: getattr(args, name) for name in ("loops", "positions", "chunks", "batches", "threads")}
     given["kv_caches"] = args.kv_cache
     options = BenchOptions(**{name: value for name, value in given.items() if value is not None})

@@ -5,11 +5,12 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from melt_runtime.cli_options import numbers_option, text_option
+from melt_runtime.cli_options import numbers_option
 from melt_runtime.generate import GenerationResult
 from melt_runtime.generation_config import GenerationConfig
 from melt_runtime.memory import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
+from melt_runtime.streams import require_utf8
 
 BUNDLE = Path(__file__).parent / "demo" / "melt-tiny"
 """melt-tiny, exported by ``make demo-bundle``."""
@@ -55,9 +56,7 @@ a model of your own, with torch (pip install 'melt-onnx[export]'):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``melt demo``."""
     parser.epilog = _EPILOG
-    parser.add_argument(
-        "question", nargs="?", type=text_option, default=QUESTION, help="of your own, worded as in the example"
-    )
+    parser.add_argument("question", nargs="?", default=QUESTION, help="of your own, worded as in the example")
     shown = ",".join(map(str, LOOPS))
     parser.add_argument(
         "--loops", type=numbers_option, default=LOOPS, metavar="N,N", help=f"depths to answer at (default: {shown})"
@@ -71,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: a number of loops below 1.
         MeltError: the bundle is damaged, or the question is longer than its state.
     """
+    question = require_utf8(args.question, "the question")
     for loops in args.loops:
         GenerationConfig(loops=loops)  # refuse bad values before the model is loaded
     model = MeltModel.load(BUNDLE, device="cpu")
@@ -79,16 +79,16 @@ def run(args: argparse.Namespace) -> None:
         f"melt-tiny, in this package: {shape.layers} layers, {format_bytes(model.manifest.weight_bytes)} of weights "
         f"({model.manifest.precision}), trained with {shape.trained_loops} loops, on the CPU\n"
     )
-    print(f"{textwrap.fill(args.question, 118)}\n")
+    print(f"{textwrap.fill(question, 118)}\n")
     print(_HEADER)
-    model.generate(args.question, loops=1, max_new_tokens=1)  # a graph's first run takes longer: not one to show
+    model.generate(question, loops=1, max_new_tokens=1)  # a graph's first run takes longer: not one to show
     for loops in args.loops:
-        result = model.generate(args.question, loops=loops, max_new_tokens=MAX_NEW_TOKENS, temperature=0.0)
+        result = model.generate(question, loops=loops, max_new_tokens=MAX_NEW_TOKENS, temperature=0.0)
         per_loop = plan_memory(model.manifest, loops=loops).per_loop.total_bytes
         print(_row(result, per_loop), flush=True)
     print()
-    print(_WHY if args.question == QUESTION else _SCOPE)
-    print(_MEMORY.format(capacity=model.session.state.plan.capacity))
+    print(_WHY if question == QUESTION else _SCOPE)
+    print(_MEMORY.format(capacity=model.session.plan.capacity))
     print(_NEXT.format(bundle=shlex.quote(str(BUNDLE))), end="")
 
 

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> None:
     with Line("B") as line:
         check_files(args.bundle, manifest, progress=line)
     width = min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)
-    for text in describe_bundle(args.bundle, manifest, graphs=args.graphs).splitlines():
-        print(_wrap(text, width))
+    print(describe_bundle(args.bundle, manifest, args.graphs, width))
 
 
 def _wrap(line: str, width: int) -> str:
@@ -53,13 +52,14 @@ def _wrap(line: str, width: int) -> str:
     return textwrap.fill(shown, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> str:
+def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False, width: int = _WIDEST) -> str:
     """The report, several lines.
 
     Args:
         folder: the bundle.
         manifest: what it says of itself; its files were compared with it.
         graphs: list every input and output too.
+        width: characters of a line.
     """
     shape, rounding = manifest.model, manifest.quantization
     lines = [
@@ -84,7 +84,7 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False) -> s
             for mark, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
                 for tensor in tensors:
                     lines.append(f"  {mark} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
-    return "\n".join(lines)
+    return "\n".join(_wrap(line, width) for line in lines)
 
 
 def _defaults(folder: Path, shape: ModelShape) -> list[str]:

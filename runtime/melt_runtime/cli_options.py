@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from melt_plots import require_picture_path
 from melt_runtime.contract import KV_CACHES
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.generation_config import GENERAL_DEFAULTS, GenerationConfig
@@ -13,17 +12,9 @@ from melt_runtime.manifest import read_manifest
 from melt_runtime.memory import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.progress import Line
-from melt_runtime.streams import require_encoded
+from melt_runtime.streams import require_utf8
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def text_option(value: str) -> str:
-    """The type of an option that is text for the model."""
-    try:
-        return require_encoded(value, "it")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def numbers_option(value: str) -> tuple[int, ...]:
@@ -39,24 +30,16 @@ def names_option(value: str) -> tuple[str, ...]:
     return tuple(value.split(","))
 
 
-def picture_option(value: str) -> Path:
-    """The type of an option that names a picture to write."""
-    path = Path(value)
-    try:
-        require_picture_path(path)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return path
+def require_writable(path: Path | None) -> None:
+    """Refuses a file that could not be written, before the work that it is for.
 
-
-def file_option(value: str) -> Path:
-    """The type of an option that names a file to write."""
-    path = Path(value)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {path} does not exist: make it first")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
-    return path
+    Raises:
+        ValueError: its folder does not exist, or it is one.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist: make it first")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +77,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of an answer (default: what is left of the capacity)",
     )
-    answer.add_argument(
-        "--stop", action="append", type=text_option, metavar="TEXT", help="end before this text; may be given again"
-    )
+    answer.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
     answer.add_argument(
         "--temperature",
         type=float,
@@ -146,7 +127,7 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("loops", "max_new_tokens", *_SAMPLING)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stop:
-        given["stop"] = tuple(args.stop)
+        given["stop"] = tuple(require_utf8(text, "--stop") for text in args.stop)
     GenerationConfig(**given)
     return given
 

@@ -1,8 +1,10 @@
 """The command ``melt plan``: what a bundle takes in memory, before it is loaded."""
 
 import argparse
+from pathlib import Path
 
-from melt_runtime.cli_options import add_bundle, add_sizes, picture_option
+from melt_plots import require_picture_path
+from melt_runtime.cli_options import add_bundle, add_sizes
 from melt_runtime.manifest import read_manifest
 from melt_runtime.memory import format_plan, plan_memory
 from melt_runtime.plots import plot_plan
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser, "of each sequence")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: %(default)s)")
     parser.add_argument("--loops", type=int, metavar="N", help="depth (default: as many as the model was trained with)")
-    parser.add_argument("--plot", type=picture_option, metavar="FILE.png", help="draw the state against the loops")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the state against the loops")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         MeltError: no such bundle.
         ValueError: sizes that could not be allocated.
     """
+    if args.plot is not None:
+        require_picture_path(args.plot)
     plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops, args.kv_cache)
     print(format_plan(plan))
     if args.plot is not None:

@@ -18,7 +18,7 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
         ValueError: matplotlib is not installed.
     """
     depths = list(range(1, min(max(8, 2 * plan.state.loops), MAX_LOOPS) + 1))
-    ticks = depths[:: math.ceil(len(depths) / _MOST_TICKS)]
+    step = math.ceil(len(depths) / _MOST_TICKS)
     sizes = f"{plan.state.capacity} tokens, batch {plan.state.batch}, KV cache {plan.kv_cache_name}"
     with picture(path, f"State for {sizes}", width=7) as (_, axes):
         axis = axes[0, 0]
@@ -26,6 +26,12 @@ def plot_plan(plan: MemoryPlan, path: Path) -> None:
         if plan.state.shape.cache_kind == "shared":
             lines.append((plan.state, "this bundle: one KV cache for all loops", "o-"))
         for state, label, style in lines:
-            axis.plot(depths, [replace(state, loops=depth).total_bytes / 1e6 for depth in depths], style, label=label)
-        axis.set(xlabel="loops", ylabel="state, MB", ylim=(0, None), xticks=ticks)
+            axis.plot(
+                depths,
+                [replace(state, loops=depth).total_bytes / 1e6 for depth in depths],
+                style,
+                label=label,
+                markevery=step,
+            )
+        axis.set(xlabel="loops", ylabel="state, MB", ylim=(0, None), xticks=depths[::step])
         axis.legend(loc="upper left")

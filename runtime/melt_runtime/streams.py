@@ -40,22 +40,24 @@ def read_input() -> str:
         raise OSError("standard input is closed")
     if sys.stdin.isatty():
         print("the prompt, from this terminal; Ctrl-D on a line of its own ends it:", file=sys.stderr)
-    text = require_encoded(sys.stdin.read(), "standard input")
+    text = require_utf8(sys.stdin.read(), "standard input")
     if not text.strip():
         raise ValueError("standard input is empty: it must hold the prompt")
     return text
 
 
-def require_encoded(text: str, place: str) -> str:
-    """The text itself.
+def require_utf8(text: str, place: str) -> str:
+    """The text itself; read as UTF-8 where Python, in a locale of another encoding, carried its bytes along.
 
     Raises:
-        ValueError: Python had to carry a byte in it that is no text in the encoding of where it came from.
+        ValueError: it is not UTF-8.
     """
-    for at, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            byte = (
-                f"the byte 0x{ord(character) - 0xDC00:02x}" if "\udc80" <= character <= "\udcff" else "half a character"
-            )
-            raise ValueError(f"{place} must be UTF-8 text, got {byte} after {at} characters")
-    return text
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"the byte 0x{error.object[error.start]:02x} after {error.start} bytes"
+    except UnicodeEncodeError as error:
+        found = f"half a character after {error.start} characters"
+    raise ValueError(f"{place} must be UTF-8 text, got {found}")
