@@ -201,14 +201,11 @@ def _follow(reference: MeltCausalLM, lanes: list[_Lane], place: int, cache: KVCa
         states = reference.model.forward_chunk(torch.tensor([ids] * len(lanes)), loops, cache)
     exit_gate = reference.model.early_exit_gate
     for loop_idx, hidden in enumerate(states):
-        at, name = f"loop {loop_idx + 1} of {phase}", str(loop_idx + 1)
         exits = None if exit_gate is None else exit_gate(hidden)
         for row, lane in enumerate(lanes):
-            record = lane.steps[place].loops[loop_idx]
-            error = lane.compare("hidden", record.hidden, hidden[row], at)
-            lane.hidden_by_loop[name] = max(error, lane.hidden_by_loop.get(name, 0.0))
-            if exits is not None and record.exit_logit is not None:
-                lane.compare("exit_logit", record.exit_logit, exits[row, :, 0], at)
+            exit_logit = lane.steps[place].loops[loop_idx].exit_logit
+            if exits is not None and exit_logit is not None:
+                lane.compare("exit_logit", exit_logit, exits[row, :, 0], f"loop {loop_idx + 1} of {phase}")
     for lane, logits in zip(lanes, reference.lm_head(states[-1][:, -1]), strict=True):
         actual = lane.steps[place].logits
         lane.compare("logits", actual, logits, phase)
@@ -217,7 +214,7 @@ def _follow(reference: MeltCausalLM, lanes: list[_Lane], place: int, cache: KVCa
 
 @contextmanager
 def _watching(model: MeltCausalLM, lanes: list[_Lane], place: int, phase: str) -> Iterator[None]:
-    """Compares each layer's latent state and rows while torch computes them, and gives it the bundle's rounded rows."""
+    """Compares latent states, rows and hidden states as torch computes them, and gives it the bundle's rounded rows."""
     seen = [0] * len(model.model.layers)
 
     def keys_values(layer_idx: int, attention: Any, h: Tensor, frame: Frame) -> KeyValue:
@@ -236,11 +233,20 @@ def _watching(model: MeltCausalLM, lanes: list[_Lane], place: int, phase: str) -
         seen[layer_idx] += 1
         return pair
 
+    def closed(_: Any, __: Any, hidden: Tensor) -> None:
+        name = str(seen[-1])
+        for row, lane in enumerate(lanes):
+            record = lane.steps[place].loops[seen[-1] - 1]
+            error = lane.compare("hidden", record.hidden, hidden[row], f"loop {name} of {phase}")
+            lane.hidden_by_loop[name] = max(error, lane.hidden_by_loop.get(name, 0.0))
+
     attentions = [layer.self_attn for layer in model.model.layers]
     for layer_idx, attention in enumerate(attentions):
         vars(attention)["keys_values"] = partial(keys_values, layer_idx, attention)
+    handle = model.model.norm.register_forward_hook(closed)
     try:
         yield
     finally:
+        handle.remove()
         for attention in attentions:
             del vars(attention)["keys_values"]

@@ -1,13 +1,19 @@
 """L3: random weights, torch against ONNX Runtime through the runtime's own driver, after every loop."""
 
+import shutil
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import random_model
 from tolerances import assert_close, assert_far
 
-from melt_export.verify import verify_bundle
+from melt_export import reference
+from melt_export import verify as verify_module
+from melt_export.verify import ParityError, verify_bundle
 from melt_models.modeling import KVCache
+from melt_runtime.contract import loop_graph
 from melt_runtime.loop import LoopRunner
 from melt_runtime.manifest import read_manifest
 from melt_runtime.measured import Parity
@@ -59,6 +65,50 @@ def test_every_tensor_after_every_loop(random_bundle, kind, shape):
             assert 0 <= found.error <= found.allowed
         assert (run.codes_equal is None) == (run.kv_cache == "float")
         assert run.codes_equal is None or run.codes_equal > 0.99
+
+
+def test_a_large_model_is_compared_whole_through_every_loop(random_bundle, monkeypatch):
+    """Its matrices are read piece by piece, and over fewer tokens: no loop, layer or KV cache is left out."""
+    monkeypatch.setattr(reference, "WHOLE_BYTES", 0)
+    weights, bundle = random_model().state_dict(), random_bundle()
+    read: list[str] = []
+    model = reference.reference_model(random_model().config, lambda name: (read.append(name), weights[name])[1])
+    parity = verify_bundle(bundle, read_manifest(bundle), model, brief=True)
+    assert [run.kv_cache for run in parity.runs] == ["float", "int8", "int4"]
+    for run in parity.runs:
+        assert (run.loops, run.chunk, run.prompt_tokens, run.decode_tokens) == (4, 8, 13, 3)
+        assert list(run.hidden_by_loop) == ["1", "2", "3", "4"]
+    steps = 2 + 3  # chunks and tokens; the three caches share what is read
+    assert read.count("model.layers.2.mlp.up_proj.weight") == 4 * steps
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_a_wrong_loop_over_any_kv_cache_is_found(random_bundle, tmp_path, kind):
+    """One norm of the last layer with another epsilon."""
+    bundle = shutil.copytree(random_bundle(), tmp_path / "wrong")
+    path = bundle / f"{loop_graph(kind)}.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    norm = [node for node in graph.graph.node if node.op_type == "SkipSimplifiedLayerNormalization"][-1]
+    (epsilon,) = (attribute for attribute in norm.attribute if attribute.name == "epsilon")
+    epsilon.f = 0.1
+    onnx.save(graph, path)
+    with pytest.raises(ParityError, match=rf"in hidden at loop 1 of prefill from token 0, {kind} KV cache: largest"):
+        verify(bundle, random_model())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_wrong_code_of_a_quantized_cache_is_found(random_bundle, monkeypatch, kind):
+    """A single code, off by one where torch's value is not on the boundary."""
+    read = verify_module.cache_codes
+
+    def wrong(rows, kv_cache):
+        found = read(rows, kv_cache)
+        found[1, 2, 3] += kv_cache == kind
+        return found
+
+    monkeypatch.setattr(verify_module, "cache_codes", wrong)
+    with pytest.raises(ParityError, match=rf"in key at layer 0, loop 1 of prefill from token 0, {kind} KV cache"):
+        verify(random_bundle(), random_model())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32])
