@@ -2,7 +2,10 @@
 
 import sys
 
-from melt_export.cli import main
+try:
+    from melt_export.cli import main
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install '.[cpu,export]', or make setup and .venv/bin/python export.py")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """What rounding costs: a bundle beside the float32 checkpoint, over a text and over the model's own evaluation.
 
-Looping compounds rounding error, so the error of the hidden state is given after every loop.
+Unlike parity this runs the bundle as it ships, activations rounded too. Whether loops add up the error of rounding or
+wash it out differs from model to model, so the error of the hidden state is given after every loop.
 """
 
 import sys

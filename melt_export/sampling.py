@@ -14,8 +14,8 @@ class GreedyGraph(nn.Module):
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 1, V] -> ids [B, 1] int64, token [B, 1] int32."""
-        _, largest = logits.topk(1, dim=-1)
-        return _checked(largest.squeeze(-1), logits)
+        top, largest = logits.topk(1, dim=-1)
+        return _checked(largest.squeeze(-1), logits, top)
 
 
 class SampleGraph(nn.Module):
@@ -39,13 +39,13 @@ class SampleGraph(nn.Module):
         place = _sum((weights.cumsum(-1) <= drawn).float()).long()
         # Beyond the last candidate only rounding leads: the first is then as good as any that is allowed.
         place = place * (place < len(self.ranks))
-        return _checked(order.gather(-1, place).squeeze(-1), logits)
+        return _checked(order.gather(-1, place).squeeze(-1), logits, ranked[..., :1])
 
 
-def _checked(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``ids``, and for the host the same in 4 bytes, or -1 where a logit is not a number."""
-    broken = _sum(logits.isnan().float()).squeeze(-1)
-    return ids, torch.where(broken > 0, -1, ids).to(torch.int32)
+def _checked(ids: Tensor, logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """``ids``, and for the host the same in 4 bytes, or -1 where a logit is not a number or the largest is infinite."""
+    broken = _sum(logits.isnan().float()) + (top - top)  # infinity less itself is not a number either
+    return ids, torch.where(broken.squeeze(-1) == 0, ids, -1).to(torch.int32)
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -140,8 +140,6 @@ def _special_tokens(settings: Mapping[str, Any], faults: list[str]) -> dict[str,
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str) or not name.isidentifier():
             faults.append(f"{SETTINGS_NAME}: {name} must be a token's text, got {type(value).__name__}")
-        elif any("\ud800" <= letter <= "\udfff" for letter in text):
-            faults.append(f"{SETTINGS_NAME}: {name} must be text, got half a character in {text!a}")
         else:
             tokens[name] = text
     return tokens

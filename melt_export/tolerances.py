@@ -29,9 +29,15 @@ class Tolerance:
 
 
 PARITY = {
-    "float32": Tolerance(3e-4, 2e-4),
-    "float16": Tolerance(4e-2, 1e-2),
+    "float32": Tolerance(5e-4, 3e-4),
+    "float16": Tolerance(5e-2, 2e-2),
     "quantized": Tolerance(1e-3, 5e-4),
 }
+"""Torch against ONNX Runtime, by activation type, and for quantized matrices, whose products are summed by block.
+
+Met with torch's kernels for AVX2 and AVX-512 against ONNX Runtime's on an AVX-512 machine with VNNI, after 4 loops and
+32 decoded tokens: at float32 4.4e-5 of a key, and 3.7e-5 in exit logits next to zero, which are sums that cancel; at
+float16 6e-3 of a value; over 30 layers of a language model at 4 bits 1.1e-4 of a key.
+"""
 INTEGER_PRODUCTS = Tolerance(0.05, 1e-3)
 """Rounded weights through kernels, or in graphs, that round activations differently."""

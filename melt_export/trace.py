@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from melt_export.formats import WeightFormat
@@ -99,6 +100,7 @@ def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
     assert program is not None
     _name_dimensions(program.model.graph, spec)
     _drop_unused_outputs(program.model.graph)
+    ClearMetadataAndDocStringPass()(program.model)  # the tracer notes source lines, with paths of this machine
     return program.model
 
 

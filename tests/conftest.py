@@ -1,5 +1,6 @@
 """Checkpoints and bundles that tests share; each is made once a run, whatever the number of workers."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_files import staged
@@ -19,6 +21,9 @@ from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
 
 settings.register_profile("melt", deadline=None)  # machines differ; no test waits on time
 settings.load_profile("melt")
+
+# torch builds its table of some 500 operators anew for every graph, a third of the time of an export as small as ours.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 ROOT = Path(__file__).parent.parent
 MELT_TINY = ROOT / "models" / "melt-tiny"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from melt_runtime import bench, cli_bench, read_manifest
-from melt_runtime.bench import BenchOptions, read_bandwidth, run_bench
+from melt_runtime.bench import BenchOptions, run_bench
 from melt_runtime.bench_report import plot_rows
 from melt_runtime.cli import main
 from melt_runtime.plan import plan_state
@@ -124,5 +124,10 @@ def test_shapes_need_the_exporter(monkeypatch, capsys, tmp_path):
     assert "pip install 'melt-onnx[export]'" in capsys.readouterr().err
 
 
-def test_memory_is_read_at_a_believable_rate():
-    assert 1e8 < read_bandwidth(1) < 1e12
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bandwidth_is_bytes_over_the_median_of_five_times(monkeypatch, threads):
+    """Every byte once a time, whatever the number of threads; a clock that stalls once changes nothing."""
+    moments = iter((0.0, 0.5, 1.0, 1.5, 2.0, 9.0, 10.0, 10.5, 11.0, 11.5))
+    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(moments))
+    assert bench._read_memory(threads) == (1 << 20) / 0.5

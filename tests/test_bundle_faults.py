@@ -1,14 +1,16 @@
 """Bad bundles: one clear error that lists every fault, before anything is loaded."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
 
 from melt_runtime import BundleError, MeltModel, NumericalError, RunError, read_manifest
 from melt_runtime.contract import METADATA_KEY, SCHEMA_VERSION
-from melt_runtime.manifest import MANIFEST_NAME, file_entry
+from melt_runtime.manifest import MANIFEST_NAME, file_entry, write_manifest
 
 
 def edit_manifest(bundle, change) -> None:
@@ -82,6 +84,7 @@ def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
         (lambda m: m["files"].pop("loop.onnx"), "files.loop.onnx is missing"),
         (lambda m: m["files"].pop("loop_int4.onnx"), "files.loop_int4.onnx is missing"),
         (lambda m: m["files"].pop("weights.data"), "files.weights.data is missing"),
+        (lambda m: m["files"].update({"x.onnx": m["files"]["loop.onnx"]}), "files.x.onnx must belong to one of graphs"),
         *(
             (lambda m, name=name: m["files"].update({name: m["files"]["loop.onnx"]}), f"got {name!r}")
             for name in ("../x", "/etc/x", "a/../../x", "..\\x", "C:x", "..", "a\0b")
@@ -129,6 +132,14 @@ def test_manifests_that_are_hardly_json(bundle_copy, content, message):
         read_manifest(bundle_copy)
     assert message in str(raised.value)
     assert len(str(raised.value)) < 5000
+
+
+def test_what_is_not_finite_is_not_written(bundle_copy, tmp_path):
+    """No reader would take it: JSON has no such numbers."""
+    manifest = read_manifest(bundle_copy)
+    quality = replace(manifest.quality, perplexity_of_float32=math.inf)
+    with pytest.raises(BundleError, match="not finite"):
+        write_manifest(tmp_path, replace(manifest, quality=quality))
 
 
 def test_a_thousand_faults_are_told_in_a_few_lines(bundle_copy):
@@ -187,6 +198,16 @@ def test_a_graph_that_does_not_say_what_it_is(bundle_copy, said):
     list_again(bundle_copy, "loop.onnx")
     with pytest.raises(BundleError, match=r"loop.onnx (is not what the manifest says|does not say what it is)"):
         MeltModel.load(bundle_copy, device="cpu", capacity=64)
+
+
+def test_a_graph_that_cannot_be_read_prints_nothing(bundle_copy, capfd):
+    """ONNX Runtime would say on standard output, among an answer's text, that it tries again."""
+    path = bundle_copy / "loop.onnx"
+    path.write_bytes(path.read_bytes().replace(b"QuickGelu", b"QuickGel\xff"))
+    list_again(bundle_copy, "loop.onnx")
+    with pytest.raises(BundleError, match="loop.onnx"):
+        MeltModel.load(bundle_copy, device="cpu", capacity=64)
+    assert capfd.readouterr().out == ""
 
 
 def test_a_graph_that_cannot_run(bundle_copy):

@@ -1,12 +1,13 @@
 """L1: what is exported has the names, shapes and types of the contract, and the operators we mean."""
 
+import json
 from collections import Counter
 
 import onnx
 import onnxruntime as ort
 import pytest
 
-from melt_runtime.contract import KV_CACHES, graph_specs
+from melt_runtime.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
 from melt_runtime.manifest import check_files, read_manifest
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
@@ -40,7 +41,10 @@ def test_graphs_follow_the_contract(random_bundle, kind, precision):
     assert manifest.kv_caches == kv_caches
     assert manifest.graphs == graph_specs(manifest.model, manifest.activations, kv_caches)
     for name in manifest.graphs:
-        graph = onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph
+        model = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
+        said = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY}
+        assert said == {METADATA_KEY: graph_metadata(manifest.model, precision, manifest.activations)}
+        graph = model.graph
         for values, specs in (
             (graph.input, manifest.graphs[name].inputs),
             (graph.output, manifest.graphs[name].outputs),

@@ -15,6 +15,8 @@ from tolerances import TORCH, assert_close
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_runtime.cli import main
 from melt_runtime.cli_demo import BUNDLE
+from melt_runtime.manifest import read_manifest
+from melt_runtime.memory import format_bytes, plan_memory
 
 MEASURED = ("parity", "quality", "producer")
 """What a manifest says of the machine that made it."""
@@ -28,7 +30,9 @@ def test_the_shipped_model_answers_one_step_further_with_each_loop(capsys):
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert [row[3] for row in rows] == ["Ana.", "Ben.", "Dan.", "Dan."]
     assert len({row[1] for row in rows}) == 1
-    assert [row[2] for row in rows] == ["2.18 MB", "4.27 MB", "6.37 MB", "8.47 MB"]
+    plans = [plan_memory(read_manifest(BUNDLE), loops=loops) for loops in (1, 2, 3, 4)]
+    assert rows[0][1] == format_bytes(plans[0].state.total_bytes)
+    assert [row[2] for row in rows] == [format_bytes(plan.per_loop.total_bytes) for plan in plans]
     assert f"melt chat {BUNDLE}" in captured.out
     assert captured.err == ""
 
@@ -66,7 +70,7 @@ def test_the_demo_runs_without_torch():
 
 
 def content(path) -> dict:
-    """A graph as its own words have it, without what tells where it was traced."""
+    """A graph in plain words, its weights by name, type and shape."""
     graph = onnx.load(path, load_external_data=False).graph
     return {
         "nodes": [
@@ -92,6 +96,8 @@ def test_the_exporter_makes_the_bundle_that_ships(tmp_path):
     for name in files[0]:
         if name.endswith(".onnx"):
             assert content(BUNDLE / name) == content(again / name), f"{name}: {hint}"
+            for folder in (BUNDLE, again):
+                assert b".py" not in (folder / name).read_bytes(), f"{folder / name} names files of where it was made"
             compare_weights(name, *(onnx.load(folder / name).graph.initializer for folder in (BUNDLE, again)))
         elif name != "weights.data":
             assert (BUNDLE / name).read_bytes() == (again / name).read_bytes(), f"{name}: {hint}"

@@ -106,10 +106,15 @@ def test_a_seed_repeats_an_answer(sessions):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_refused(sessions, temperature):
+    drawing = Drawing(sessions, settings(temperature=temperature, seed=0))
+    for value, places in ((np.nan, 5), (np.inf, 5), (-np.inf, slice(None))):
+        logits = draw_logits(0)
+        logits[0, 0, places] = value
+        with pytest.raises(NumericalError, match="NaN or infinite logits"):
+            drawing.draw(logits)
     logits = draw_logits(0)
-    logits[0, 0, 5] = np.nan
-    with pytest.raises(NumericalError, match="NaN logits"):
-        Drawing(sessions, settings(temperature=temperature)).draw(logits)
+    logits[0, 0, 1:] = -np.inf
+    assert drawing.draw(logits) == 0
 
 
 def test_what_the_host_must_do():

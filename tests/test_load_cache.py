@@ -468,6 +468,14 @@ def test_a_bad_folder_is_refused_by_name(monkeypatch, tmp_path, value):
         LoadCache()
 
 
+def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    for name in ("MELT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 123_456_789)
+    with pytest.raises(ValueError, match="MELT_CACHE_DIR must name a folder where a user has no home"):
+        LoadCache()
+
+
 @pytest.mark.parametrize(
     ("platform", "environment", "expected"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MELT_TINY, ROOT
-from tolerances import PARITY, assert_close, assert_greedy
+from tolerances import GOLDEN_LOGITS, assert_close, assert_greedy
 
 from melt_models.modeling import KVCache
 from melt_models.tiny.evaluate import exact_match
@@ -44,7 +44,7 @@ def test_logits_equal_the_goldens(model, loops):
     model.reset()
     expected = np.array(GOLDEN["loops"][str(loops)]["logits"])
     actual = model.new_runner().prefill(GOLDEN["prompt"], loops)
-    assert_close(actual, expected)
+    assert_close(actual, expected, GOLDEN_LOGITS)
 
 
 @pytest.mark.parametrize("loops", DEPTHS)
@@ -56,7 +56,7 @@ def test_the_goldens_leave_no_doubt(tiny_model, loops):
     for token in tokens:
         best, second = logits.topk(2).values.tolist()
         assert int(logits.argmax()) == token
-        assert best - second > 2 * PARITY["float32"].allowed(logits.numpy())
+        assert best - second > 2 * GOLDEN_LOGITS.allowed(logits.numpy())
         logits = tiny_model(torch.tensor([[token]]), past_key_values=cache, loops=loops, chunk_size=1).logits[0, -1]
 
 

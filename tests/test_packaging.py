@@ -15,7 +15,14 @@ import melt_runtime
 from melt_models.training.recipe_files import RECIPES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SOURCES = {"melt_runtime": "runtime", "melt_layers": "models", "melt_models": "models", "melt_export": "."}
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]["find"]
+SOURCES = {
+    name: folder
+    for name in (pattern.removesuffix("*") for pattern in PACKAGES["include"])
+    for folder in PACKAGES["where"]
+    if (ROOT / folder / name).is_dir()
+}
+"""The folder that each package lies in."""
 SERVED = [
     {"python_full_version": f"3.{minor}.0", "python_version": f"3.{minor}", **platform}
     for minor in (11, 12, 13)
@@ -64,6 +71,7 @@ def test_the_wheel_carries_every_file_of_its_packages(wheel):
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
+    assert len(SOURCES) == len(PACKAGES["include"])
     for name in SOURCES:
         assert f"{name}/py.typed" in found
     assert {f"melt_models/recipes/{path.name}" for path in RECIPES.glob("*.toml")} <= found

@@ -1,6 +1,8 @@
 """L0: which provider is taken, why, and what is said when it cannot run. The machine's own state plays no part."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +116,17 @@ def test_too_little_device_memory_says_what_to_lower(monkeypatch, tiny_bundle):
     monkeypatch.setattr(opening, "free_memory", lambda _: 1_000_000)
     with pytest.raises(ProviderError, match=r"0.00 GB free, 0.00 GB are needed .*lower capacity \(now 500\)"):
         MeltModel.load(tiny_bundle, device="cuda", capacity=500)
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_run_on_the_cpu_says_nothing_of_cuda(tiny_bundle, device):
+    """Libraries write past Python, so in a process of its own; a GPU that can be used would be used."""
+    if device == "auto" and cuda_obstacle() is None:
+        pytest.skip("CUDA can run here")
+    command = [sys.executable, "-m", "melt_runtime", "generate", str(tiny_bundle), "Who is Ana?", "--quiet"]
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "onnxruntime" not in done.stdout
 
 
 def test_a_build_without_cuda_misses_no_library(monkeypatch):

@@ -56,7 +56,7 @@ def chat(prompt: list[str]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_answer_is_that_of_a_session_without_reuse(random_bundle, kind, seed):
     """Ids appended, chats that replace, chats that were edited, at changing depths."""
     model = MeltModel.load(random_bundle(**KINDS[kind]), device="cpu", capacity=CAPACITY, chunk=CHUNK)
@@ -111,9 +111,12 @@ def test_a_chat_that_replaces_is_computed_as_afresh(random_bundle):
     assert session.generate(long, max_new_tokens=9, stop_ids=()).cached_tokens == CHUNK
 
 
-def test_a_conversation_goes_on_over_everything_before(random_bundle, tiny_bundle):
-    """A message after a turn that ended with its stop token: only the new tokens are run, at any depth."""
-    model = MeltModel.load(tiny_bundle, device="cpu", capacity=300)
+def test_a_conversation_goes_on_over_everything_before(tiny_bundle):
+    """A message after a turn that ended with its stop token: only the new tokens are run, at any depth.
+
+    The same conversation given as a list is another thing: its chunks are those of one long prompt.
+    """
+    model = MeltModel.load(tiny_bundle, device="cpu", capacity=300, chunk=4)
     session = model.new_session()
     results = [
         session.generate(text, loops=loops)
@@ -127,3 +130,10 @@ def test_a_conversation_goes_on_over_everything_before(random_bundle, tiny_bundl
     lengths = [result.prompt_tokens + len(result.token_ids) - 1 for result in results]
     for before, after in pairwise(range(3)):
         assert results[after].cached_tokens == lengths[before]
+    whole = [*session.messages, {"role": "user", "content": "Who is one level above Cleo?"}]
+    ids, before = model.codec.encode(model.codec.render(whole)), session.token_ids
+    assert tuple(ids[: len(before)]) == before
+    fresh = model.new_session()
+    assert fresh.generate(whole).text == session.generate(whole).text
+    for ours, theirs in zip(rows(session._runner.state), rows(fresh._runner.state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

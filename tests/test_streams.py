@@ -34,9 +34,9 @@ def look(session: Session) -> tuple:
     return session.token_ids, list(session.messages), state.depths.tolist(), keys
 
 
-def next_turn(session: Session) -> tuple:
+def next_turn(session: Session, prompt="Who is Ben?") -> tuple:
     """A turn's answer and the last logits behind it."""
-    result = session.generate("Who is Ben?", max_new_tokens=6, **FREE)
+    result = session.generate(prompt, max_new_tokens=6, **FREE)
     return result.token_ids, result.text, session._runner.state.logits.read().tobytes()
 
 
@@ -89,8 +89,23 @@ def end_by_with(stream) -> None:
 
 def end_by_error(stream) -> None:
     """As Ctrl-C arrives: an exception out of the middle of a token."""
+    interrupted(stream, lambda decode: None)
+
+
+def end_by_late_error(stream) -> None:
+    """As Ctrl-C arrives when a token was run and counted, before the next was chosen."""
+    interrupted(stream, lambda decode: decode([1], 4))
+
+
+def interrupted(stream, first) -> None:
     runner = stream._turn._runner
-    decode, runner.decode = runner.decode, interrupt
+    decode = runner.decode
+
+    def interrupt(*_, **__):
+        first(decode)
+        raise KeyboardInterrupt
+
+    runner.decode = interrupt
     try:
         with pytest.raises(KeyboardInterrupt):
             list(stream)
@@ -98,11 +113,7 @@ def end_by_error(stream) -> None:
         runner.decode = decode
 
 
-def interrupt(*_, **__):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("end", [end_by_close, end_by_with, end_by_error])
+@pytest.mark.parametrize("end", [end_by_close, end_by_with, end_by_error, end_by_late_error])
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_a_turn_left_after_it_began_stays_with_its_text_so_far(model, end, pieces):
     session, fresh = model.new_session(), model.new_session()
@@ -151,11 +162,12 @@ def fail_in_the_third_chunk(session: Session, kind: type[BaseException]):
     return fail
 
 
+@pytest.mark.parametrize("following", ["Who is Ben?", [9, 8, 7]], ids=["replaces", "continues"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, KeyError])
 @pytest.mark.parametrize(
     "prompt", [list(range(30, 60)), PROMPT * 3, [{"role": "user", "content": PROMPT * 3}]], ids=["ids", "text", "chat"]
 )
-def test_a_prompt_that_failed_leaves_the_conversation_as_it_was(model, kind, prompt):
+def test_a_prompt_that_failed_leaves_the_conversation_as_it_was(model, kind, prompt, following):
     session, fresh = model.new_session(), model.new_session()
     for one in (session, fresh):
         one.generate("Ana reports to Ben. Ben reports to Cleo.", loops=2, max_new_tokens=7, **FREE)
@@ -168,7 +180,7 @@ def test_a_prompt_that_failed_leaves_the_conversation_as_it_was(model, kind, pro
     with pytest.raises(kind):
         session.generate([{"role": "user", "content": "x" * 50}], progress=fail_in_the_third_chunk(session, kind))
     assert (session.token_ids, session.messages) == (fresh.token_ids, fresh.messages)
-    assert next_turn(session) == next_turn(fresh)
+    assert next_turn(session, following) == next_turn(fresh, following)
     assert look(session) == look(fresh)
 
 

@@ -16,6 +16,8 @@ from melt_models.modeling import KVCache
 
 LAST_PLACE = Tolerance(1e-6, 0.0)
 """One product in float32: eight units of its last place."""
+GOLDEN_LOGITS = Tolerance(2e-4, 1e-4)
+"""Logits of melt-tiny, of which 1.4e-5 was met on any processor: closer than random weights, whose loops amplify."""
 TORCH = Tolerance(1e-4, 1e-6)
 """One computation in torch, written in two ways: a few units of float32's last place, more where a sum is long."""
 CUDA_TYPES = Tolerance(8e-2, 1e-3)

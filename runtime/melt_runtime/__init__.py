@@ -8,6 +8,11 @@ Example::
     print(model.generate("Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?", loops=4).text)
 """
 
+from importlib.util import find_spec
+
+if find_spec("onnxruntime") is None:
+    raise ImportError("melt_runtime needs ONNX Runtime, which is not installed: pip install 'melt-onnx[cpu]'")
+
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.errors import (
     BundleError,

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         print(_row(result, per_loop), flush=True)
     print()
     print(_WHY if question == QUESTION else _SCOPE)
-    print(_MEMORY.format(capacity=model.session.state.plan.capacity))
+    print(_MEMORY.format(capacity=model.session.plan.capacity))
     print(_NEXT.format(bundle=shlex.quote(str(BUNDLE))), end="")
 
 

@@ -41,7 +41,8 @@ greedy.onnx, sample.onnx, only in bundles for CUDA: logits to the next token, wi
          temperature [], top_p [] float32, top_k [] int64   (sample only; V tokens: no top-k)
          uniform [B, 1] float32                   drawn by the host from [0, 1) (sample only)
     out  ids [B, 1] int64                         what embed.onnx reads next
-         token [B, 1] int32                       the same for the host; -1 where a logit is not a number
+         token [B, 1] int32                       the same for the host; -1 where a logit is not a number or
+                                                  the largest is infinite
 
 Every graph also says what its inputs and outputs cannot: under ``melt`` in its metadata stands a JSON object with
 ``precision``, ``activations`` and ``model.{field}`` for every field of ``ModelShape``, as the manifest has them.

@@ -69,7 +69,7 @@ class DeviceSampler:
         """The next token, from the logits that lie on the device.
 
         Raises:
-            NumericalError: the logits hold NaN.
+            NumericalError: the logits hold NaN or infinity, or nothing above minus infinity.
         """
         if self._is_greedy:
             self._greedy.run_with_iobinding(bindings[0])
@@ -78,5 +78,5 @@ class DeviceSampler:
             self._sample.run_with_iobinding(bindings[1])
         token = int(self._token.value.numpy()[0, 0])
         if token < 0:
-            raise NumericalError("the model gave NaN logits: export it again with --activations bfloat16")
+            raise NumericalError("the model gave NaN or infinite logits: export it again with --activations bfloat16")
         return token

@@ -260,12 +260,15 @@ def _default_folder() -> Path:
         if not chosen or (os.path.lexists(chosen) and not os.path.isdir(chosen)):
             raise ValueError(f"MELT_CACHE_DIR must name a folder, which is made where needed, got {chosen!r}")
         return Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ValueError(f"MELT_CACHE_DIR must name a folder where a user has no home: {error}") from error
     return base / "melt-onnx"
 
 

@@ -150,7 +150,8 @@ def make_session(
     if choice.device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(path, options, providers=choice.providers)
+        # Its own fallback would print to standard output and try the same again.
+        session = ort.InferenceSession(path, options, providers=choice.providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common base class below Exception
         raise BundleError(f"ONNX Runtime cannot load {path.name} on {choice.device}: {error}") from error
     if session.get_providers()[0] != choice.name:

@@ -44,6 +44,8 @@ def _dict(context: MeteredContext, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         raise TypeError(f"dict expected at most 1 argument, got {len(args)}")
     made = {}
     for source in args:
+        if not isinstance(source, dict | list | tuple | Iterator):
+            raise TypeError(f"dict takes pairs, got {type(source).__name__}")
         pairs = source.items() if isinstance(source, dict) else source
         for key, value in context.meter.counted(pairs):
             made[key_of(context.meter, key)] = value
@@ -273,7 +275,7 @@ _COMPARISONS: dict[Callable[[Any, Any], Any], tuple[str, ...]] = {
 
 
 def hidden(name: str) -> str:
-    """The name under which jinja2's own filter, or one of ours that no template can name, is kept."""
+    """The name under which jinja2's own filter is kept; no template can write it."""
     return f" {name}"
 
 

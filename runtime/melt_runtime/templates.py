@@ -19,7 +19,7 @@ from jinja2.utils import Cycler, Joiner, pass_context
 from jinja2.visitor import NodeTransformer
 
 from melt_runtime.errors import BundleError, TokenError
-from melt_runtime.template_filters import FUNCTIONS, hidden, key_of, offered_filters, offered_tests
+from melt_runtime.template_filters import FUNCTIONS, key_of, offered_filters, offered_tests
 from melt_runtime.template_meter import CALL, NODE, STEP, WRITE, Meter, MeteredContext
 from melt_runtime.template_values import TextFormat, contains, operate, prepare_method
 
@@ -121,11 +121,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         # Constants are not computed when the template is compiled, where no meter runs.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self.globals = dict(FUNCTIONS)
-        own: dict[str, Any] = {
-            hidden(function.__name__.lstrip("_")): function for function in (_spend, _count, _read, _show, _cut)
-        }
-        own |= {hidden("key"): _key, hidden("contains"): _contains}
-        self.filters = offered_filters(self.filters) | own
+        self.filters = offered_filters(self.filters) | {_inner(name): pay for name, pay in _PAYING.items()}
         self.tests = offered_tests(self.tests)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -239,8 +235,13 @@ def _cost(body: Sequence[nodes.Node]) -> int:
     return STEP + NODE * count + (text >> WRITE)
 
 
+def _inner(name: str) -> str:
+    """A filter's name that no template can write, nor is it that of one that is kept hidden."""
+    return f"-{name}"
+
+
 def _pay(name: str, value: nodes.Node, *arguments: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(value, hidden(name), list(arguments), [], None, None, lineno=value.lineno)
+    return nodes.Filter(value, _inner(name), list(arguments), [], None, None, lineno=value.lineno)
 
 
 def _turn(cost: int) -> nodes.ExprStmt:
@@ -288,3 +289,15 @@ def _key(context: MeteredContext, key: Any) -> Any:
 @pass_context
 def _contains(context: MeteredContext, item: Any, group: Any) -> bool:
     return contains(context.meter, group, item)
+
+
+_PAYING: dict[str, Any] = {
+    "spend": _spend,
+    "count": _count,
+    "read": _read,
+    "show": _show,
+    "cut": _cut,
+    "key": _key,
+    "contains": _contains,
+}
+"""What ``_Metering`` puts into templates."""

@@ -1,5 +1,6 @@
 """Damage to JSON values and to bytes, chosen at random: the same seed gives the same damage."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -37,9 +38,9 @@ def edit_json(values: Any, chance: random.Random, within: tuple[Any, ...] = ()) 
     if how == "delete":
         del holder[key]
     elif how == "add" and isinstance(holder, dict):
-        holder[chance.choice(("extra", "", "n" * 5000, "../x", "\ud800", key + "x"))] = chance.choice(ODD_VALUES)
+        holder[chance.choice(("extra", "", "n" * 5000, "../x", "\ud800", key + "x"))] = _odd(chance)
     elif how == "add":
-        holder.insert(key, chance.choice(ODD_VALUES))
+        holder.insert(key, _odd(chance))
     elif how == "rename" and isinstance(holder, dict):
         holder[key + chance.choice(("", " ", "x", "\0"))] = holder.pop(key)
     elif how == "swap":
@@ -48,8 +49,12 @@ def edit_json(values: Any, chance: random.Random, within: tuple[Any, ...] = ()) 
     elif how == "near":
         holder[key] = _near(holder[key], chance)
     else:
-        holder[key] = chance.choice(ODD_VALUES)
+        holder[key] = _odd(chance)
     return f"{how} {'.'.join(map(str, path))[:80]!r}"
+
+
+def _odd(chance: random.Random) -> Any:
+    return copy.deepcopy(chance.choice(ODD_VALUES))  # else an edit inside one would reach into the next case
 
 
 def _near(value: Any, chance: random.Random) -> Any:
