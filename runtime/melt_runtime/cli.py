@@ -20,7 +20,7 @@ _EPILOG = """\
 examples:
   melt demo                                           # the model in this package answers with 1, 2, 3 and 4 loops
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
-  melt generate build/melt-tiny "Who is two levels above Ana?" --loops 1       # with less depth
+  melt generate build/melt-tiny "Ana reports to Ben. Who is one level above Ana?" --loops 1
   melt chat build/melt-tiny                           # several turns, the past is not computed again
   melt plan build/melt-tiny --capacity 4096 --plot plan.png
 
