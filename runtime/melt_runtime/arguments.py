@@ -80,3 +80,13 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str)
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be {rule}, got {shown(value)}")
     return value
+
+
+def function_or_none(name: str, value: object) -> None:
+    """Refuses what can be neither called nor left out.
+
+    Raises:
+        ValueError: it is such.
+    """
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be callable, got {shown(value)}")

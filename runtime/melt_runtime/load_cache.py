@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from melt_files import Partial, partial_folder, partials, remove_dead, replace_text
+from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.manifest import Manifest
 
 DEFAULT_LIMIT = 16 << 30
@@ -69,7 +70,9 @@ class LoadCache:
         min_bytes: weights from which a bundle is worth an entry.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int | None = None, min_bytes: int = MIN_BYTES):
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, limit: int | None = None, min_bytes: int = MIN_BYTES
+    ):
         """Chooses the folder.
 
         Args:
@@ -78,15 +81,21 @@ class LoadCache:
             min_bytes: see above.
 
         Raises:
-            ValueError: ``MELT_CACHE_GB`` or ``MELT_CACHE_DIR`` is outside its rule.
+            ValueError: an argument, ``MELT_CACHE_GB`` or ``MELT_CACHE_DIR`` is outside its rule.
         """
-        self.folder = _default_folder() if folder is None else folder
-        self.limit = _default_limit() if limit is None else limit
-        self.min_bytes = min_bytes
+        if folder is not None:
+            instance("folder", folder, (str, os.PathLike), "the path of a folder")
+        self.folder = _default_folder() if folder is None else Path(folder)
+        self.limit = _default_limit() if limit is None else whole_number("limit", limit, 0, sys.maxsize)
+        self.min_bytes = whole_number("min_bytes", min_bytes, 0, sys.maxsize)
 
     def find(self, key: str) -> Path | None:
-        """The folder of an entry, marked as used; None where there is none, or files of another size or time."""
-        folder = self.folder / key
+        """The folder of an entry, marked as used; None where there is none, or files of another size or time.
+
+        Raises:
+            ValueError: ``key`` is not 32 hexadecimal digits.
+        """
+        folder = self._entry(key)
         stamp = _read_stamp(folder)
         try:
             whole = stamp is not None and stamp.get("files") == _signatures(folder)
@@ -107,7 +116,9 @@ class LoadCache:
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: ``key`` is another name.
         """
+        entry = self._entry(key)
         self.make_folder()
         with partial_folder(self.folder, key) as making:
             yield making
@@ -117,12 +128,16 @@ class LoadCache:
             if self.find(key) is None:
                 self.remove(key)  # damaged
                 with suppress(OSError):  # another process was faster: its entry serves as well
-                    making.rename(self.folder / key)
+                    making.rename(entry)
         self._prune(keep=key)
 
     def remove(self, key: str) -> None:
-        """Deletes an entry: it is gone at once, its bytes a moment later. One that cannot be deleted stays."""
-        folder = self.folder / key
+        """Deletes an entry: it is gone at once, its bytes a moment later. One that cannot be deleted stays.
+
+        Raises:
+            ValueError: ``key`` is not 32 hexadecimal digits.
+        """
+        folder = self._entry(key)
         with suppress(OSError):
             if folder.exists():
                 with partial_folder(self.folder, key) as place:
@@ -201,6 +216,12 @@ class LoadCache:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(self.folder / _TAG, _TAG_TEXT)
+
+    def _entry(self, key: str) -> Path:
+        """Where an entry lies: a key with a path in it would lead out of the folder."""
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ValueError(f"key must be 32 hexadecimal digits in lower case, got {shown(key)}")
+        return self.folder / key
 
     def _checked(self, bundle: Path) -> Path:
         name = hashlib.sha256(str(bundle.resolve()).encode()).hexdigest()[:32]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnxruntime as ort
 
-from melt_runtime.arguments import is_whole, shown, whole_number
+from melt_runtime.arguments import function_or_none, is_whole, shown, whole_number
 from melt_runtime.contract import ModelShape, cache_names, latent_names
 from melt_runtime.device_sampler import DeviceSampler
 from melt_runtime.errors import RunError, TokenError
@@ -164,6 +164,8 @@ class LoopRunner:
     ) -> Binding:
         """Everything up to the head; returns the last chunk's binding."""
         state, plan = self.state, self.state.plan
+        function_or_none("observe", observe)
+        function_or_none("progress", progress)
         chunk = plan.chunk if chunk is None else whole_number("chunk", chunk, 1, plan.chunk, " (the state's chunk)")
         tokens = check_ids(ids, plan.shape)
         state.require_loops(loops, int(state.lengths.max()))
@@ -219,6 +221,7 @@ class LoopRunner:
     def _decode(self, ids: Sequence[int], loops: int, observe: Observer | None) -> None:
         """Everything up to the head."""
         state, batch = self.state, self.state.plan.batch
+        function_or_none("observe", observe)
         tokens = check_ids(ids, state.plan.shape)
         if len(tokens) != batch:
             raise ValueError(f"ids must hold one token for each of {batch} sequences, got {len(tokens)}")

@@ -5,6 +5,7 @@ Exporter and runtime share this module. It knows nothing of ONNX Runtime.
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval, Len
 
+from melt_runtime.arguments import instance
 from melt_runtime.contract import (
     KV_CACHES,
     PROVIDERS,
@@ -151,14 +153,15 @@ def file_entry(path: Path, read: Callable[[int], None] = lambda _: None) -> File
     return FileEntry(path.stat().st_size, digest.hexdigest())
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Reads the manifest and checks its own rules, not yet the files.
 
     Raises:
         BundleError: no such folder or manifest, another schema version, unknown or missing keys, bad values, or a path
             that leaves the bundle.
+        ValueError: ``folder`` is no path.
     """
-    path = Path(folder) / MANIFEST_NAME
+    path = Path(instance("folder", folder, (str, os.PathLike), "the path of a folder")) / MANIFEST_NAME
     if not path.is_file():
         for name, (owner, loader) in _OTHERS.items():
             if (Path(folder) / name).is_file():

@@ -34,8 +34,10 @@ def require_text(text: str, place: str) -> str:
     """The text itself.
 
     Raises:
-        TokenError: it holds half of a surrogate pair, which is no character and has no tokens.
+        TokenError: no text, or it holds half of a surrogate pair, which is no character and has no tokens.
     """
+    if not isinstance(text, str):
+        raise TokenError(f"{place} must be text, got {_got(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from melt_runtime.arguments import instance
+from melt_runtime.arguments import function_or_none, instance
 from melt_runtime.contract import KVCacheKind
 from melt_runtime.cuda import CudaOptions
 from melt_runtime.generate import GenerationResult, GenerationStream
@@ -93,6 +93,7 @@ class MeltModel:
         folder = Path(instance("bundle", bundle, (str, os.PathLike), "the path of a folder"))
         check_threads(threads)
         instance("cache", cache, (LoadCache, type(None)), "a LoadCache or None")
+        function_or_none("progress", progress)
         instance("cuda", cuda, (CudaOptions, type(None)), "CudaOptions or None")
         manifest = read_manifest(folder)
         plan = plan_state(manifest, capacity, chunk=chunk, loops=loops, kv_cache=kv_cache)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from melt_runtime.arguments import shown, whole_number
+from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.contract import KV_CACHES, MAX_LOOPS, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.manifest import Manifest
 
@@ -148,7 +148,7 @@ def plan_state(
     Raises:
         ValueError: a size outside its rule, or a kind of KV cache that the bundle has no loop for.
     """
-    shape = manifest.model
+    shape = instance("manifest", manifest, Manifest, "a Manifest").model
     if kv_cache not in manifest.kv_caches:
         offered = ", ".join(manifest.kv_caches)
         raise ValueError(

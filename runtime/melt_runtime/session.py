@@ -7,7 +7,7 @@ from weakref import ReferenceType
 
 import numpy as np
 
-from melt_runtime.arguments import instance, shown
+from melt_runtime.arguments import function_or_none, instance, shown
 from melt_runtime.errors import TokenError
 from melt_runtime.generate import GenerationResult, GenerationStream, Request, Turn
 from melt_runtime.generation_config import GenerationChanges, GenerationConfig, settle
@@ -174,8 +174,7 @@ class Session:
         config = GenerationConfig() if config is None else config
         instance("config", config, GenerationConfig, "a GenerationConfig")
         instance("raw", raw, bool, "True or False")
-        if progress is not None and not callable(progress):
-            raise ValueError(f"progress must be callable, got {shown(progress)}")
+        function_or_none("progress", progress)
         said = config.with_changes(**changes)
         self._hold.require_free()
         shape, history = self.plan.shape, self._history

@@ -26,10 +26,10 @@ from melt_runtime.manifest import check_files
 from melt_runtime.memory import format_plan, plan_memory
 
 PROMPT, IDS = "Who is it?", [5, 6, 7, 8, 9, 10]
-_MOST_MEMORY = 8 << 30  # of addresses, so that what asks for everything fails here and not elsewhere
+MOST_MEMORY = 8 << 30  # of addresses, so that what asks for everything fails here and not elsewhere
 _BINDING = ("model", "precision", "activations", "providers", "graphs", "files", "weight_bytes", "schema_version")
 """Parts of a manifest that must fit the files; any other value in them may not give an answer."""
-_TEMPLATES = (
+TEMPLATES = (
     "{{ 10**10000000 }}",
     "{{ 'a' * 10**9 }}",
     "{{ lipsum(n=100000) }}",
@@ -59,7 +59,7 @@ def make(base: Path, place: Path) -> Case:
         base: the bundle.
         place: where damaged copies are made.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     warnings.simplefilter("ignore")  # of prepacked copies that cannot be made
     return Bundles(base, place / f"{os.getpid()}").run
 
@@ -138,7 +138,7 @@ class Bundles:
 
     def _template(self, folder: Path, chance: random.Random) -> str:
         path = folder / "chat_template.jinja"
-        template, said = chance.choice(_TEMPLATES).encode(), "another"
+        template, said = chance.choice(TEMPLATES).encode(), "another"
         if chance.random() < 0.5:
             template, said = edit_bytes(path.read_bytes(), chance)
         _write(path, template)

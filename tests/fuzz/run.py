@@ -5,15 +5,13 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fuzz import bundles
-from fuzz.pool import FINDING, run_cases
-
-TARGETS = {"bundles": bundles.make}
-"""Who makes the cases of a kind of input, from a bundle and a folder to work in."""
+from fuzz import bundles, calls, checkpoints
+from fuzz.pool import FINDING, Case, run_cases
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,15 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first one (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="that a case may take (default: %(default)s)")
-    parser.add_argument("--bundle", type=Path, help="to damage (default: a small one is made)")
+    parser.add_argument("--bundle", type=Path, help="for bundles and calls (default: a small one is made)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="melt-fuzz-") as place:
-        bundle = small_bundle(Path(place)) if args.bundle is None else args.bundle
+        make, make_base = TARGETS[args.target]
+        base = make_base(Path(place)) if args.bundle is None else args.bundle
         kinds: Counter[str] = Counter()
         causes: dict[str, list[int]] = {}
         cases = run_cases(
-            TARGETS[args.target],
-            (bundle, Path(place)),
+            make,
+            (base, Path(place)),
             range(args.first, args.first + args.count),
             args.workers,
             args.seconds,
@@ -61,6 +60,14 @@ def small_bundle(place: Path) -> Path:
     checkpoint = save_checkpoint(random_model(num_hidden_layers=2), place / "checkpoint")
     export_bundle(checkpoint, place / "base", ExportOptions(verified=True))
     return place / "base"
+
+
+TARGETS: dict[str, tuple[Callable[[Path, Path], Case], Callable[[Path], Path]]] = {
+    "bundles": (bundles.make, small_bundle),
+    "checkpoints": (checkpoints.make, checkpoints.write_checkpoints),
+    "calls": (calls.make, small_bundle),
+}
+"""Who makes the cases of a kind of input, from a base and a folder to work in; who makes the base."""
 
 
 if __name__ == "__main__":
