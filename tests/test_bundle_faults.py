@@ -240,9 +240,7 @@ def test_stop_tokens_that_the_model_has_not(bundle_copy):
     size = read_manifest(bundle_copy).model.vocab_size
     (bundle_copy / "generation_config.json").write_text(json.dumps({"stop_ids": [1, size]}))
     list_again(bundle_copy, "generation_config.json")
-    with pytest.raises(
-        BundleError, match=rf"stop_ids must be below the vocabulary's {size}, got .*{size}"
-    ):
+    with pytest.raises(BundleError, match=rf"stop_ids must be below the vocabulary's {size}, got .*{size}"):
         MeltModel.load(bundle_copy, device="cpu", capacity=64)
 
 

@@ -86,7 +86,9 @@ def odd_prompt(chance: random.Random) -> Any:
     if how == "odd":
         return odd(chance)
     if how == "ids":
-        return [chance.randint(-1 if chance.random() < 0.1 else 0, 702) for _ in range(chance.choice((0, 1, 9, 9, 30, 70)))]
+        return [
+            chance.randint(-1 if chance.random() < 0.1 else 0, 702) for _ in range(chance.choice((0, 1, 9, 9, 30, 70)))
+        ]
     if how == "text":
         return chance.choice(("Who?", "", " ", "\0", "\ud800", "\U0001f642 ä", "<|user|>", "x" * 100_000))
     messages: Any = [
