@@ -1,10 +1,11 @@
 """The benchmark measures what it says; its figures are not judged here."""
 
 import json
+import os
 
 import pytest
 
-from melt_runtime import bench, cli_bench, read_manifest
+from melt_runtime import RunError, bench, cli_bench, read_manifest
 from melt_runtime.bench import BenchOptions, run_bench
 from melt_runtime.bench_report import plot_rows
 from melt_runtime.cli import main
@@ -79,6 +80,16 @@ def test_nothing_decoded_is_nothing_to_draw(rows, tmp_path):
         with pytest.raises(ValueError, match="nothing to draw: --plot shows decoding"):
             plot_rows(nothing, tmp_path / "empty.png")
     assert not list(tmp_path.iterdir())
+
+
+def die(case) -> None:
+    os._exit(1)
+
+
+def test_a_case_whose_process_dies_is_an_error(random_bundle, monkeypatch):
+    monkeypatch.setattr(bench, "_measure", die)
+    with pytest.raises(RunError, match="the process that measured Case.* died"):
+        list(run_bench([random_bundle("int4")], OPTIONS))
 
 
 def test_a_shape_is_made_once_by_the_exporter(tmp_path, capsys, monkeypatch):

@@ -40,11 +40,20 @@ def test_quiet_prints_the_answer_only(tiny_bundle, capsys):
 
 
 def test_standard_input_is_a_prompt(tiny_bundle, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))  # as a shell gives it
     assert main(["generate", str(tiny_bundle), "-", "--quiet"]) == 0
     piped = capsys.readouterr().out
     assert main(["generate", str(tiny_bundle), QUESTION, "--quiet"]) == 0
     assert piped == capsys.readouterr().out
+
+
+def test_a_raw_prompt_is_given_as_it_is(tiny_bundle, capsys, monkeypatch):
+    counts = []
+    for text in (QUESTION, f"{QUESTION}\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(["generate", str(tiny_bundle), "-", "--raw", "--max-new-tokens", "1"]) == 0
+        counts.append(int(re.search(r"prompt (\d+) tokens", capsys.readouterr().err)[1]))
+    assert counts[1] > counts[0]
 
 
 def test_info_shows_model_parity_and_graphs(tiny_bundle, capsys):

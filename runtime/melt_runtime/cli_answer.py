@@ -46,6 +46,8 @@ def generate(args: argparse.Namespace) -> None:
     """
     settings = answer_settings(args)  # refuses bad values before the model is loaded
     prompt = read_input() if args.prompt == "-" else require_utf8(args.prompt, "the prompt")
+    if not args.raw:
+        prompt = prompt.rstrip("\r\n")  # the end of a line is how a shell ends its text, and no part of a message
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
     model = load_model(args, args.quiet)

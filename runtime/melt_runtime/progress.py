@@ -41,7 +41,7 @@ class Line:
             return
         if self._bar is None or what != self._what:
             self._close()
-            self._what, self._bar = what, self._open(what, total)
+            self._what, self._bar = what, self._open(what, done, total)
         self._bar.update(done - self._bar.n)
 
     def prompt(self, done: int, total: int) -> None:
@@ -58,13 +58,20 @@ class Line:
         if self._bar is not None:
             self._bar.refresh()
 
-    def _open(self, what: str, total: int) -> Any:
+    def _open(self, what: str, done: int, total: int) -> Any:
         from tqdm import tqdm  # here: most runs need none
 
         form = None if total else "{desc} ..."
         scaled = self._unit == "B"
         return tqdm(
-            desc=what, total=total, unit=self._unit, unit_scale=scaled, leave=False, delay=self._delay, bar_format=form
+            initial=done,
+            desc=what,
+            total=total,
+            unit=self._unit,
+            unit_scale=scaled,
+            leave=False,
+            delay=self._delay,
+            bar_format=form,
         )
 
     def _close(self) -> None:
