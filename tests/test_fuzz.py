@@ -34,11 +34,11 @@ def test_damaged_checkpoints(tmp_path):
 
 
 def test_odd_calls(random_bundle, tmp_path):
-    outcomes = list(run_cases(calls.make, (random_bundle(verified=True), tmp_path), range(2 * COUNT), 2, SECONDS))
+    outcomes = list(run_cases(calls.make, (random_bundle(verified=True), tmp_path), range(COUNT), 2, SECONDS))
     assert [outcome for outcome in outcomes if outcome.kind == FINDING] == []
     kinds = Counter(outcome.kind for outcome in outcomes)
-    assert kinds[REFUSED] > COUNT / 2
-    assert kinds[ANSWERED] > COUNT / 4
+    assert kinds[REFUSED] > COUNT / 3
+    assert kinds[ANSWERED] > COUNT / 8
     assert {outcome.damage.partition(":")[0] for outcome in outcomes} == set(calls.KINDS)
 
 
