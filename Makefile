@@ -12,7 +12,7 @@ NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
-.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda check lock bench setup melt-tiny train-smoke clean
+.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
 demo: $(VENV)/ready
@@ -64,6 +64,23 @@ test-large: $(VENV)/ready
 ## test-cuda: what needs a GPU and the CUDA libraries (see: melt doctor)
 test-cuda: $(VENV)/ready
 	$(BIN)/pytest -m cuda
+
+## fuzz: damaged bundles and checkpoints, odd calls; none may bring out anything but this project's errors (an hour)
+BUNDLES ?= 10000
+CHECKPOINTS ?= 2000
+CALLS ?= 10000
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/fuzz/run.py bundles --count $(BUNDLES)
+	$(BIN)/python tests/fuzz/run.py checkpoints --count $(CHECKPOINTS)
+	$(BIN)/python tests/fuzz/run.py calls --count $(CALLS)
+
+## soak: 100,000 tokens and 1,000 loads in one process, one load cache made and removed by several (half an hour)
+soak: $(VENV)/ready
+	$(BIN)/python tests/soak.py
+
+## kills: kill -9 at random moments of exports, cache makings, trainings and sessions (half an hour)
+kills: $(VENV)/ready
+	$(BIN)/python tests/kills.py
 
 ## check: format, lint, types
 check: $(VENV)/ready

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from melt_runtime import BusyError, CapacityError, CudaOptions, LoadCache, MeltError, MeltModel, TokenError
+from melt_runtime import (
+    BusyError,
+    CapacityError,
+    CudaOptions,
+    LoadCache,
+    MeltError,
+    MeltModel,
+    TokenError,
+    plan_state,
+    read_manifest,
+)
 from melt_runtime.arguments import is_whole, shown, whole_number
 
 CAPACITY, CHUNK, VOCABULARY = 64, 8, 703
@@ -115,6 +125,8 @@ def runner(model, expected):
         ({"ids": b"abc"}, TokenError, "sequence of whole numbers, got b'abc'"),
         ({"ids": [True]}, TokenError, "whole numbers, got True"),
         ({"ids": [1] * 65}, CapacityError, "65 more tokens do not fit"),
+        ({"observe": 5}, ValueError, "observe must be callable, got 5"),
+        ({"progress": "x"}, ValueError, "progress must be callable, got 'x'"),
     ],
     ids=str,
 )
@@ -167,6 +179,7 @@ def test_a_runner_calls_back_while_it_is_held(model):
         ({"loops": 2**31}, "loops must be at most 1024"),
         ({"cuda": {"graphs": True}}, "cuda must be CudaOptions or None, got"),
         ({"cache": "/tmp"}, "cache must be a LoadCache or None, got '/tmp'"),
+        ({"progress": 5}, "progress must be callable, got 5"),
         ({"bundle": None}, "bundle must be the path of a folder, got None"),
         ({"bundle": 5}, "bundle must be the path of a folder, got 5"),
     ],
@@ -202,7 +215,33 @@ def test_cuda_options_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             CudaOptions(**options)
-    assert LoadCache is not None
+
+
+@pytest.mark.parametrize("options", [{"folder": 5}, {"limit": "1"}, {"limit": -1}, {"min_bytes": 1.5}], ids=str)
+def test_a_cache_says_what_it_cannot_take(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        LoadCache(**options)
+
+
+@pytest.mark.parametrize("key", ["../other", "/other", "", "A" * 32, 5, None], ids=str)
+def test_a_caches_key_never_leads_out_of_its_folder(tmp_path, key):
+    cache = LoadCache(str(tmp_path / "cache"))
+    (tmp_path / "other").mkdir()
+    cache.make_folder()
+    for call in (cache.find, cache.remove, lambda key: cache.making(key, "graph").__enter__()):
+        with pytest.raises(ValueError, match="key must be 32 hexadecimal digits"):
+            call(key)
+    assert (tmp_path / "other").is_dir()
+
+
+def test_what_reads_and_plans_says_what_it_cannot_take(model):
+    with pytest.raises(ValueError, match="folder must be the path of a folder, got 5"):
+        read_manifest(5)
+    with pytest.raises(ValueError, match="manifest must be a Manifest, got 'x'"):
+        plan_state("x")
+    with pytest.raises(TokenError, match="the prompt must be text, got list"):
+        model.codec.encode(["x"])
 
 
 def test_what_is_shown_stays_short_and_never_fails():

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from fuzz import bundles
+from fuzz import bundles, calls, checkpoints
 from fuzz.edits import as_text, edit_bytes, edit_json, edit_text
 from fuzz.pool import ANSWERED, FINDING, REFUSED, Case, Outcome, Tell, run_cases
 
@@ -22,6 +22,24 @@ def test_damaged_bundles(random_bundle, tmp_path):
     assert kinds[REFUSED] > COUNT / 2  # else nothing is reached
     assert kinds[ANSWERED] > COUNT / 20
     assert {outcome.damage.partition(":")[0] for outcome in outcomes} == set(bundles.KINDS)
+
+
+def test_damaged_checkpoints(tmp_path):
+    base = checkpoints.write_checkpoints(tmp_path)
+    outcomes = list(run_cases(checkpoints.make, (base, tmp_path), range(COUNT), 2, SECONDS))
+    assert [outcome for outcome in outcomes if outcome.kind == FINDING] == []
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    assert kinds[REFUSED] > COUNT / 3
+    assert kinds[ANSWERED] > COUNT / 20
+
+
+def test_odd_calls(random_bundle, tmp_path):
+    outcomes = list(run_cases(calls.make, (random_bundle(verified=True), tmp_path), range(COUNT), 2, SECONDS))
+    assert [outcome for outcome in outcomes if outcome.kind == FINDING] == []
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    assert kinds[REFUSED] > COUNT / 3
+    assert kinds[ANSWERED] > COUNT / 8
+    assert {outcome.damage.partition(":")[0] for outcome in outcomes} == set(calls.KINDS)
 
 
 def _make_odd_cases(name: str) -> Case:

@@ -82,7 +82,9 @@ def odd(chance: random.Random) -> Any:
 
 def odd_prompt(chance: random.Random) -> Any:
     """Token ids, texts and messages, sound or not."""
-    how = chance.choice(("odd", "ids", "ids", "text", "messages", "messages"))
+    how = chance.choice(("sound", "sound", "odd", "ids", "text", "messages", "messages"))
+    if how == "sound":
+        return chance.choice(("Who?", [5, 6, 7], np.arange(3), [{"role": "user", "content": "Who?"}]))
     if how == "odd":
         return odd(chance)
     if how == "ids":
@@ -96,7 +98,7 @@ def odd_prompt(chance: random.Random) -> Any:
         for role, content in (("system", "Short."), ("user", "Who?"), ("assistant", "Ana."), ("user", "Why?"))
     ]
     messages = messages[: chance.randint(1, 4)]
-    for _ in range(chance.choice((0, 1, 1, 2))):
+    for _ in range(chance.choice((0, 0, 1, 1, 2))):
         if messages:
             edit_json(messages, chance)
     if messages and chance.random() < 0.2:
@@ -158,10 +160,10 @@ class Calls:
         return logits, self.model.generate(IDS, max_new_tokens=4, stop_ids=()).token_ids
 
     def _options(self, chance: random.Random) -> dict[str, Any]:
-        changes = {chance.choice(FIELDS): odd(chance) for _ in range(chance.choice((0, 0, 1, 1, 2)))}
+        changes = {chance.choice(FIELDS): odd(chance) for _ in range(chance.choice((0, 0, 0, 1, 1, 2)))}
         options: dict[str, Any] = {"max_new_tokens": 3, "loops": 2, **changes}
         options["loops"] = _few(options["loops"])
-        for name, value in (("raw", odd(chance)), ("config", odd(chance)), ("progress", odd(chance)), ("x", 1)):
+        for name, value in (("raw", odd(chance)), ("config", odd(chance)), ("progress", 5), ("x", 1)):
             if chance.random() < 0.06:
                 options[name] = value
         if chance.random() < 0.3:
@@ -171,6 +173,8 @@ class Calls:
     def _load(self, chance: random.Random, tell: Tell) -> str:
         options = {chance.choice(_LOADS): odd(chance) for _ in range(chance.choice((1, 1, 2, 3)))}
         bundle = odd(chance) if chance.random() < 0.1 else self.base
+        if callable(options.get("progress")):
+            del options["progress"]  # what it raises is its own
         tell(bundle, options)
         MeltModel.load(**{"bundle": bundle, "device": "cpu", "threads": 1, "capacity": 8, **options})
         return ANSWERED
@@ -233,6 +237,9 @@ class Calls:
         ids = odd_prompt(chance) if chance.random() < 0.6 else [1, 2, 3]
         loops, row = (_few(odd(chance)) if chance.random() < 0.5 else 2 for _ in range(2))
         more = {name: odd(chance) for name in ("chunk", "sequence", "observe", "progress") if chance.random() < 0.2}
+        for name in ("observe", "progress"):
+            if callable(more.get(name)):
+                del more[name]  # what it raises is its own
         which = chance.randrange(9)
         tell(which, ids, loops, row, more)
         calls: tuple[Callable[[], object], ...] = (
