@@ -14,7 +14,7 @@ from types import TracebackType
 
 PROMPT = b"\x1b[?2004h"
 """What prompt_toolkit writes when it begins to read a line: from here on pastes are marked."""
-SECONDS = 60.0
+SECONDS = 240.0
 """Against hangs, whatever else the machine does."""
 
 
