@@ -164,6 +164,7 @@ def test_a_quantized_cache_leaves_other_rows_alone_and_resets(random_bundle, kin
     np.testing.assert_array_equal(first, runner.prefill(ids, 4))
 
 
+@pytest.mark.filterwarnings("ignore:loops=:RuntimeWarning")
 def test_state_bytes_do_not_depend_on_loops_and_shrink_with_the_cache(random_bundle):
     sizes = {}
     for kind in ("float", "int8", "int4"):
@@ -322,5 +323,9 @@ def test_float16_bundles_offer_no_quantized_cache(random_bundle):
 def test_a_damaged_evaluation_names_its_line(tmp_path):
     checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
     (checkpoint / "evaluation.jsonl").write_text(json.dumps({"messages": [], "answer": "x", "group": "g"}) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"evaluation.jsonl, line 2 must be messages, answer and group"):
+    with pytest.raises(
+        ExportError, match="evaluation.jsonl, line 1: messages must have at least 1 item, got"
+    ) as raised:
         checkpoint_source(checkpoint)
+    for name in ("messages", "answer", "group"):
+        assert f"evaluation.jsonl, line 2: {name} is missing" in str(raised.value)
