@@ -1,6 +1,7 @@
 """L3 to L5: quantized weights and KV caches: structure exactly, cost as the manifest states it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from melt_export.quality import compare, trace_reference
 from melt_export.reference import reference_model
 from melt_export.source import checkpoint_source
 from melt_export.summary import summarize
-from melt_models import load_checkpoint
+from melt_models import CheckpointError, load_checkpoint
 from melt_models.evaluation import read_examples
 from melt_runtime import MeltModel, read_manifest
 from melt_runtime.cli_info import describe_bundle
@@ -164,6 +165,7 @@ def test_a_quantized_cache_leaves_other_rows_alone_and_resets(random_bundle, kin
     np.testing.assert_array_equal(first, runner.prefill(ids, 4))
 
 
+@pytest.mark.filterwarnings("ignore:loops=5 is deeper than the 4 loops:RuntimeWarning")
 def test_state_bytes_do_not_depend_on_loops_and_shrink_with_the_cache(random_bundle):
     sizes = {}
     for kind in ("float", "int8", "int4"):
@@ -246,7 +248,10 @@ def test_weights_that_cost_more_than_is_allowed_stop_the_export(checkpoint, tmp_
     assert list((tmp_path / "made").iterdir()) == []
     assert main([*command, "--precision", "int4", "--allow-loss"]) == 0
     said = capsys.readouterr()
-    assert "note: int4 weights cost more than is allowed" in said.err
+    assert re.search(r"^ *\d+ s  note: int4 weights cost more than is allowed", said.err, re.MULTILINE)
+    stages = [line.split(" s  ")[1] for line in said.err.splitlines()]
+    assert stages[0] == "tracing embed.onnx"
+    assert "verifying against torch, loop by loop" in stages
     manifest = read_manifest(tmp_path / "made" / "out")
     assert manifest.kv_caches == ("float", "int8", "int4")
     assert not manifest.quality.kv_cache["float"].within_limit
@@ -322,5 +327,7 @@ def test_float16_bundles_offer_no_quantized_cache(random_bundle):
 def test_a_damaged_evaluation_names_its_line(tmp_path):
     checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
     (checkpoint / "evaluation.jsonl").write_text(json.dumps({"messages": [], "answer": "x", "group": "g"}) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"evaluation.jsonl, line 2 must be messages, answer and group"):
+    with pytest.raises((CheckpointError, ExportError)) as raised:
         checkpoint_source(checkpoint)
+    assert "evaluation.jsonl, line 1: messages must have at least 1 item, got []" in str(raised.value)
+    assert "evaluation.jsonl, line 2: answer is missing" in str(raised.value)
