@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 
 
@@ -23,4 +21,6 @@ class Stages:
 
 def bar(items: Sequence[T], unit: str, what: str = "") -> Iterable[T]:
     """Goes through ``items`` with a bar that disappears when it is done; none where standard error is no terminal."""
+    from tqdm import tqdm  # not before it is needed: the command line's help works without
+
     return tqdm(items, desc=what or None, unit=unit, leave=False, disable=None)

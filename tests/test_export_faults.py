@@ -315,8 +315,8 @@ def test_the_command_lines_defaults_are_those_of_the_options():
 def test_interrupting_an_export_leaves_no_bundle(checkpoint, tmp_path, signum):
     made = tmp_path / "made"
     command = [sys.executable, str(ROOT / "export.py"), str(checkpoint), "--out", str(made / "out")]
-    # A shell that runs the tests in the background lets them ignore SIGINT; the export shall not inherit that.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # Tests that run in the background ignore SIGINT, under nohup SIGHUP; the export shall not inherit that.
+    heed = functools.partial(signal.signal, signum, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=heed)
     while not list(made.glob(".out.*.partial/*")):  # until it has begun to write
         assert process.poll() is None, process.stderr.read()

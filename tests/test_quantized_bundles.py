@@ -1,6 +1,7 @@
 """L3 to L5: quantized weights and KV caches: structure exactly, cost as the manifest states it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -247,7 +248,10 @@ def test_weights_that_cost_more_than_is_allowed_stop_the_export(checkpoint, tmp_
     assert list((tmp_path / "made").iterdir()) == []
     assert main([*command, "--precision", "int4", "--allow-loss"]) == 0
     said = capsys.readouterr()
-    assert "note: int4 weights cost more than is allowed" in said.err
+    assert re.search(r"^ *\d+ s  note: int4 weights cost more than is allowed", said.err, re.MULTILINE)
+    stages = [line.split(" s  ")[1] for line in said.err.splitlines()]
+    assert stages[0] == "tracing embed.onnx"
+    assert "verifying against torch, loop by loop" in stages
     manifest = read_manifest(tmp_path / "made" / "out")
     assert manifest.kv_caches == ("float", "int8", "int4")
     assert not manifest.quality.kv_cache["float"].within_limit
