@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from melt_runtime import (
+    BundleError,
     BusyError,
     CapacityError,
     CudaOptions,
@@ -217,10 +218,12 @@ def test_cuda_options_are_checked():
             CudaOptions(**options)
 
 
-@pytest.mark.parametrize("options", [{"folder": 5}, {"limit": "1"}, {"limit": -1}, {"min_bytes": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"folder": 5}, {"folder": "n" * 5000}, {"limit": "1"}, {"limit": -1}, {"min_bytes": 1.5}], ids=shown
+)
 def test_a_cache_says_what_it_cannot_take(options):
     (name,) = options
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=f"{name} must (be|have a shorter name)"):
         LoadCache(**options)
 
 
@@ -238,6 +241,8 @@ def test_a_caches_key_never_leads_out_of_its_folder(tmp_path, key):
 def test_what_reads_and_plans_says_what_it_cannot_take(model):
     with pytest.raises(ValueError, match="folder must be the path of a folder, got 5"):
         read_manifest(5)
+    with pytest.raises(BundleError, match="'nnnn.*cannot be read: File name too long"):
+        read_manifest("n" * 5000)
     with pytest.raises(ValueError, match="manifest must be a Manifest, got 'x'"):
         plan_state("x")
     with pytest.raises(TokenError, match="the prompt must be text, got list"):

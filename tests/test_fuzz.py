@@ -26,11 +26,11 @@ def test_damaged_bundles(random_bundle, tmp_path):
 
 def test_damaged_checkpoints(tmp_path):
     base = checkpoints.write_checkpoints(tmp_path)
-    outcomes = list(run_cases(checkpoints.make, (base, tmp_path), range(COUNT), 2, SECONDS))
+    outcomes = list(run_cases(checkpoints.make, (base, tmp_path), range(COUNT // 2), 2, SECONDS))
     assert [outcome for outcome in outcomes if outcome.kind == FINDING] == []
     kinds = Counter(outcome.kind for outcome in outcomes)
-    assert kinds[REFUSED] > COUNT / 3
-    assert kinds[ANSWERED] > COUNT / 20
+    assert kinds[REFUSED] > COUNT / 4
+    assert kinds[ANSWERED] > COUNT / 30
 
 
 def test_odd_calls(random_bundle, tmp_path):

@@ -237,6 +237,32 @@ def test_what_a_killed_process_left_is_counted_and_goes_with_the_next_copy(tmp_p
     assert not cache.folder.exists()
 
 
+def test_a_folder_that_another_process_clears_meanwhile_is_marked_as_ours_again(tmp_path, monkeypatch):
+    cache, tag = LoadCache(tmp_path / "cache"), tmp_path / "cache" / "CACHEDIR.TAG"
+    make, lost = LoadCache.make_folder, []
+
+    def make_and_lose(self):
+        make(self)
+        if not lost:
+            lost.append(shutil.rmtree(self.folder))
+
+    monkeypatch.setattr(LoadCache, "make_folder", make_and_lose)
+    keep(cache)
+    assert lost
+    assert tag.is_file()
+    cache.remove(KEY)
+    rmdir = Path.rmdir
+
+    def rmdir_late(folder):
+        if folder == cache.folder:
+            (folder / f".{KEY}.12345678.owner").touch()  # an entry is begun between the tag's end and the folder's
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir_late)
+    cache.clear()
+    assert tag.is_file()
+
+
 def test_what_is_being_made_counts_towards_the_limit(tmp_path):
     cache = LoadCache(tmp_path / "cache", limit=5500)
     keep(cache, "a" * 32)

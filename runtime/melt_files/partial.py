@@ -16,9 +16,10 @@ import platform
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from melt_files.locks import lock
@@ -43,7 +44,7 @@ class Partial:
 
 
 @contextmanager
-def partial_folder(parent: Path, name: str) -> Iterator[Path]:
+def partial_folder(parent: Path, name: str, make_parent: Callable[[], None] | None = None) -> Iterator[Path]:
     """A new folder in ``parent``, which is made where needed; what is still there at the end is removed.
 
     Before that, everything that dead processes left in ``parent`` is removed.
@@ -51,12 +52,13 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
     Args:
         parent: where the result shall appear.
         name: of the result.
+        make_parent: makes ``parent``, where it is more than a folder; called again where another process removes it.
 
     Raises:
         OSError: ``parent`` cannot be written.
     """
     remove_dead(parent)
-    mark, descriptor = _make_mark(parent, name)
+    mark, descriptor = _make_mark(parent, name, make_parent or partial(parent.mkdir, parents=True, exist_ok=True))
     folder = mark.with_suffix(_PARTIAL)
     try:
         folder.mkdir(0o700)
@@ -88,9 +90,9 @@ def partials(parent: Path) -> list[Partial]:
     return found
 
 
-def _make_mark(parent: Path, name: str) -> tuple[Path, int]:
+def _make_mark(parent: Path, name: str, make_parent: Callable[[], None]) -> tuple[Path, int]:
     for _ in range(_TRIES):
-        parent.mkdir(parents=True, exist_ok=True)
+        make_parent()
         mark = parent / f".{name}.{secrets.token_hex(4)}{_OWNER}"
         with suppress(FileExistsError, FileNotFoundError):  # the name is taken; another process removed the parent
             descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)

@@ -1,7 +1,7 @@
 """Folders and files that appear whole or not at all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +26,12 @@ def staged(out: Path) -> Iterator[Path]:
         staging.rename(out)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader, another writer or a full disk finds the old text or the new one."""
-    with partial_folder(path.parent, path.name) as place:
+def replace_text(path: Path, text: str, make_parent: Callable[[], None] | None = None) -> None:
+    """Writes a file in one step: a reader, another writer or a full disk finds the old text or the new one.
+
+    ``make_parent`` is as for ``partial_folder``.
+    """
+    with partial_folder(path.parent, path.name, make_parent) as place:
         new = place / path.name
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)

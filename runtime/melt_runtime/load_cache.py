@@ -8,6 +8,7 @@ renaming a complete folder. Where the folder cannot be written, what it holds st
     checked/{...}.json      the files of one bundle that were found undamaged
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -86,6 +87,11 @@ class LoadCache:
         if folder is not None:
             instance("folder", folder, (str, os.PathLike), "the path of a folder")
         self.folder = _default_folder() if folder is None else Path(folder)
+        try:
+            self.folder.exists()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # all else may be a disk's trouble, and costs the cache only
+                raise ValueError(f"folder must have a shorter name, got {shown(str(self.folder))}") from error
         self.limit = _default_limit() if limit is None else whole_number("limit", limit, 0, sys.maxsize)
         self.min_bytes = whole_number("min_bytes", min_bytes, 0, sys.maxsize)
 
@@ -119,8 +125,7 @@ class LoadCache:
             ValueError: ``key`` is another name.
         """
         entry = self._entry(key)
-        self.make_folder()
-        with partial_folder(self.folder, key) as making:
+        with partial_folder(self.folder, key, self.make_folder) as making:
             yield making
             values = {"made_by": _MAKER, "source": source, "files": _signatures(making)}
             (making / _STAMP).write_text(json.dumps(values), encoding="utf-8")
@@ -140,7 +145,7 @@ class LoadCache:
         folder = self._entry(key)
         with suppress(OSError):
             if folder.exists():
-                with partial_folder(self.folder, key) as place:
+                with partial_folder(self.folder, key, self.make_folder) as place:
                     folder.rename(place / key)
 
     def entries(self) -> list[CacheEntry]:
@@ -182,7 +187,11 @@ class LoadCache:
         with suppress(OSError):
             if not left and tag.read_text(encoding="utf-8") == _TAG_TEXT:
                 tag.unlink()
-                self.folder.rmdir()
+                try:
+                    self.folder.rmdir()
+                except OSError:  # another process began to make an entry: the folder stays, and stays marked
+                    if self.folder.is_dir():
+                        replace_text(tag, _TAG_TEXT)
         return Cleared(before - folder_bytes(self.folder), left)
 
     def unchanged(self, bundle: Path, manifest: Manifest) -> frozenset[str]:
@@ -204,8 +213,8 @@ class LoadCache:
             OSError: the folder cannot be written.
         """
         files = {name: [entry.sha256, *_signature(bundle / name)] for name, entry in manifest.files.items()}
-        self.make_folder()
-        replace_text(self._checked(bundle), json.dumps({"made_by": _MAKER, "source": str(bundle), "files": files}))
+        text = json.dumps({"made_by": _MAKER, "source": str(bundle), "files": files})
+        replace_text(self._checked(bundle), text, self._make_checked)
 
     def make_folder(self) -> None:
         """Makes the folder, marked as ours, where it is missing.
@@ -216,6 +225,11 @@ class LoadCache:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(self.folder / _TAG, _TAG_TEXT)
+
+    def _make_checked(self) -> None:
+        self.make_folder()
+        with suppress(FileNotFoundError):  # the folder was removed meanwhile: it is made again
+            (self.folder / _CHECKED).mkdir(exist_ok=True)
 
     def _entry(self, key: str) -> Path:
         """Where an entry lies: a key with a path in it would lead out of the folder."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval, Len
 
-from melt_runtime.arguments import instance
+from melt_runtime.arguments import instance, shown
 from melt_runtime.contract import (
     KV_CACHES,
     PROVIDERS,
@@ -162,7 +162,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         ValueError: ``folder`` is no path.
     """
     path = Path(instance("folder", folder, (str, os.PathLike), "the path of a folder")) / MANIFEST_NAME
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise BundleError(f"{shown(str(folder))} cannot be read: {error.strerror}") from error
+    if not found:
         for name, (owner, loader) in _OTHERS.items():
             if (Path(folder) / name).is_file():
                 raise BundleError(
@@ -176,8 +180,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         faults += _check_values(manifest)
     if manifest is None or faults:
         hidden = len(faults) - _MOST_FAULTS
-        shown = faults[:_MOST_FAULTS] + ([f"and {hidden} more"] if hidden > 0 else [])
-        raise BundleError(f"{path}:\n  " + "\n  ".join(shown) + f"\n{REMAKE}")
+        listed = faults[:_MOST_FAULTS] + ([f"and {hidden} more"] if hidden > 0 else [])
+        raise BundleError(f"{path}:\n  " + "\n  ".join(listed) + f"\n{REMAKE}")
     return manifest
 
 

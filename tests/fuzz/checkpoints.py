@@ -98,7 +98,7 @@ def _open(checkpoint: Path, texts: Path) -> None:
 def _damage(checkpoint: Path, chance: random.Random) -> str:
     """Damages one file."""
     path = chance.choice(sorted(checkpoint.iterdir()))
-    if chance.random() < 0.04 or path.is_dir():
+    if chance.random() < 0.04 or not path.is_file():
         return f"{path.name}: {_replace(path, chance)}"
     ends = [end for end in _EDITS if path.name.endswith(end)]
     edit = edit_bytes if chance.random() < 0.1 else _EDITS[ends[0]]
@@ -109,7 +109,7 @@ def _damage(checkpoint: Path, chance: random.Random) -> str:
 
 def _replace(path: Path, chance: random.Random) -> str:
     how = chance.choice(("missing", "folder", "link"))
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()  # damaged before, or not
     if how == "folder":
         path.mkdir()
     elif how == "link":
