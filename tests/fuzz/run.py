@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def small_bundle(place: Path) -> Path:
-    """The bundle of a random model with every kind of graph, without its parity's time."""
+    """The bundle of a random model with every kind of graph, its parity and quality in the manifest."""
     from conftest import random_model, save_checkpoint
 
     from melt_export.bundle import ExportOptions, export_bundle
