@@ -1,8 +1,13 @@
 """Checkpoints and bundles that tests share; each is made once a run, whatever the number of workers."""
 
+import os
+
+# Workers share the processors: torch takes one thread in each, and in what they start. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
