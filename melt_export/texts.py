@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and the settings beside it: read and checked before any long work."""
+"""A checkpoint's tokenizer, read and checked before any long work."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ from tokenizers import Tokenizer
 from melt_models.forms import read_text
 from melt_runtime.manifest import TOKENIZER_NAME
 
-SETTINGS_NAME = "tokenizer_config.json"
 _SAMPLE = "A line, 1 or 2.\nÄ 世界 🙂"
 
 
