@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from melt_runtime import MeltModel
-from melt_runtime.bench import fill_cache, new_process
-from melt_runtime.contract import ModelShape
-from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import format_bytes, plan_memory
-from melt_runtime.plan import StatePlan
-from melt_runtime.process_memory import resident_bytes
+from melt_runtime.bench.measure import fill_cache, new_process
+from melt_runtime.bundle.contract import ModelShape
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.memory.estimate import format_bytes, plan_memory
+from melt_runtime.memory.plan import StatePlan
+from melt_runtime.memory.process import resident_bytes
 from melt_runtime.state import State
 
 CONTEXTS = (1000, 4000, 8000, 16000)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from melt_runtime import MeltModel
 from melt_runtime.loop import LoopRunner
-from melt_runtime.memory import format_bytes
+from melt_runtime.memory.estimate import format_bytes
 
 STEPS = 30
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from melt_plots import picture
-from melt_runtime.bench import Row
-from melt_runtime.bench_report import plot_rows
+from melt_runtime.bench.measure import Row
+from melt_runtime.bench.report import plot_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = {"melt-1.6b-int4": "MELT-1.6B", "ouro-1.4b-int4": "Ouro-1.4B"}

@@ -25,8 +25,8 @@ from melt_export.genai import export_genai
 from melt_export.source import checkpoint_source, tensor_shapes
 from melt_models.configuration import MeltConfig
 from melt_models.shapes import SHAPES
-from melt_runtime.bench import machine
-from melt_runtime.memory import format_bytes
+from melt_runtime.bench.measure import machine
+from melt_runtime.memory.estimate import format_bytes
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "runtimes"

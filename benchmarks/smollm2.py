@@ -23,7 +23,7 @@ from melt_export.probe import Passage, Probe
 from melt_export.quality import perplexity, trace_bundle
 from melt_export.record import open_runner
 from melt_runtime import Manifest, MeltModel
-from melt_runtime.manifest import read_manifest
+from melt_runtime.bundle.manifest import read_manifest
 
 WORK = Path("build/smollm2")
 TEXTS = Path(__file__).parent / "texts"

@@ -32,7 +32,7 @@ from melt_export.weights import WeightFile, owners
 from melt_files import partial_folder, require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
-from melt_runtime.contract import (
+from melt_runtime.bundle.contract import (
     ACTIVATIONS,
     KV_CACHES,
     METADATA_KEY,
@@ -46,8 +46,7 @@ from melt_runtime.contract import (
     loop_graph,
     offered_kv_caches,
 )
-from melt_runtime.generation_config import write_generation_config
-from melt_runtime.manifest import (
+from melt_runtime.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
@@ -57,7 +56,8 @@ from melt_runtime.manifest import (
     file_entry,
     write_manifest,
 )
-from melt_runtime.measured import Parity
+from melt_runtime.bundle.measured import Parity
+from melt_runtime.request.generation_config import write_generation_config
 
 Report = Callable[[str], None]
 """Told of each stage as it begins."""

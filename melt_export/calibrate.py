@@ -8,7 +8,7 @@ import numpy as np
 
 from melt_export.probe import Probe
 from melt_export.progress import bar
-from melt_runtime.contract import KVCacheKind
+from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.loop import LoopRunner
 from melt_runtime.state import Array
 

@@ -21,9 +21,9 @@ from melt_models.errors import CheckpointError, missing_package
 from melt_models.model_types import KNOWN_TYPES
 from melt_models.shapes import SHAPES, shape_config
 from melt_runtime import MeltError
-from melt_runtime.contract import ACTIVATIONS, PRECISIONS
-from melt_runtime.memory import format_bytes
-from melt_runtime.process_memory import resident_bytes
+from melt_runtime.bundle.contract import ACTIVATIONS, PRECISIONS
+from melt_runtime.memory.estimate import format_bytes
+from melt_runtime.memory.process import resident_bytes
 
 if TYPE_CHECKING:
     from melt_export.bundle import ExportOptions

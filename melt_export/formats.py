@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from melt_export.choices import BLOCKS as BLOCKS
-from melt_runtime.contract import ACTIVATIONS, PRECISIONS, activation_dtype
+from melt_runtime.bundle.contract import ACTIVATIONS, PRECISIONS, activation_dtype
 from melt_runtime.errors import MeltError
 
 

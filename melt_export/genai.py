@@ -24,15 +24,15 @@ from melt_export.tolerances import INTEGER_PRODUCTS, PARITY
 from melt_export.verify import ParityError
 from melt_files import partial_folder, require_absent, staged
 from melt_models.configuration import MeltConfig
-from melt_runtime.contract import ACTIVATIONS, MAX_LOOPS, ModelShape
-from melt_runtime.generation_config import GenerationConfig
-from melt_runtime.manifest import (
+from melt_runtime.bundle.contract import ACTIVATIONS, MAX_LOOPS, ModelShape
+from melt_runtime.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GENAI_CONFIG_NAME,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
 )
+from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.state import Array
 
 MODEL_NAME = "model.onnx"

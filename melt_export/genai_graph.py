@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from melt_export.weights import onnx_type
-from melt_runtime.contract import ModelShape
+from melt_runtime.bundle.contract import ModelShape
 
 LOOPS_KEY = "melt.loops"
 """The graph's metadata say how many loops it runs."""

@@ -17,8 +17,8 @@ from melt_models.configuration import MeltConfig
 from melt_models.configuration_form import TokenId, TokenIds, outside
 from melt_models.families import CORRECT_OURO_IDS
 from melt_models.forms import STRICT, fitting, read_json, shown
-from melt_runtime.generation_config import GenerationConfig
-from melt_runtime.manifest import GENERATION_CONFIG_NAME
+from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME
+from melt_runtime.request.generation_config import GenerationConfig
 
 
 @with_config(STRICT)

@@ -2,7 +2,7 @@
 
 The equations are those of ``melt_layers``; here they stand once more with ONNX Runtime's operators (fused
 norms and residuals, attention over an in-place cache, quantized matrices) in place of torch's. These modules are
-traced, never run: the operators return zeros in torch. Inputs and outputs: ``melt_runtime.contract``.
+traced, never run: the operators return zeros in torch. Inputs and outputs: ``melt_runtime.bundle.contract``.
 """
 
 from typing import ClassVar

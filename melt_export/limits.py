@@ -3,10 +3,10 @@
 Knows figures, not models.
 """
 
-from melt_runtime.contract import KVCacheKind
+from melt_runtime.bundle.contract import KVCacheKind
+from melt_runtime.bundle.manifest import Manifest
+from melt_runtime.bundle.measured import LossLimit
 from melt_runtime.errors import MeltError
-from melt_runtime.manifest import Manifest
-from melt_runtime.measured import LossLimit
 
 LIMITS = {
     "float32": LossLimit(1e-4, 0.99),

@@ -7,7 +7,7 @@ from pathlib import Path
 from melt_export.source import ExportError, Source
 from melt_models.configuration import MeltConfig
 from melt_models.evaluation import EVALUATION_NAME
-from melt_runtime.text import TextCodec
+from melt_runtime.text.codec import TextCodec
 
 MIN_TOKENS = 64
 """Shorter texts say nothing about a model."""

@@ -22,10 +22,10 @@ from melt_export.source import Source
 from melt_models.evaluation import Example
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime import Manifest, MeltModel
-from melt_runtime.contract import KVCacheKind
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.bundle.contract import KVCacheKind
+from melt_runtime.bundle.measured import CacheQuality, Quality
+from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.loop import LoopRunner
-from melt_runtime.measured import CacheQuality, Quality
 from melt_runtime.state import Array
 
 _ANSWER_ROOM = 8  # tokens beyond the expected answer: enough to be wrong

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from melt_runtime.contract import KVCacheKind
+from melt_runtime.bundle.contract import KVCacheKind
+from melt_runtime.bundle.manifest import Manifest
+from melt_runtime.device.providers import choose_provider
+from melt_runtime.loading.opening import open_sessions
 from melt_runtime.loop import LoopRunner
-from melt_runtime.manifest import Manifest
-from melt_runtime.opening import open_sessions
-from melt_runtime.plan import plan_state
-from melt_runtime.providers import choose_provider
+from melt_runtime.memory.plan import plan_state
 from melt_runtime.state import Array, State
 
 

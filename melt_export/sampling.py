@@ -1,8 +1,8 @@
 """The graphs that choose the next token where the logits are, for bundles that run on a device: see the contract.
 
-As ``melt_runtime.sampler`` does on the host, without repetition penalty and min-p. Traced, and runnable in torch. Sums
-are the ends of cumulative sums and the largest is the first of a top-k: ONNX Runtime reduces through cuDNN, which takes
-hundreds of megabytes and nothing else here needs.
+As ``melt_runtime.request.sampler`` does on the host, without repetition penalty and min-p. Traced, and runnable in
+torch. Sums are the ends of cumulative sums and the largest is the first of a top-k: ONNX Runtime reduces through cuDNN,
+which takes hundreds of megabytes and nothing else here needs.
 """
 
 import torch

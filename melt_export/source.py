@@ -17,7 +17,7 @@ from melt_models.configuration import MeltConfig
 from melt_models.errors import CheckpointError, list_faults
 from melt_models.evaluation import Example, examine_examples
 from melt_runtime.errors import MeltError
-from melt_runtime.generation_config import GenerationConfig
+from melt_runtime.request.generation_config import GenerationConfig
 
 HEAD_DIM_MULTIPLE = 16
 """GroupQueryAttention rotates heads of this multiple only."""

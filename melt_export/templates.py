@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from melt_models.configuration import MeltConfig
 from melt_models.families import CORRECT_OURO_IDS
 from melt_models.forms import read_json
+from melt_runtime.bundle.manifest import CHAT_TEMPLATE_NAME
 from melt_runtime.errors import BundleError
-from melt_runtime.manifest import CHAT_TEMPLATE_NAME
-from melt_runtime.templates import ChatTemplate
-from melt_runtime.text import read_template
+from melt_runtime.text.codec import read_template
+from melt_runtime.text.templates import ChatTemplate
 
 SETTINGS_NAME, MAP_NAME = "tokenizer_config.json", "special_tokens_map.json"
 _MORE_TEMPLATES = "additional_chat_templates"

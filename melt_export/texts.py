@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from melt_models.forms import read_text
-from melt_runtime.manifest import TOKENIZER_NAME
+from melt_runtime.bundle.manifest import TOKENIZER_NAME
 
 _SAMPLE = "A line, 1 or 2.\nÄ 世界 🙂"
 

@@ -19,7 +19,7 @@ from melt_export.sampling import GreedyGraph, SampleGraph
 from melt_export.stored import store_modules
 from melt_models.checkpoint import empty_model
 from melt_models.configuration import MeltConfig
-from melt_runtime.contract import GraphSpec, ModelShape, TensorSpec
+from melt_runtime.bundle.contract import GraphSpec, ModelShape, TensorSpec
 
 OPSET = 21
 

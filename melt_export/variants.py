@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from melt_export.weights import WeightFile
-from melt_runtime.contract import GraphSpec, KVCacheKind, loop_graph
+from melt_runtime.bundle.contract import GraphSpec, KVCacheKind, loop_graph
 from melt_runtime.state import Array
 
 _INPUTS_BEFORE_SCALES = 12  # of GroupQueryAttention

@@ -28,14 +28,14 @@ from melt_export.variants import CODES, cache_codes, cache_scales, write_exact
 from melt_layers import Frame
 from melt_layers.layers import KeyValue
 from melt_models.modeling import KVCache, MeltCausalLM
-from melt_runtime.contract import KVCacheKind, loop_graph
+from melt_runtime.bundle.contract import KVCacheKind, loop_graph
+from melt_runtime.bundle.manifest import Manifest
+from melt_runtime.bundle.measured import Difference, Parity, ParityRun
+from melt_runtime.device.providers import choose_provider, make_session
 from melt_runtime.errors import MeltError
+from melt_runtime.loading.opening import open_sessions
 from melt_runtime.loop import LoopRunner, Sessions
-from melt_runtime.manifest import Manifest
-from melt_runtime.measured import Difference, Parity, ParityRun
-from melt_runtime.opening import open_sessions
-from melt_runtime.plan import plan_state
-from melt_runtime.providers import choose_provider, make_session
+from melt_runtime.memory.plan import plan_state
 from melt_runtime.state import Array, State
 
 DECODE_STEPS = 32

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from melt_runtime.manifest import WEIGHTS_NAME
-from melt_runtime.plan import stored_type
+from melt_runtime.bundle.manifest import WEIGHTS_NAME
+from melt_runtime.memory.plan import stored_type
 
 _PAGE = 4096  # large tensors begin on a page of memory, so that they can be mapped
 _LINE = 64

@@ -15,7 +15,7 @@ import melt_runtime
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "models" / "melt-tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = {
-    "melt": "melt_runtime.cli",
+    "melt": "melt_runtime.cli.main",
     "melt-export": "melt_export.cli",
     "melt-train": "melt_models.training.cli",
     "python -m melt_models.training.prepare": "melt_models.training.prepare",

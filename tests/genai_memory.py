@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from melt_runtime.process_memory import resident_bytes
+from melt_runtime.memory.process import resident_bytes
 
 CAPACITY = 16384
 

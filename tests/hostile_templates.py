@@ -6,9 +6,9 @@ Run as a program, it renders each and prints what came out, a line of JSON each;
 
 import json
 
-from melt_runtime import templates
 from melt_runtime.errors import MeltError
-from melt_runtime.process_memory import resident_bytes
+from melt_runtime.memory.process import resident_bytes
+from melt_runtime.text import templates
 
 HOSTILE = {
     "power": "{{ 10**10000000 }}",

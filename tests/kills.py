@@ -28,8 +28,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_models.training import cli as training
 from melt_runtime import MeltModel, read_manifest
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.manifest import check_files
+from melt_runtime.bundle.manifest import check_files
+from melt_runtime.loading.load_cache import LoadCache
 
 QUESTION = "Ana reports to Ben. Who is one level above Ana?"
 OPTIONS = ExportOptions(verified=False, quantized_caches=False)  # of random weights, in seconds

@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 from melt_runtime import MeltModel
-from melt_runtime.cli_demo import BUNDLE
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.process_memory import current_bytes
+from melt_runtime.cli.demo import BUNDLE
+from melt_runtime.loading.load_cache import LoadCache
+from melt_runtime.memory.process import current_bytes
 
 QUESTION = "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Who is two levels above Cleo?"
 DEPTHS = (1, 2, 3, 4)

@@ -6,10 +6,10 @@ import os
 import pytest
 
 from melt_runtime import RunError, bench, cli_bench, read_manifest
-from melt_runtime.bench import BenchOptions, run_bench
-from melt_runtime.bench_report import plot_rows
-from melt_runtime.cli import main
-from melt_runtime.plan import plan_state
+from melt_runtime.bench.measure import BenchOptions, run_bench
+from melt_runtime.bench.report import plot_rows
+from melt_runtime.cli.main import main
+from melt_runtime.memory.plan import plan_state
 
 OPTIONS = BenchOptions(loops=(1, 3), positions=(20, 50), chunks=(8,), batches=(1, 2), kv_caches=("float", "int8"))
 

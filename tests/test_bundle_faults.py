@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 from melt_runtime import BundleError, MeltModel, NumericalError, RunError, read_manifest
-from melt_runtime.contract import METADATA_KEY, SCHEMA_VERSION
-from melt_runtime.manifest import MANIFEST_NAME, file_entry, write_manifest
+from melt_runtime.bundle.contract import METADATA_KEY, SCHEMA_VERSION
+from melt_runtime.bundle.manifest import MANIFEST_NAME, file_entry, write_manifest
 
 
 def edit_manifest(bundle, change) -> None:

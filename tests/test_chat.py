@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from melt_runtime import MeltModel
-from melt_runtime.chat import Chat
-from melt_runtime.cli import main
-from melt_runtime.text import TextCodec
+from melt_runtime.cli.chat import Chat
+from melt_runtime.cli.main import main
+from melt_runtime.text.codec import TextCodec
 
 FACTS = "Ana reports to Ben. Ben reports to Cleo. Cleo reports to Dan."
 QUESTION = f"{FACTS} Who is two levels above Ana?"

@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from melt_runtime import MeltModel, __version__, cli
-from melt_runtime.cli import main
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import plan_memory
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.cli.main import main
+from melt_runtime.loading.load_cache import LoadCache
+from melt_runtime.memory.estimate import plan_memory
 
 QUESTION = "Ana reports to Ben. Ben reports to Cleo. Cleo reports to Dan. Who is two levels above Ana?"
 

@@ -7,8 +7,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from melt_runtime.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
-from melt_runtime.manifest import check_files, read_manifest
+from melt_runtime.bundle.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
+from melt_runtime.bundle.manifest import check_files, read_manifest
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
 TYPES |= {"int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8}

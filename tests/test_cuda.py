@@ -14,7 +14,7 @@ from tolerances import CAPTURED, CUDA_TYPES, PARITY, assert_close
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_models.evaluation import read_examples
 from melt_runtime import CudaOptions, MeltModel
-from melt_runtime.cuda import cuda_obstacle, free_memory
+from melt_runtime.device.cuda import cuda_obstacle, free_memory
 
 pytestmark = pytest.mark.cuda
 PROMPT = list(range(5, 45))

@@ -13,10 +13,10 @@ from onnx import numpy_helper
 from tolerances import TORCH, assert_close
 
 from melt_export.bundle import ExportOptions, export_bundle
-from melt_runtime.cli import main
-from melt_runtime.cli_demo import BUNDLE
-from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import format_bytes, plan_memory
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.cli.demo import BUNDLE
+from melt_runtime.cli.main import main
+from melt_runtime.memory.estimate import format_bytes, plan_memory
 
 MEASURED = ("parity", "quality", "producer")
 """What a manifest says of the machine that made it."""
@@ -62,7 +62,7 @@ def test_the_demo_runs_without_torch():
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx', 'melt_models', 'melt_export'): sys.modules[name] = None\n"
-        "from melt_runtime.cli import main\n"
+        "from melt_runtime.cli.main import main\n"
         "sys.exit(main(['demo', '--loops', '3']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,16 +10,16 @@ from conftest import SMALL
 
 from melt_export.trace import model_shape, sampling_modules, trace_graph
 from melt_models import MeltConfig
-from melt_runtime.contract import graph_specs
-from melt_runtime.device_sampler import DeviceSampler
+from melt_runtime.bundle.contract import graph_specs
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.device.providers import choose_provider, make_session
 from melt_runtime.errors import NumericalError
-from melt_runtime.generation_config import GenerationConfig, GenerationSettings, settle
+from melt_runtime.execute.device_sampler import DeviceSampler
+from melt_runtime.loading.opening import open_sessions
 from melt_runtime.loop import LoopRunner
-from melt_runtime.manifest import read_manifest
-from melt_runtime.opening import open_sessions
-from melt_runtime.plan import plan_state
-from melt_runtime.providers import choose_provider, make_session
-from melt_runtime.sampler import candidates
+from melt_runtime.memory.plan import plan_state
+from melt_runtime.request.generation_config import GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.sampler import candidates
 from melt_runtime.state import Buffer, State
 
 VOCABULARY = 37

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from melt_runtime import MeltModel
-from melt_runtime.contract import SCHEMA_VERSION
+from melt_runtime.bundle.contract import SCHEMA_VERSION
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 

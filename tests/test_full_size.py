@@ -7,7 +7,7 @@ from melt_export.formats import weight_formats
 from melt_export.trace import graph_modules, model_shape, trace_graph
 from melt_models.checkpoint import empty_model
 from melt_models.shapes import shape_config
-from melt_runtime.contract import graph_specs
+from melt_runtime.bundle.contract import graph_specs
 
 
 def test_published_shape_traces_without_weights():

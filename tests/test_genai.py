@@ -23,7 +23,7 @@ from melt_export.trace import model_shape
 from melt_export.verify import ParityError
 from melt_models.checkpoint import Checkpoint
 from melt_runtime import BundleError, GenerationConfig, MeltModel
-from melt_runtime.manifest import GENAI_CONFIG_NAME
+from melt_runtime.bundle.manifest import GENAI_CONFIG_NAME
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 QUICK = ExportOptions(verified=False)

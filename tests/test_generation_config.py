@@ -8,7 +8,7 @@ import pytest
 
 from melt_runtime import BundleError, GenerationConfig
 from melt_runtime.arguments import shown
-from melt_runtime.generation_config import (
+from melt_runtime.request.generation_config import (
     describe_defaults,
     read_generation_config,
     settle,

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from tolerances import PLANNED_MEMORY
 
-from melt_runtime.manifest import read_manifest
-from melt_runtime.memory import plan_memory
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.memory.estimate import plan_memory
 
 pytestmark = pytest.mark.large
 EXPORT_LIMIT = 3e9

@@ -19,8 +19,8 @@ from melt_export.source import random_source
 from melt_files import replace_text
 from melt_models import MeltConfig
 from melt_runtime import BundleError, MeltModel, prepacked, read_manifest
-from melt_runtime.cli import main
-from melt_runtime.load_cache import LoadCache, _default_folder
+from melt_runtime.cli.main import main
+from melt_runtime.loading.load_cache import LoadCache, _default_folder
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ KEY = "0123456789abcdef" * 2
 MAKER = """
 import sys, time
 from pathlib import Path
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.loading.load_cache import LoadCache
 with LoadCache(Path(sys.argv[1])).making(sys.argv[2], "graph") as folder:
     (folder / "graph.data").write_bytes(b"x" * 5000)
     print("making", flush=True)
@@ -385,7 +385,7 @@ MAKE_AND_CLEAR = """
 import sys
 from contextlib import suppress
 from pathlib import Path
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.loading.load_cache import LoadCache
 cache, number = LoadCache(Path(sys.argv[1])), int(sys.argv[2])
 for turn in range(80):
     key = "abc"[(turn + number) % 3] * 32
@@ -406,7 +406,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from melt_runtime import MeltModel
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.loading.load_cache import LoadCache
 model = MeltModel.load(sys.argv[1], device="cpu", capacity=64, cache=LoadCache(Path(sys.argv[2]), min_bytes=0))
 np.save(sys.argv[3], model.new_runner().prefill([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4))
 """
@@ -446,7 +446,7 @@ def test_files_are_compared_once_until_they_change(random_bundle, cache, tmp_pat
     load(bundle, cache)
     assert cache.unchanged(bundle, read_manifest(bundle)) == frozenset(read_manifest(bundle).files)
     with monkeypatch.context() as patched:
-        patched.setattr("melt_runtime.manifest.file_entry", lambda path: pytest.fail(f"{path} was read again"))
+        patched.setattr("melt_runtime.bundle.manifest.file_entry", lambda path: pytest.fail(f"{path} was read again"))
         load(bundle, cache)
     weights = bundle / "weights.data"
     content = bytearray(weights.read_bytes())

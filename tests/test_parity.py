@@ -13,13 +13,13 @@ from melt_export import reference
 from melt_export import verify as verify_module
 from melt_export.verify import ParityError, verify_bundle
 from melt_models.modeling import KVCache
-from melt_runtime.contract import loop_graph
+from melt_runtime.bundle.contract import loop_graph
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.bundle.measured import Parity
+from melt_runtime.device.providers import choose_provider
+from melt_runtime.loading.opening import open_sessions
 from melt_runtime.loop import LoopRunner
-from melt_runtime.manifest import read_manifest
-from melt_runtime.measured import Parity
-from melt_runtime.opening import open_sessions
-from melt_runtime.plan import plan_state
-from melt_runtime.providers import choose_provider
+from melt_runtime.memory.plan import plan_state
 from melt_runtime.state import State
 
 KINDS = ("elementwise", "scalar", "ema", "mean", "last", "none")

@@ -24,9 +24,9 @@ from melt_export.summary import summarize
 from melt_models import load_checkpoint
 from melt_models.evaluation import read_examples
 from melt_runtime import MeltModel, read_manifest
-from melt_runtime.cli_info import describe_bundle
-from melt_runtime.manifest import check_files
-from melt_runtime.measured import LossLimit
+from melt_runtime.bundle.manifest import check_files
+from melt_runtime.bundle.measured import LossLimit
+from melt_runtime.cli.info import describe_bundle
 
 TEXT = "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. " * 12
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tolerances import DRAWS, SHARPENED, assert_close
 
 from melt_runtime.errors import NumericalError
-from melt_runtime.generation_config import GenerationConfig, GenerationSettings, settle
-from melt_runtime.sampler import Sampler, candidates, penalize
+from melt_runtime.request.generation_config import GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.sampler import Sampler, candidates, penalize
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 

@@ -11,8 +11,8 @@ from conftest import random_model
 from tolerances import assert_greedy
 
 from melt_runtime import CapacityError, GenerationConfig, MeltModel, ProviderError, TokenError
-from melt_runtime.manifest import file_entry, read_manifest, write_manifest
-from melt_runtime.providers import choose_provider, cuda_obstacle
+from melt_runtime.bundle.manifest import file_entry, read_manifest, write_manifest
+from melt_runtime.device.providers import choose_provider, cuda_obstacle
 
 PROMPT = "Ana reports to Ben. Who is one level above Ana?"
 

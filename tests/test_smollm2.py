@@ -19,8 +19,8 @@ from melt_models import CheckpointError
 from melt_models.gguf import gguf_to_checkpoint
 from melt_models.gguf import main as gguf_main
 from melt_runtime import MeltModel
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.manifest import read_manifest
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.loading.load_cache import LoadCache
 
 BENCHMARKS = ROOT / "benchmarks"
 PROMPTS = (BENCHMARKS / "texts" / "prompts.txt").read_text().splitlines()

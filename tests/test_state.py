@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tolerances import PUBLISHED
 
-from melt_runtime.contract import ModelShape
+from melt_runtime.bundle.contract import ModelShape
 from melt_runtime.errors import CapacityError
-from melt_runtime.memory import format_bytes
-from melt_runtime.plan import StatePlan
+from melt_runtime.memory.estimate import format_bytes
+from melt_runtime.memory.plan import StatePlan
 from melt_runtime.state import State
 
 SHAPE = ModelShape(

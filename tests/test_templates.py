@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from melt_export.templates import chat_template
 from melt_models import MeltConfig
 from melt_runtime.errors import BundleError, TokenError
-from melt_runtime.messages import check_messages
-from melt_runtime.templates import MAX_TEMPLATE_BYTES, ChatTemplate
-from melt_runtime.text import TextCodec, read_template
+from melt_runtime.text.codec import TextCodec, read_template
+from melt_runtime.text.messages import check_messages
+from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatTemplate
 
 TOKENIZER = Tokenizer.from_file(str(MELT_TINY / "tokenizer.json"))
 HELLO = [{"role": "user", "content": "hi"}]

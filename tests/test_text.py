@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from melt_runtime.errors import BundleError, TokenError
-from melt_runtime.text import StopMatcher, TextCodec
+from melt_runtime.text.codec import StopMatcher, TextCodec
 
 
 @pytest.fixture(scope="module")

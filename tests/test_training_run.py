@@ -25,7 +25,7 @@ from melt_files.locks import lock
 from melt_models import hub, load_checkpoint
 from melt_models.training import cli, plot, prepare, read_recipe, saving, train
 from melt_models.training.processes import Processes
-from melt_runtime import cli as melt
+from melt_runtime.cli import main as melt
 
 disable_progress_bars()  # they would stand between the errors
 

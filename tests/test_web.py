@@ -13,7 +13,7 @@ from tolerances import PARITY, assert_close, assert_greedy
 
 from melt_export.tolerances import INTEGER_PRODUCTS
 from melt_runtime import MeltModel
-from melt_runtime.contract import SCHEMA_VERSION
+from melt_runtime.bundle.contract import SCHEMA_VERSION
 
 PAGE = ROOT / "examples" / "web"
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())

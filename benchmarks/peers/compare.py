@@ -21,7 +21,7 @@ from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source, tensor_shapes
 from melt_models.configuration import MeltConfig
 from melt_models.shapes import SHAPES
-from melt_runtime.bench import machine, read_bandwidth
+from melt_runtime.bench.measure import machine, read_bandwidth
 
 WORK = Path("build/peers")
 OUR_KEYS = ("total_ut_steps", "gate_kind", "norm_placement", "exit_gate")

@@ -4,7 +4,7 @@
 //     ./generate ../../build/melt-tiny 4 20 1 56 3 ...       bundle, loops, new tokens, the prompt's token ids
 //
 // prints the ids of the greedy tokens, up to one that ends the text or to as many as were asked for. The graphs' inputs
-// and outputs: runtime/melt_runtime/contract.py. Text becomes ids by the bundle's tokenizer.json, which libraries for
+// and outputs: runtime/melt_runtime/bundle/contract.py. Text becomes ids by the bundle's tokenizer.json, which libraries for
 // most languages read. Debian has the headers: see headers.sh.
 
 #include <onnxruntime_cxx_api.h>

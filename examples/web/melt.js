@@ -1,5 +1,5 @@
 // A MELT bundle in the browser: T loops over one gated KV cache, driven from manifest.json.
-// The graphs' inputs and outputs are those of runtime/melt_runtime/contract.py.
+// The graphs' inputs and outputs are those of runtime/melt_runtime/bundle/contract.py.
 
 import * as ort from "./vendor/ort.wasm.min.mjs";
 import { MeltError, fetchManifest, fileReader, isWhole, stopIdsOf } from "./bundle.js";

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 if find_spec("onnxruntime") is None:
     raise ImportError("melt_runtime needs ONNX Runtime, which is not installed: pip install 'melt-onnx[cpu]'")
 
-from melt_runtime.cuda import CudaOptions
+from melt_runtime.bundle.manifest import Manifest, read_manifest
+from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.errors import (
     BundleError,
     BusyError,
@@ -26,14 +27,13 @@ from melt_runtime.errors import (
     TokenError,
 )
 from melt_runtime.generate import GenerationResult, GenerationStream, Timings
-from melt_runtime.generation_config import GenerationConfig
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.loop import LoopRunner
-from melt_runtime.manifest import Manifest, read_manifest
+from melt_runtime.memory.plan import plan_state
 from melt_runtime.model import MeltModel
-from melt_runtime.plan import plan_state
+from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.session import Session
-from melt_runtime.text import Message
+from melt_runtime.text.codec import Message
 from melt_runtime.version import __version__
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from melt_runtime.cli import main
+from melt_runtime.cli.main import main
 
 sys.exit(main())

@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Literal, Self
 
 from melt_runtime.errors import BusyError, StreamError
-from melt_runtime.generation_config import GenerationSettings
 from melt_runtime.history import Snapshot, TokenHistory
 from melt_runtime.hold import Hold
 from melt_runtime.loop import LoopRunner, Progress
-from melt_runtime.sampler import Sampler
-from melt_runtime.text import StopMatcher, TextCodec
+from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.sampler import Sampler
+from melt_runtime.text.codec import StopMatcher, TextCodec
 
 FinishReason = Literal["stop", "length"]
 """``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated, or the state is full."""

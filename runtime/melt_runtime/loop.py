@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime as ort
 
 from melt_runtime.arguments import function_or_none, is_whole, shown, whole_number
-from melt_runtime.contract import ModelShape, cache_names, latent_names
-from melt_runtime.device_sampler import DeviceSampler
+from melt_runtime.bundle.contract import ModelShape, cache_names, latent_names
 from melt_runtime.errors import RunError, TokenError
+from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.hold import Hold
 from melt_runtime.state import Array, Buffer, State
 

@@ -6,20 +6,26 @@ from pathlib import Path
 from typing import Unpack
 
 from melt_runtime.arguments import function_or_none, instance
-from melt_runtime.contract import KVCacheKind
-from melt_runtime.cuda import CudaOptions
+from melt_runtime.bundle.contract import KVCacheKind
+from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
+from melt_runtime.device.cuda import CudaOptions
+from melt_runtime.device.providers import ProviderChoice, check_threads, choose_provider
 from melt_runtime.generate import GenerationResult, GenerationStream
-from melt_runtime.generation_config import GenerationChanges, GenerationConfig, read_generation_config
-from melt_runtime.load_cache import LoadCache
+from melt_runtime.loading.load_cache import LoadCache
+from melt_runtime.loading.opening import (
+    check_bundle,
+    check_vocabulary,
+    open_sessions,
+    require_memory,
+    with_memory_limit,
+)
 from melt_runtime.loop import LoopRunner, Progress, Sessions
-from melt_runtime.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
-from melt_runtime.opening import check_bundle, check_vocabulary, open_sessions, require_memory, with_memory_limit
-from melt_runtime.plan import StatePlan, plan_state
+from melt_runtime.memory.plan import StatePlan, plan_state
 from melt_runtime.progress import Report
-from melt_runtime.providers import ProviderChoice, check_threads, choose_provider
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, read_generation_config
 from melt_runtime.session import DepthNotice, Prompt, Session
 from melt_runtime.state import State
-from melt_runtime.text import TextCodec
+from melt_runtime.text.codec import TextCodec
 
 
 class MeltModel:

@@ -10,13 +10,13 @@ import numpy as np
 from melt_runtime.arguments import function_or_none, instance, shown
 from melt_runtime.errors import TokenError
 from melt_runtime.generate import GenerationResult, GenerationStream, Request, Turn
-from melt_runtime.generation_config import GenerationChanges, GenerationConfig, settle
 from melt_runtime.history import TokenHistory
 from melt_runtime.hold import Hold
 from melt_runtime.loop import LoopRunner, Progress, Sessions, check_ids
-from melt_runtime.plan import StatePlan
+from melt_runtime.memory.plan import StatePlan
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, settle
 from melt_runtime.state import State
-from melt_runtime.text import Message, TextCodec
+from melt_runtime.text.codec import Message, TextCodec
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """A user's message (or plain text with ``raw``), a whole chat, or token ids."""

@@ -1,7 +1,7 @@
 """Everything that a step touches, allocated once: KV cache, latent state, hidden state, logits, ids, lengths.
 
 Its size is a function of batch, capacity, chunk and types alone, never of the number of loops (MELT), or times the
-loops that it was made for (LoopLM). Letters: ``melt_runtime.contract``.
+loops that it was made for (LoopLM). Letters: ``melt_runtime.bundle.contract``.
 """
 
 import math
@@ -13,10 +13,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from melt_runtime.arguments import whole_number
-from melt_runtime.contract import MAX_LOOPS
+from melt_runtime.bundle.contract import MAX_LOOPS
+from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import CapacityError
-from melt_runtime.plan import StatePlan, stored_type
-from melt_runtime.providers import DeviceKind
+from melt_runtime.memory.plan import StatePlan, stored_type
 
 Array = NDArray[Any]
 

@@ -19,11 +19,11 @@ from fuzz.edits import as_text, edit_bytes, edit_json, edit_text
 from fuzz.graphs import edit_graph
 from fuzz.pool import ANSWERED, FINDING, REFUSED, Case, Outcome, Tell
 from melt_runtime import MeltError, MeltModel, read_manifest
-from melt_runtime.cli_info import describe_bundle
-from melt_runtime.contract import KVCacheKind
-from melt_runtime.load_cache import LoadCache
-from melt_runtime.manifest import check_files
-from melt_runtime.memory import format_plan, plan_memory
+from melt_runtime.bundle.contract import KVCacheKind
+from melt_runtime.bundle.manifest import check_files
+from melt_runtime.cli.info import describe_bundle
+from melt_runtime.loading.load_cache import LoadCache
+from melt_runtime.memory.estimate import format_plan, plan_memory
 
 PROMPT, IDS = "Who is it?", [5, 6, 7, 8, 9, 10]
 MOST_MEMORY = 8 << 30  # of addresses, so that what asks for everything fails here and not elsewhere

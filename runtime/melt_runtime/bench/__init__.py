@@ -1,0 +1,3 @@
+"""Measures bundles, and draws what was measured."""
+
+__all__: list[str] = []

@@ -1,0 +1,145 @@
+"""What an export measured, as it stands in the manifest: parity with torch, and what rounding costs.
+
+Exporter and runtime share this module. Plain frozen dataclasses, so that any reader of JSON can check them.
+"""
+
+from dataclasses import dataclass
+
+from melt_runtime.bundle.contract import KVCacheKind
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of all comparisons of one kind of tensor the one that came closest to what is allowed.
+
+    Attributes:
+        error: largest difference of an element from torch.
+        magnitude: largest magnitude of torch's tensor.
+        allowed: largest difference that would have passed; grows with the magnitude.
+    """
+
+    error: float
+    magnitude: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class ParityRun:
+    """Every loop of a prompt and of decoded tokens, through ONNX Runtime and through torch with the same weights.
+
+    Attributes:
+        kv_cache: over which kind of KV cache; torch rounds keys and values of the quantized ones with their scales.
+        loops: loops that every token went through, each compared.
+        chunk: most tokens processed in parallel.
+        prompt_tokens: tokens in chunks.
+        decode_tokens: tokens after them, one by one.
+        greedy_tokens: first choices compared, one after every chunk and every decoded token.
+        greedy_tokens_equal: those of them that are torch's; of the others torch had both within the tolerance.
+        tensors: by kind of tensor: ``latent``, ``key``, ``value``, ``hidden``, ``exit_logit``, ``logits``.
+        hidden_by_loop: by number of the loop, error over magnitude of the hidden state.
+        codes_equal: fraction of a quantized cache's codes that torch rounds to as well; the others are next to them,
+            where torch's value lies on the boundary within the tolerance. None over a float cache.
+    """
+
+    kv_cache: KVCacheKind
+    loops: int
+    chunk: int
+    prompt_tokens: int
+    decode_tokens: int
+    greedy_tokens: int
+    greedy_tokens_equal: int
+    tensors: dict[str, Difference]
+    hidden_by_loop: dict[str, float]
+    codes_equal: float | None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime was from torch when the bundle was made.
+
+    Attributes:
+        activations: type of activations in which the graphs ran; another than the bundle's where the exporting
+            machine cannot run that one.
+        runs: one for every kind of KV cache that was made, each over all layers.
+    """
+
+    activations: str
+    runs: tuple[ParityRun, ...]
+
+
+@dataclass(frozen=True)
+class LossLimit:
+    """What rounding may cost; beyond it an export stops, or leaves the KV cache out, unless loss is allowed.
+
+    Attributes:
+        kl: largest mean KL divergence, in nats.
+        greedy_agreement: smallest fraction of equal first choices.
+    """
+
+    kl: float
+    greedy_agreement: float
+
+
+@dataclass(frozen=True)
+class CacheQuality:
+    """The bundle over one kind of KV cache beside the float32 checkpoint.
+
+    Attributes:
+        perplexity: of the tokens that count.
+        kl: mean KL divergence of the next token's distribution from the checkpoint's, in nats.
+        greedy_agreement: fraction of the tokens with the same first choice.
+        hidden_error_by_loop: by number of the loop, norm of the hidden state's difference over its norm.
+        exact_match: fraction of examples answered exactly, by loops, then by group; empty without an evaluation.
+        limit: what was allowed; None where nothing is: random tokens do not say what a text costs.
+    """
+
+    perplexity: float
+    kl: float
+    greedy_agreement: float
+    hidden_error_by_loop: dict[str, float]
+    exact_match: dict[str, dict[str, float]]
+    limit: LossLimit | None
+
+    @property
+    def within_limit(self) -> bool:
+        """Whether no limit is exceeded; a value that is not a number exceeds it."""
+        limit = self.limit
+        return limit is None or (self.kl <= limit.kl and self.greedy_agreement >= limit.greedy_agreement)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What rounding costs: the bundle beside the float32 checkpoint.
+
+    Attributes:
+        text: what it was measured on.
+        tokens: tokens of it that count.
+        loops: depth.
+        chunk: most tokens processed in parallel.
+        examples: of the model's own evaluation, whose answers are counted.
+        perplexity_of_float32: of the checkpoint.
+        kv_cache: by kind of KV cache; one that the bundle has no loop for was measured, and left out for its cost.
+    """
+
+    text: str
+    tokens: int
+    loops: int
+    chunk: int
+    examples: int
+    perplexity_of_float32: float
+    kv_cache: dict[KVCacheKind, CacheQuality]
+
+    def most_lost(self, kind: KVCacheKind) -> tuple[float, str, str] | None:
+        """Where a KV cache costs the most exact answers against a float one.
+
+        Returns:
+            Percentage points lost, loops and group; None where nothing was asked, or nothing is lost.
+        """
+        exact, given = self.kv_cache["float"].exact_match, self.kv_cache[kind].exact_match
+        lost = [
+            (100 * (share - given[loops][group]), loops, group)
+            for loops, groups in exact.items()
+            for group, share in groups.items()
+        ]
+        most = max(lost, default=None)
+        return most if most is not None and most[0] > 0 else None

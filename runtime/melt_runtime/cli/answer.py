@@ -1,0 +1,89 @@
+"""The commands ``melt generate`` and ``melt chat``: one answer, and a conversation."""
+
+import argparse
+import sys
+
+from melt_runtime.cli.chat import Chat, describe_costs, terminal_lines
+from melt_runtime.cli.options import add_answer_options, add_bundle, answer_settings, load_model
+from melt_runtime.cli.streams import read_input, require_utf8
+from melt_runtime.memory.estimate import format_bytes
+from melt_runtime.memory.process import resident_bytes
+from melt_runtime.progress import PROMPT_DELAY, Line
+
+_GENERATE = """\
+examples:
+  melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
+  melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?" --loops 1
+  melt generate build/melt-tiny - --quiet < question.txt
+"""
+_CHAT = """\
+examples:
+  melt chat build/melt-tiny
+  melt chat build/melt-tiny --loops 2 --threads 1 --kv-cache int8
+  melt chat build/melt-tiny --max-new-tokens 16 < questions.txt
+
+On a terminal lines can be edited, and arrow keys bring back what was typed; Ctrl-C stops an answer, twice it leaves;
+/help lists the commands. Elsewhere every line of standard input is a message.
+"""
+
+
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``melt generate``."""
+    parser.description = "Answer one prompt: the answer on standard output as it comes, its costs on standard error."
+    parser.epilog = _GENERATE
+    add_bundle(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="a user's message; - reads standard input")
+    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    parser.add_argument("--quiet", action="store_true", help="the answer alone, no costs on standard error")
+    add_answer_options(parser)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answers one prompt, piece by piece.
+
+    Raises:
+        MeltError, ValueError, OSError: before anything is computed, but for numbers that a damaged model gives.
+    """
+    settings = answer_settings(args)  # refuses bad values before the model is loaded
+    prompt = read_input() if args.prompt == "-" else require_utf8(args.prompt, "the prompt")
+    if not args.raw:
+        prompt = prompt.rstrip("\r\n")  # the end of a line is how a shell ends its text, and no part of a message
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give at least one character")
+    model = load_model(args, args.quiet)
+    with (
+        Line("token", PROMPT_DELAY) as line,
+        model.stream(prompt, raw=args.raw, progress=line.prompt, **settings) as stream,
+    ):
+        for piece in stream:
+            print(piece, end="", flush=True)
+    print(flush=True)
+    if not args.quiet:
+        result = stream.result
+        print(
+            f"{describe_costs(result)}, state {format_bytes(result.state_bytes)}, "
+            f"process peak {format_bytes(resident_bytes())}",
+            file=sys.stderr,
+        )
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``melt chat``."""
+    parser.description = "Talk in turns over one state: what was said is kept, and not computed again."
+    parser.epilog = _CHAT
+    add_bundle(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="instructions that begin the conversation")
+    add_answer_options(parser)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Answers until there are no more messages.
+
+    Raises:
+        MeltError, ValueError, OSError: before the first of them.
+    """
+    settings = answer_settings(args)
+    system = require_utf8(args.system, "--system")
+    read_line = terminal_lines()
+    model = load_model(args, quiet=False)
+    Chat(model.session, settings, system).run(read_line)

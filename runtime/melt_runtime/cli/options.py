@@ -1,0 +1,162 @@
+"""What several commands share: types of options, a bundle's sizes and device, the wait until it is loaded."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from melt_runtime.bundle.contract import KV_CACHES
+from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.cli.streams import require_utf8
+from melt_runtime.device.cuda import CudaOptions
+from melt_runtime.memory.estimate import format_bytes, plan_memory
+from melt_runtime.model import MeltModel
+from melt_runtime.progress import Line
+from melt_runtime.request.generation_config import GENERAL_DEFAULTS, GenerationConfig
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def numbers_option(value: str) -> tuple[int, ...]:
+    """The type of an option that takes several whole numbers: ``1,4``."""
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {value!r}") from None
+
+
+def names_option(value: str) -> tuple[str, ...]:
+    """The type of an option that takes several names: ``float,int8``."""
+    return tuple(value.split(","))
+
+
+def require_writable(path: Path | None) -> None:
+    """Refuses a file that could not be written, before the work that it is for.
+
+    Raises:
+        ValueError: its folder does not exist, or it is one.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist: make it first")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Adds the bundle that a command reads."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by melt-export")
+
+
+def add_sizes(parser: argparse.ArgumentParser | argparse._ArgumentGroup, tokens: str) -> None:
+    """Adds what decides how large a state is, but for the loops; ``tokens`` says what the capacity counts."""
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        metavar="TOKENS",
+        help=f"{tokens} (default: 2048, or the model's most where it has fewer)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        default="float",
+        choices=KV_CACHES,
+        help="how keys and values are stored: int8 takes a quarter of float32's memory, int4 an eighth; melt info says "
+        "what that costs (default: %(default)s)",
+    )
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides how an answer is made, and where."""
+    defaults = GENERAL_DEFAULTS
+    answer = parser.add_argument_group(
+        "the answer", "Where a bundle has defaults of its own, as melt info shows, they hold in place of these."
+    )
+    answer.add_argument("--loops", type=int, metavar="N", help="depth (default: as many as the model was trained with)")
+    answer.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer (default: what is left of the capacity)",
+    )
+    answer.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    answer.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help=f"0 takes the likeliest token, 1 draws as the model says (default: {defaults.temperature:g})",
+    )
+    answer.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help=f"draw from the N likeliest tokens; 0: from all (default: {defaults.top_k})",
+    )
+    answer.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the likeliest tokens that sum up to this probability (default: {defaults.top_p:g})",
+    )
+    answer.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help=f"draw from tokens this fraction as likely as the likeliest (default: {defaults.min_p:g})",
+    )
+    answer.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help=f"above 1: tokens that stand in the context become less likely (default: {defaults.repetition_penalty:g})",
+    )
+    answer.add_argument("--seed", type=int, metavar="N", help="of what is drawn, to draw it again (default: a new one)")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ..., or auto (default: %(default)s)"
+    )
+    machine.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: one per physical core)")
+    add_sizes(machine, "that prompts and answers may take together")
+    machine.add_argument("--cuda-graphs", action="store_true", help="on CUDA: capture a token's steps and replay them")
+
+
+def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the answer that were given; for the others the bundle's word holds.
+
+    Raises:
+        ValueError: lists every value outside its rule.
+    """
+    names = ("loops", "max_new_tokens", *_SAMPLING)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.stop:
+        given["stop"] = tuple(require_utf8(text, "--stop") for text in args.stop)
+    GenerationConfig(**given)
+    return given
+
+
+def load_model(args: argparse.Namespace, quiet: bool) -> MeltModel:
+    """Loads the bundle, and says what memory it takes and where it runs unless ``quiet``.
+
+    Raises:
+        MeltError, ValueError: as ``MeltModel.load``.
+    """
+    if not quiet:
+        plan = plan_memory(read_manifest(args.bundle), args.capacity, loops=args.loops, kv_cache=args.kv_cache)
+        ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
+        print(
+            f"memory: {format_bytes(plan.weight_bytes)} of weights + {ours} of state for {plan.state.capacity} tokens "
+            f"(with a KV cache per loop: {theirs})",
+            file=sys.stderr,
+        )
+    with Line("B") as line:
+        model = MeltModel.load(
+            args.bundle,
+            device=args.device,
+            capacity=args.capacity,
+            loops=args.loops,
+            threads=args.threads,
+            kv_cache=args.kv_cache,
+            cuda=CudaOptions(graphs=args.cuda_graphs),
+            progress=line,
+        )
+    if not quiet:
+        print(f"device: {model.provider.device} ({model.provider.reason})", file=sys.stderr)
+    return model

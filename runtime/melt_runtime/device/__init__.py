@@ -1,0 +1,3 @@
+"""Where graphs run: execution providers, CUDA, what this machine lacks."""
+
+__all__: list[str] = []

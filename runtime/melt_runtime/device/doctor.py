@@ -1,0 +1,30 @@
+"""Says what this machine can run: versions, execution providers, what a CUDA run would lack."""
+
+import importlib.metadata
+import platform
+
+import onnxruntime as ort
+
+from melt_runtime.device.cuda import cuda_obstacle, missing_libraries
+
+_PACKAGES = ("melt-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "jinja2")
+
+
+def diagnose() -> str:
+    """The report, several lines of text."""
+    lines = [f"python            {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for package in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        lines.append(f"{package:<17} {version}")
+    lines.append(f"built for         {', '.join(ort.get_available_providers())}")
+    lines.append("device='cpu'      can run")
+    obstacle = cuda_obstacle()
+    lines.append(f"device='cuda'     {'can run' if obstacle is None else 'cannot run'}")
+    missing = missing_libraries()
+    lines += [f"  missing {library}: {source}" for library, source in missing.items()]
+    if obstacle is not None and not missing:
+        lines.append(f"  {obstacle}")
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""Sizes of a state, known before it is allocated: bytes of the KV cache and of everything else that a step touches.
+
+Knows nothing of ONNX Runtime. Letters: ``melt_runtime.bundle.contract``.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from melt_runtime.arguments import instance, shown, whole_number
+from melt_runtime.bundle.contract import KV_CACHES, MAX_LOOPS, KVCacheKind, ModelShape, cache_tensor
+from melt_runtime.bundle.manifest import Manifest
+
+DEFAULT_CAPACITY = 2048
+"""Tokens of a session where the caller names no number and the model has as many positions."""
+
+MAX_BATCH = 4096
+"""Most sequences of one state."""
+
+_STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type; the bits are the same
+
+
+def stored_type(dtype: str) -> np.dtype[Any]:
+    """Numpy's type of a tensor's elements, or the one that has room for them."""
+    return np.dtype(_STORED_AS.get(dtype, dtype))
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """Sizes of a state, known before it is allocated.
+
+    Attributes:
+        shape: the model.
+        dtype: activation type.
+        batch: sequences B.
+        capacity: tokens S that the cache holds for each sequence.
+        chunk: most tokens C processed in parallel in prefill.
+        loops: cache sets of a LoopLM; a MELT state is the same for every value.
+        kv_cache: how keys and values are stored.
+    """
+
+    shape: ModelShape
+    dtype: str
+    batch: int
+    capacity: int
+    chunk: int
+    loops: int
+    kv_cache: KVCacheKind = "float"
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            ValueError: a size that is no whole number, below 1 or above its bound (the model's positions for a
+                capacity, the capacity for a chunk), or an unknown kind of KV cache.
+        """
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {shown(self.kv_cache)}")
+        positions = self.shape.max_positions
+        capacity = whole_number("capacity", self.capacity, 1, positions, " (max_positions)")
+        sizes = {
+            "capacity": capacity,
+            "batch": whole_number("batch", self.batch, 1, MAX_BATCH),
+            "chunk": whole_number("chunk", self.chunk, 1, capacity, " (the capacity)"),
+            "loops": whole_number("loops", self.loops, 1, MAX_LOOPS),
+        }
+        for name, size in sizes.items():
+            object.__setattr__(self, name, size)
+
+    @property
+    def cache_sets(self) -> int:
+        """KV caches per layer: 1, or one for each loop."""
+        return self.loops if self.shape.cache_kind == "per_loop" else 1
+
+    def cache_set(self, loop_idx: int) -> int:
+        """Which of the cache sets loop ``loop_idx`` reads and writes."""
+        return loop_idx if self.shape.cache_kind == "per_loop" else 0
+
+    def as_per_loop(self, loops: int | None = None) -> "StatePlan":
+        """The plan of the same model with a KV cache for each of ``loops`` loops, as a LoopLM has."""
+        return replace(
+            self, shape=replace(self.shape, cache_kind="per_loop"), loops=self.loops if loops is None else loops
+        )
+
+    @property
+    def rows(self) -> int:
+        """Tokens in flight at most: a prefill chunk of one sequence, or one token of each."""
+        return max(self.batch, self.chunk)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one key or value buffer, [B, Hk, S, dh], or [B, Hk, S, dh / 2] at 4 bits."""
+        width = cache_tensor(self.shape, self.dtype, self.kv_cache)[1]
+        return self.batch, self.shape.kv_heads, self.capacity, width
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of the elements of keys and values."""
+        return cache_tensor(self.shape, self.dtype, self.kv_cache)[0]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+        elements = 2 * self.cache_sets * self.shape.layers * math.prod(self.cache_shape)
+        return elements * stored_type(self.cache_dtype).itemsize
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of everything else that a step touches."""
+        latents = self.shape.layers if self.shape.has_latent else 0
+        floats = self.rows * ((1 + latents) * self.shape.hidden_size + self.shape.has_exit_gate)
+        logits = 4 * self.batch * self.shape.vocab_size
+        loop_idx = 8 if self.shape.has_loop_idx else 0
+        ids = 8 * (self.batch + self.chunk)
+        bookkeeping = self.batch * (8 + 2 * self.capacity)
+        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2) + bookkeeping
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return self.cache_bytes + self.work_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Intermediate results while a whole chunk is processed, about: 6 rows of the MLP and 12 hidden states a token.
+
+        Measured in float32 on a CPU, not derived: ONNX Runtime decides what it holds at once, and its arena keeps it.
+        """
+        return self.rows * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
+
+    @property
+    def _itemsize(self) -> int:
+        return stored_type(self.dtype).itemsize
+
+
+def plan_state(
+    manifest: Manifest,
+    capacity: int | None = None,
+    batch: int = 1,
+    chunk: int | None = None,
+    loops: int | None = None,
+    kv_cache: KVCacheKind = "float",
+) -> StatePlan:
+    """Sizes of a state for a bundle, without allocating it.
+
+    Raises:
+        ValueError: a size outside its rule, or a kind of KV cache that the bundle has no loop for.
+    """
+    shape = instance("manifest", manifest, Manifest, "a Manifest").model
+    if kv_cache not in manifest.kv_caches:
+        offered = ", ".join(manifest.kv_caches)
+        raise ValueError(
+            f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {shown(kv_cache)}"
+        )
+    most = shape.max_positions
+    capacity = (
+        min(DEFAULT_CAPACITY, most)
+        if capacity is None
+        else whole_number("capacity", capacity, 1, most, " (max_positions)")
+    )
+    return StatePlan(
+        shape=shape,
+        dtype=manifest.activations,
+        batch=batch,
+        capacity=capacity,
+        # A prompt longer than the capacity does not fit, so neither does a chunk.
+        chunk=min(shape.trained_chunk, capacity) if chunk is None else chunk,
+        loops=shape.trained_loops if loops is None else loops,
+        kv_cache=kv_cache,
+    )

@@ -1,0 +1,3 @@
+"""Token ids to text and back: tokenizer, chat templates, messages."""
+
+__all__: list[str] = []
