@@ -20,10 +20,10 @@ from melt_runtime import MeltModel
 from melt_runtime.bench.measure import fill_cache, new_process
 from melt_runtime.bundle.contract import ModelShape
 from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.memory.buffers import State
 from melt_runtime.memory.estimate import format_bytes, plan_memory
 from melt_runtime.memory.plan import StatePlan
 from melt_runtime.memory.process import resident_bytes
-from melt_runtime.state import State
 
 CONTEXTS = (1000, 4000, 8000, 16000)
 LOOPS = (1, 2, 4, 8)
@@ -59,10 +59,10 @@ def measure(bundle: str, loops: int, context: int) -> Point:
     runner = model.new_runner()
     fill_cache(runner.state, context)
     start = context - CHUNK - 1
-    runner.state.advance(start, 0, loops)
+    runner.slots[0].advance(start, loops)
     runner.prefill([token % manifest.model.vocab_size for token in range(CHUNK)], loops)
     runner.decode([1], loops)
-    return Point(Path(bundle).name, loops, context, runner.state.nbytes, plan.process_bytes, resident_bytes())
+    return Point(Path(bundle).name, loops, context, runner.state_bytes, plan.process_bytes, resident_bytes())
 
 
 def allocate(shape: ModelShape, loops: int, context: int) -> tuple[int, int]:

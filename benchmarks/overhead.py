@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from melt_runtime import MeltModel
-from melt_runtime.loop import LoopRunner
 from melt_runtime.memory.estimate import format_bytes
+from melt_runtime.runner import LoopRunner
 
 STEPS = 30
 

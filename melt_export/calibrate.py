@@ -9,8 +9,8 @@ import numpy as np
 from melt_export.probe import Probe
 from melt_export.progress import bar
 from melt_runtime.bundle.contract import KVCacheKind
-from melt_runtime.loop import LoopRunner
-from melt_runtime.state import Array
+from melt_runtime.memory.plan import Array
+from melt_runtime.runner import LoopRunner
 
 TOKENS = 512
 """Tokens whose keys and values are looked at, at most."""
@@ -39,10 +39,10 @@ def collect_rows(runner: LoopRunner, probe: Probe, loops: int) -> list[tuple[Arr
         left -= len(ids)
         if not ids:
             break
-        state.reset()
+        runner.reset()
 
         def keep(loop_idx: int, end: int = len(ids)) -> None:
-            start = int(state.lengths[0])
+            start = runner.slots[0].length
             rows = slice(start, min(start + state.plan.chunk, end))
             for layer, pair in zip(found, state.caches[state.plan.cache_set(loop_idx)], strict=True):
                 for kept, buffer in zip(layer, pair, strict=True):

@@ -32,8 +32,8 @@ from melt_runtime.bundle.manifest import (
     WEIGHTS_NAME,
     Manifest,
 )
+from melt_runtime.memory.plan import Array
 from melt_runtime.request.generation_config import GenerationConfig
-from melt_runtime.state import Array
 
 MODEL_NAME = "model.onnx"
 _MOST_TOKENS = 4096  # GenAI allocates the whole cache at once: a default that fits a machine
@@ -178,7 +178,7 @@ def _bundle_answers(
     runner = open_runner(bundle, manifest, longest + _NEW_TOKENS, chunk=longest)
     answers = []
     for ids in prompts:
-        runner.state.reset()
+        runner.reset()
         logits = [runner.prefill(ids, loops).copy()]
         while len(logits) < _NEW_TOKENS:
             logits.append(runner.decode([int(logits[-1].argmax())], loops)[0].copy())

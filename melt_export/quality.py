@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from melt_export.limits import loss_limit
-from melt_export.probe import Passage, Probe
+from melt_export.probe import Probe
 from melt_export.progress import bar
 from melt_export.record import open_runner
 from melt_export.reference import reference_model
@@ -25,8 +25,8 @@ from melt_runtime import Manifest, MeltModel
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.measured import CacheQuality, Quality
 from melt_runtime.loading.load_cache import LoadCache
-from melt_runtime.loop import LoopRunner
-from melt_runtime.state import Array
+from melt_runtime.memory.plan import Array
+from melt_runtime.runner import LoopRunner
 
 _ANSWER_ROOM = 8  # tokens beyond the expected answer: enough to be wrong
 
@@ -59,16 +59,14 @@ def trace_reference(model: MeltCausalLM, probe: Probe) -> Trace:
 
 def trace_bundle(runner: LoopRunner, probe: Probe, loops: int) -> Trace:
     """Runs a probe through a bundle, in chunks of the state's size."""
-    state, width = runner.state, runner.state.plan.shape.hidden_size
     hidden: list[list[Array]] = [[] for _ in range(loops)]
     logits = []
     for passage in bar(probe.passages, "passage", "ONNX Runtime"):
-        state.reset()
+        runner.reset()
         pieces: list[list[Array]] = [[] for _ in range(loops)]
 
-        def keep(loop_idx: int, passage: Passage = passage, pieces: list[list[Array]] = pieces) -> None:
-            tokens = min(state.plan.chunk, len(passage.ids) - int(state.lengths[0]))
-            pieces[loop_idx].append(state.hidden.read().reshape(-1)[: tokens * width].reshape(tokens, width))
+        def keep(loop_idx: int, pieces: list[list[Array]] = pieces) -> None:
+            pieces[loop_idx].append(runner.flight.hidden)
 
         runner.prefill(passage.ids, loops, observe=keep)
         for whole, piece in zip(hidden, pieces, strict=True):

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest
 from melt_runtime.device.providers import choose_provider
 from melt_runtime.loading.opening import open_sessions
-from melt_runtime.loop import LoopRunner
-from melt_runtime.memory.plan import plan_state
-from melt_runtime.state import Array, State
+from melt_runtime.memory.buffers import State
+from melt_runtime.memory.plan import Array, plan_state
+from melt_runtime.runner import LoopRunner
 
 
 @dataclass(frozen=True)
@@ -73,25 +71,20 @@ def record_steps(
 
 def _record(runner: LoopRunner, ids: list[int], loops: int, decode: bool = False) -> StepRecord:
     state = runner.state
-    start, tokens, width = int(state.lengths[0]), len(ids), state.plan.shape.hidden_size
+    start = runner.slots[0].length
     found: list[LoopRecord] = []
 
     def keep(loop_idx: int) -> None:
-        # A chunk's rows stand packed from the start of their buffers.
-        latents: list[Array] = []
-        if state.latent is not None:
-            layers = state.plan.shape.layers
-            latents = np.split(state.latent.read().reshape(-1, width)[: layers * tokens], layers)
-        rows = slice(start, start + tokens)
+        rows, flight = slice(start, start + len(ids)), runner.flight
         found.append(
             LoopRecord(
-                state.hidden.read().reshape(-1, width)[:tokens],
-                latents,
+                flight.hidden,
+                flight.latents,
                 [
                     (keys.value.numpy()[0, :, rows].copy(), values.value.numpy()[0, :, rows].copy())
                     for keys, values in state.caches[state.plan.cache_set(loop_idx)]
                 ],
-                None if state.exit_logit is None else state.exit_logit.read()[:tokens],
+                flight.exit_logits,
             )
         )
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from melt_export.weights import WeightFile
 from melt_runtime.bundle.contract import GraphSpec, KVCacheKind, loop_graph
-from melt_runtime.state import Array
+from melt_runtime.memory.plan import Array
 
 _INPUTS_BEFORE_SCALES = 12  # of GroupQueryAttention
 _BITS = {"int8": 8, "int4": 4}

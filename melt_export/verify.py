@@ -33,10 +33,11 @@ from melt_runtime.bundle.manifest import Manifest
 from melt_runtime.bundle.measured import Difference, Parity, ParityRun
 from melt_runtime.device.providers import choose_provider, make_session
 from melt_runtime.errors import MeltError
+from melt_runtime.execute.bindings import Sessions
 from melt_runtime.loading.opening import open_sessions
-from melt_runtime.loop import LoopRunner, Sessions
-from melt_runtime.memory.plan import plan_state
-from melt_runtime.state import Array, State
+from melt_runtime.memory.buffers import State
+from melt_runtime.memory.plan import Array, plan_state
+from melt_runtime.runner import LoopRunner
 
 DECODE_STEPS = 32
 

@@ -87,21 +87,20 @@ def test_odd_calls_are_refused_or_answered(model, expected, prompt, changes, raw
     row=st.one_of(st.just(1), odd),
 )
 def test_odd_calls_of_a_runner_are_refused_or_computed(runner, ids, loops, chunk, row):
-    runner.state.reset()
+    runner.reset()
     if is_whole(loops) and loops > 4:
         loops = max(loops, 1025)
     for call in (
         lambda: runner.prefill(ids, loops, chunk, row),
         lambda: runner.decode(ids, loops),
-        lambda: runner.state.advance(ids, row, loops),
-        lambda: runner.state.truncate(ids, row),
-        lambda: runner.state.room(row),
+        lambda: runner.slots[row].advance(ids, loops),
+        lambda: runner.slots[row].truncate(ids),
         lambda: runner.prefill_and_draw(ids, loops),
         lambda: runner.decode_and_draw(ids, loops),
     ):
         with suppress(MeltError, ValueError):
             call()
-    runner.state.reset()
+    runner.reset()
     assert int(runner.prefill(EXPECTED_IDS, 4, sequence=1).argmax()) == runner.expected
 
 
@@ -132,10 +131,10 @@ def runner(model, expected):
     ids=str,
 )
 def test_a_runner_says_what_it_cannot_take(runner, arguments, error, message):
-    runner.state.reset()
+    runner.reset()
     with pytest.raises(error, match=message):
         runner.prefill(**{"ids": [1], "loops": 2, **arguments})
-    assert runner.state.lengths.tolist() == [0, 0]
+    assert runner.slots.lengths == [0, 0]
 
 
 def test_a_runner_and_a_session_do_not_meet(model, expected):

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+from dataclasses import replace
+
 import pytest
 
 from melt_runtime import MeltModel
@@ -74,7 +76,7 @@ def test_a_cleared_conversation_is_empty(name, chat, capsys):
 
 def test_instructions_begin_the_conversation_whenever_they_are_given(tiny, capsys):
     session = tiny.new_session()
-    session._codec = TextCodec(tiny.codec.tokenizer, WITH_SYSTEM)
+    session._desk = replace(session._desk, codec=TextCodec(tiny.codec.tokenizer, WITH_SYSTEM))
     chat = Chat(session, {"max_new_tokens": 2}, system="Be brief.")
     say(chat, FACTS)
     assert session.messages[0] == {"role": "system", "content": "Be brief."}
@@ -146,7 +148,7 @@ def test_a_message_that_was_stopped_before_its_answer_can_be_retried(chat, tiny,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat.session._runner, "prefill", stop)
+        patch.setattr(chat.session._engine.executor, "run", stop)
         say(chat, MORE)
     assert chat.session.messages == first
     say(chat, "/retry")

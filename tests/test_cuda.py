@@ -84,7 +84,8 @@ def test_device_and_host_choose_the_same_greedy_tokens(tiny):
     model = MeltModel.load(tiny, device="cuda", capacity=256)
     settings = {"temperature": 0.0, "max_new_tokens": 100, "stop_ids": ()}
     on_device = model.generate(PROMPT, **settings)
-    sampler, model.session._runner.sampler = model.session._runner.sampler, None
+    executor = model.session._engine.executor
+    sampler, executor.sampler = executor.sampler, None
     assert sampler is not None
     assert model.generate(PROMPT, **settings).token_ids == on_device.token_ids
 
@@ -103,7 +104,7 @@ def test_speed_is_reported(tiny, graphs, capsys):
     """Prints milliseconds a token by loops; the figures themselves are not judged."""
     runner = MeltModel.load(tiny, device="cuda", capacity=512, cuda=CudaOptions(graphs=graphs)).new_runner()
     for loops in (1, 2, 4):
-        runner.state.reset()
+        runner.reset()
         runner.prefill(PROMPT, loops)
         seconds = []
         for _ in range(50):

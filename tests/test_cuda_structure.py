@@ -133,11 +133,11 @@ for loops in (1, 4, 16):
     model = MeltModel.load(sys.argv[1], device="cuda", capacity=128, loops=loops)
     runner = model.new_runner()
     state = runner.state
-    assert model.state_bytes == state.plan.total_bytes
+    assert model.state_bytes == runner.state_bytes == state.plan.total_bytes
     options = runner.sessions.loop.get_provider_options()["CUDAExecutionProvider"]
     limit = model.manifest.weight_bytes + 4 * state.plan.activation_bytes + (256 << 20)
     assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (str(limit), "kSameAsRequested")
-    assert {state.caches[0][0][0].value.device_name(), state.hidden.value.device_name()} == {"cuda"}
+    assert {state.caches[0][0][0].value.device_name(), state.step.hidden.value.device_name()} == {"cuda"}
     print(model.state_bytes)
 """
 

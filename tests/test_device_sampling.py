@@ -16,11 +16,11 @@ from melt_runtime.device.providers import choose_provider, make_session
 from melt_runtime.errors import NumericalError
 from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.loading.opening import open_sessions
-from melt_runtime.loop import LoopRunner
+from melt_runtime.memory.buffers import Buffer, State
 from melt_runtime.memory.plan import plan_state
 from melt_runtime.request.generation_config import GenerationConfig, GenerationSettings, settle
 from melt_runtime.request.sampler import candidates
-from melt_runtime.state import Buffer, State
+from melt_runtime.runner import LoopRunner
 
 VOCABULARY = 37
 
@@ -139,8 +139,8 @@ def test_the_driver_goes_on_from_the_token_that_was_drawn(random_bundle, loops):
     token = int(host.prefill(prompt, loops).argmax())
     assert device.prefill_and_draw(prompt, loops) == token
     sent = []
-    write = device.state.step_ids.write
-    device.state.step_ids.write = lambda values: sent.append(values) or write(values)
+    write = device.state.step.ids.write
+    device.state.step.ids.write = lambda values: sent.append(values) or write(values)
     for step in range(40):
         if step == 20:  # a token of the caller's choice in between
             token = 3

@@ -64,7 +64,7 @@ def test_an_ouro_bundle_follows_its_equations(ouro_bundle):
     assert_close(actual, logits[-1][7])
     for position in range(8, len(IDS)):
         given.clear()
-        observe = lambda _: given.append(runner.state.exit_logit.read()[0])  # noqa: E731
+        observe = lambda _: given.append(runner.flight.exit_logits[0])  # noqa: E731
         actual = runner.decode([IDS[position]], 4, observe=observe)[0]
         assert_close(actual, logits[-1][position])
         lambdas = 1 / (1 + np.exp(-np.array(given)))

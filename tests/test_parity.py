@@ -18,9 +18,9 @@ from melt_runtime.bundle.manifest import read_manifest
 from melt_runtime.bundle.measured import Parity
 from melt_runtime.device.providers import choose_provider
 from melt_runtime.loading.opening import open_sessions
-from melt_runtime.loop import LoopRunner
+from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import plan_state
-from melt_runtime.state import State
+from melt_runtime.runner import LoopRunner
 
 KINDS = ("elementwise", "scalar", "ema", "mean", "last", "none")
 SHAPES = (
@@ -118,16 +118,14 @@ def test_chunks_mean_the_same_in_both(random_bundle, kind, chunk, loops):
     runner, model = open_runner(random_bundle(gate_kind=kind)), random_model(gate_kind=kind)
     ids = draw_ids(41)
     hidden = []
-    actual = runner.prefill(
-        ids[0].tolist(), loops, chunk=chunk, observe=lambda _: hidden.append(runner.state.hidden.read())
-    )
+    actual = runner.prefill(ids[0].tolist(), loops, chunk=chunk, observe=lambda _: hidden.append(runner.flight.hidden))
     with torch.no_grad():
         expected = model(ids, loops=loops, chunk_size=chunk)
     assert_close(actual, expected.logits[0, -1])
     for place, start in enumerate(range(0, 41, chunk)):
         for loop_idx in range(loops):
             wanted = expected.loop_hidden_states[loop_idx][0, start : start + chunk]
-            assert_close(hidden[place * loops + loop_idx][: len(wanted)], wanted)
+            assert_close(hidden[place * loops + loop_idx], wanted)
 
 
 def test_another_chunk_gives_other_numbers(random_bundle):
@@ -135,7 +133,7 @@ def test_another_chunk_gives_other_numbers(random_bundle):
     runner = open_runner(random_bundle())
     logits = []
     for chunk in (1, 7):
-        runner.state.reset()
+        runner.reset()
         logits.append(runner.prefill(draw_ids(41)[0].tolist(), 4, chunk=chunk).copy())
     assert_far(*logits)
 
@@ -167,7 +165,7 @@ def test_a_ragged_batch_decodes_like_single_sequences(random_bundle, kind):
             with torch.no_grad():
                 expected = model(tokens[None, row : row + 1], past_key_values=caches[row], chunk_size=1)
             assert_close(actual[row], expected.logits[0, -1])
-    assert runner.state.lengths.tolist() == [17, 31, 24]
+    assert runner.slots.lengths == [17, 31, 24]
 
 
 def test_binding_in_place_changes_no_bit(random_bundle):
@@ -189,7 +187,7 @@ def test_binding_in_place_changes_no_bit(random_bundle):
             hidden, latent = out["hidden_out"], [out[f"latent_out.{i}"] for i in range(shape.layers)]
             cache = {name: out[name.replace("past", "present")] for name in cache}
     runner.prefill(ids[0].tolist(), 4, chunk=8)
-    np.testing.assert_array_equal(runner.state.hidden.read()[:4], hidden[0])
+    np.testing.assert_array_equal(runner.flight.hidden, hidden[0])
     for layer_idx, pair in enumerate(runner.state.caches[0]):
         for name, buffer in zip(("past_key", "past_value"), pair, strict=True):
             np.testing.assert_array_equal(buffer.read()[:, :, :20], cache[f"{name}.{layer_idx}"][:, :, :20])
@@ -204,7 +202,7 @@ def test_a_reset_state_gives_the_same_bits(random_bundle):
     runner, ids = open_runner(random_bundle()), draw_ids(20)[0].tolist()
     first = runner.prefill(ids, 4).copy()
     runner.prefill(draw_ids(30, seed=1)[0].tolist(), 3)
-    runner.state.reset()
+    runner.reset()
     np.testing.assert_array_equal(first, runner.prefill(ids, 4))
 
 

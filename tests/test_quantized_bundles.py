@@ -161,7 +161,7 @@ def test_a_quantized_cache_leaves_other_rows_alone_and_resets(random_bundle, kin
     runner.decode([3], 4)
     after = runner.state.caches[0][1][0].read()
     np.testing.assert_array_equal(before[:, :, :24], after[:, :, :24])
-    runner.state.reset()
+    runner.reset()
     np.testing.assert_array_equal(first, runner.prefill(ids, 4))
 
 

@@ -34,20 +34,20 @@ class Reference:
         for tokens, loops in self.chunks:
             logits = runner.prefill(self.ids[start : start + tokens], loops)
             start += tokens
-        return logits.copy(), rows(runner.state)
+        return logits.copy(), rows(runner.state, runner.slots[0])
 
 
-def rows(state) -> list[np.ndarray]:
-    used = int(state.lengths[0])
-    sets = state.caches[: state.depth] if len(state.caches) > 1 else state.caches  # deeper ones hold nothing
+def rows(state, slot) -> list[np.ndarray]:
+    used = slot.length
+    sets = state.caches[: slot.depth] if len(state.caches) > 1 else state.caches  # deeper ones hold nothing
     return [buffer.read()[:, :, :used] for layers in sets for pair in layers for buffer in pair]
 
 
 def check(session: Session, reference: Reference) -> None:
     logits, caches = reference.compute()
-    state = session._runner.state
+    state = session._engine.executor.state
     np.testing.assert_array_equal(state.logits.read()[0], logits)
-    for ours, theirs in zip(rows(state), caches, strict=True):
+    for ours, theirs in zip(rows(state, session._slot), caches, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -135,5 +135,5 @@ def test_a_conversation_goes_on_over_everything_before(tiny_bundle):
     assert tuple(ids[: len(before)]) == before
     fresh = model.new_session()
     assert fresh.generate(whole).text == session.generate(whole).text
-    for ours, theirs in zip(rows(session._runner.state), rows(fresh._runner.state), strict=True):
+    for ours, theirs in zip(*(rows(one._engine.executor.state, one._slot) for one in (session, fresh)), strict=True):
         np.testing.assert_array_equal(ours, theirs)

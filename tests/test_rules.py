@@ -43,32 +43,27 @@ ALLOWED = {
 }
 HERE = [name for name in PACKAGES if name != "transformers_melt"]
 """What this environment can import: optimum wants another transformers."""
-# Inside the runtime, an earlier floor never imports a later one.
+# Inside the runtime, an earlier floor never imports a later one: rooms are folders, the others single modules.
 FLOORS = (
-    {"errors", "contract", "version", "streams", "progress"},
-    {"arguments", "hold", "measured"},
-    {"manifest", "generation_config", "process_memory"},
-    {"cuda", "load_cache", "plan"},
-    {"providers", "memory"},
-    {"state", "plots"},
-    {"sampler", "messages", "template_meter", "device_sampler", "prepacked"},
-    {"template_values"},
-    {"template_filters"},
-    {"templates"},
+    {"errors", "version", "progress"},
+    {"arguments", "hold"},
+    {"bundle"},
+    {"device"},
+    {"memory"},
     {"text"},
-    {"loop"},
-    {"history"},
-    {"generate"},
-    {"session", "opening"},
-    {"model", "chat"},
-    {"doctor", "cli_options"},
-    {"bench", "cli_info", "cli_answer", "cli_cache", "cli_plan"},
-    {"bench_report"},
-    {"cli_bench"},
-    {"cli_demo"},
+    {"request", "schedule"},
+    {"execute"},
+    {"loading", "engine", "runner"},
+    {"stream"},
+    {"session"},
+    {"batch"},
+    {"model"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )
+PURE = {"arguments", "errors", "progress", "bundle", "text", "request", "schedule"}
+"""Floors that run without ONNX Runtime, and what of ``memory`` they need: its plan."""
 
 
 def imports(path) -> set[str]:
@@ -88,15 +83,27 @@ def test_imports_keep_to_their_floor(package):
         assert roots <= ALLOWED[package], f"{path}: {roots - ALLOWED[package]}"
 
 
+def rooms() -> list[tuple[str, Path]]:
+    """(floor's name, file) of every module of the runtime but its door."""
+    base = PACKAGES["melt_runtime"]
+    files = [path for path in base.rglob("*.py") if path != base / "__init__.py"]
+    return [(path.relative_to(base).parts[0].removesuffix(".py"), path) for path in files]
+
+
 def test_dependencies_inside_the_runtime_run_one_way():
     height = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-    for path in PACKAGES["melt_runtime"].glob("*.py"):
-        if path.stem == "__init__":
-            continue
+    for room, path in rooms():
         for name in imports(path):
             if name.startswith("melt_runtime."):
                 target = name.split(".")[1]
-                assert height[target] <= height[path.stem], f"{path.stem} imports {target}"
+                assert target == room or height[target] < height[room], f"{path} imports {name}"
+
+
+def test_what_decides_runs_without_onnxruntime():
+    """Which tokens run next, and what becomes of an answer, can be tried with neither graphs nor buffers."""
+    for room, path in rooms():
+        if room in PURE:
+            assert not {"onnxruntime", "melt_runtime.memory.buffers"} & imports(path), path
 
 
 def test_the_runtime_runs_without_torch():
@@ -108,9 +115,18 @@ def test_the_runtime_runs_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", [*HERE, "melt_models.tiny", "melt_models.training"])
+def packages() -> list[str]:
+    """Every package that can be imported here, by its name."""
+    found = [
+        (name, init) for name in HERE for init in PACKAGES[name].rglob("__init__.py") if "__pycache__" not in str(init)
+    ]
+    return sorted(".".join((name, *init.parent.relative_to(PACKAGES[name]).parts)) for name, init in found)
+
+
+@pytest.mark.parametrize("package", packages())
 def test_every_package_says_what_it_offers(package):
     module = importlib.import_module(package)
+    assert module.__doc__
     assert isinstance(module.__all__, list)
     assert all(hasattr(module, name) for name in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)

@@ -113,8 +113,7 @@ def test_two_turns_equal_one_prompt_in_the_same_chunks(model):
         tokens.append(int(logits.argmax()))
         logits = runner.decode([tokens[-1]], 4)[0]
     assert second.token_ids == tuple(tokens)
-    state = session._runner.state
-    rows = int(state.lengths[0])
+    state, rows = session._engine.executor.state, session._slot.length
     for ours, theirs in zip(state.caches[0], runner.state.caches[0], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a.read()[:, :, :rows], b.read()[:, :, :rows])
@@ -127,7 +126,7 @@ def test_a_chat_keeps_its_messages_and_sessions_do_not_mix(model):
     assert other.messages == []
     assert other.token_ids == ()
     one.reset()
-    assert (one.messages, one.token_ids, one._runner.state.lengths.tolist()) == ([], (), [0])
+    assert (one.messages, one.token_ids, [one._slot.length]) == ([], (), [0])
 
 
 def test_a_message_never_drops_raw_text_silently(model):
@@ -199,10 +198,10 @@ def test_a_whole_chat_replaces_the_turns(model):
 def test_bad_requests_lose_nothing(model, prompt, options, error, message):
     session = model.new_session()
     session.generate("Ana reports to Ben.", max_new_tokens=3)
-    before = (session.token_ids, session._runner.state.lengths.tolist(), list(session.messages))
+    before = (session.token_ids, [session._slot.length], list(session.messages))
     with pytest.raises(error, match=message):
         session.generate(prompt, **options)
-    assert (session.token_ids, session._runner.state.lengths.tolist(), session.messages) == before
+    assert (session.token_ids, [session._slot.length], session.messages) == before
 
 
 def test_a_prompt_that_just_fits_is_taken(model):
@@ -263,7 +262,7 @@ def test_depth_beyond_the_trained_one_is_said_once(random_bundle):
 
 
 def test_private_names_say_what_serves(model):
-    with pytest.raises(AttributeError, match=r"Session.runner is Session._runner now.*model.new_runner\(\)"):
+    with pytest.raises(AttributeError, match=r"Session.runner is the session's own now.*model.new_runner\(\)"):
         _ = model.session.runner
     with pytest.raises(AttributeError, match=r"session.plan and session.state_bytes"):
         _ = model.session.state

@@ -9,9 +9,10 @@ from tolerances import PUBLISHED
 
 from melt_runtime.bundle.contract import ModelShape
 from melt_runtime.errors import CapacityError
+from melt_runtime.execute.slots import Slot, Slots
+from melt_runtime.memory.buffers import State
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.plan import StatePlan
-from melt_runtime.state import State
 
 SHAPE = ModelShape(
     layers=3,
@@ -46,7 +47,8 @@ def plan(shape=SHAPE, **sizes) -> StatePlan:
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 8), (3, 2)])
 def test_the_plan_is_what_gets_allocated(shape, dtype, kv_cache, batch, chunk):
     sizes = plan(shape, dtype=dtype, kv_cache=kv_cache, batch=batch, chunk=chunk)
-    assert State(sizes, "cpu").nbytes == sizes.total_bytes
+    state = State(sizes, "cpu")
+    assert state.nbytes + Slots(state).nbytes == sizes.total_bytes
 
 
 def test_melt_state_is_the_same_for_every_depth_and_looplm_grows_with_it():
@@ -96,33 +98,37 @@ def test_capacity_beyond_the_positions_is_refused():
         plan(capacity=129)
 
 
+def slot(**sizes) -> Slot:
+    return Slot(0, plan(**sizes))
+
+
 def test_overflow_changes_nothing():
-    state = State(plan(capacity=4, chunk=4), "cpu")
-    state.advance(3, 0, loops=4)
+    one = slot(capacity=4, chunk=4)
+    one.advance(3, loops=4)
     with pytest.raises(CapacityError, match=r"2 more tokens do not fit: capacity 4, in use 3; load with capacity=5"):
-        state.advance(2, 0, loops=4)
-    assert state.lengths.tolist() == [3]
+        one.advance(2, loops=4)
+    assert one.length == 3
 
 
-def test_reset_and_truncate_forget():
-    state = State(plan(), "cpu")
-    state.advance(5, 0, loops=4)
-    state.truncate(2)
-    assert (state.lengths.tolist(), state.depth, state.room()) == ([2], 4, 62)
+def test_forget_and_truncate_forget():
+    one = slot()
+    one.advance(5, loops=4)
+    one.truncate(2)
+    assert (one.length, one.depth, one.room) == (2, 4, 62)
     for tokens in (-1, 3, 1.0, True):
         with pytest.raises(ValueError, match="tokens must be"):
-            state.truncate(tokens)
-    assert state.lengths.tolist() == [2]
-    state.reset()
-    assert (state.lengths.tolist(), state.depth) == ([0], None)
+            one.truncate(tokens)
+    assert one.length == 2
+    one.forget()
+    assert (one.length, one.depth) == (0, None)
 
 
 def test_depth_is_free_for_melt_and_fixed_for_looplm():
-    melt, looplm = State(plan(), "cpu"), State(plan(LOOPLM), "cpu")
-    for state in (melt, looplm):
-        state.advance(1, 0, loops=2)
+    melt, looplm = slot(), slot(shape=LOOPLM)
+    for one in (melt, looplm):
+        one.advance(1, loops=2)
         with pytest.raises(ValueError, match="loops must be at least 1, got 0"):
-            state.require_loops(0, kept=1)
+            one.require_loops(0, kept=1)
     melt.require_loops(100, kept=1)
     with pytest.raises(ValueError, match="loops must stay 2 until reset, got 3"):
         looplm.require_loops(3, kept=1)
@@ -131,11 +137,11 @@ def test_depth_is_free_for_melt_and_fixed_for_looplm():
 
 
 def test_slices_are_bound_by_address():
-    state = State(plan(), "cpu")
-    values = np.arange(state.hidden.nbytes // 4, dtype=np.float32).reshape(state.hidden.shape)
-    state.hidden.write(values)
-    assert state.hidden.address(3) - state.hidden.address() == 12
-    np.testing.assert_array_equal(state.hidden.read(), values)
+    hidden = State(plan(), "cpu").chunk.hidden
+    values = np.arange(hidden.nbytes // 4, dtype=np.float32).reshape(hidden.shape)
+    hidden.write(values)
+    assert hidden.address(3) - hidden.address() == 12
+    np.testing.assert_array_equal(hidden.read(), values)
 
 
 def test_bytes_for_people():
@@ -148,34 +154,40 @@ def test_bytes_for_people():
 
 
 def test_only_full_chunks_of_the_same_depth_are_made_again():
-    state = State(plan(), "cpu")
+    one = slot()
     for tokens, loops in ((8, 4), (8, 4), (8, 2), (5, 2), (1, 2)):
-        state.advance(tokens, 0, loops)
-    assert [state.full_chunks(n, 4) for n in (0, 7, 8, 15, 16, 24, 30)] == [0, 0, 8, 8, 16, 16, 16]
-    assert state.full_chunks(30, 2) == 0
-    state.truncate(12)  # half of a chunk is no chunk
-    assert state.full_chunks(12, 4) == 8
-    state.truncate(0)
+        one.advance(tokens, loops)
+    assert [one.full_chunks(n, 4) for n in (0, 7, 8, 15, 16, 24, 30)] == [0, 0, 8, 8, 16, 16, 16]
+    assert one.full_chunks(30, 2) == 0
+    one.truncate(12)  # half of a chunk is no chunk
+    assert one.full_chunks(12, 4) == 8
+    one.truncate(0)
     for tokens in (5, 3, 8):
-        state.advance(tokens, 0, loops=4)
-    assert state.full_chunks(16, 4) == 0  # they are divided otherwise
+        one.advance(tokens, loops=4)
+    assert one.full_chunks(16, 4) == 0  # they are divided otherwise
 
 
-@pytest.mark.parametrize(
-    "arguments", [(1, -1, 4), (1, 1, 4), (1, True, 4), (0, 0, 4), (1.0, 0, 4), (1, 0, 0), (1, 0, 2**31), (1, 0, 1.5)]
-)
+@pytest.mark.parametrize("arguments", [(0, 4), (1.0, 4), (True, 4), (1, 0), (1, 2**31), (1, 1.5)])
 def test_a_chunk_that_cannot_be_is_not_counted(arguments):
-    state = State(plan(), "cpu")
+    one = slot()
     with pytest.raises(ValueError, match="must be"):
-        state.advance(*arguments)
-    assert state.lengths.tolist() == [0]
-    assert not state.depths.any()
+        one.advance(*arguments)
+    assert one.length == 0
+    assert not one.depths.any()
     with pytest.raises(ValueError, match="read-only"):
-        state.lengths[0] = 3
+        one.depths[0] = 3
+
+
+def test_what_a_state_knew_before_says_where_it_is():
+    state = State(plan(), "cpu")
+    with pytest.raises(AttributeError, match=r"State has no lengths: it is runner.slots.lengths now"):
+        _ = state.lengths
+    with pytest.raises(AttributeError, match="State has no other"):
+        _ = state.other
 
 
 def test_nothing_is_bound_beyond_a_buffer():
-    buffer = State(plan(), "cpu").hidden
+    buffer = State(plan(), "cpu").chunk.hidden
     for shape, offset in (((8, 32), 1), ((9, 32), 0), ((1,), -1)):
         with pytest.raises(ValueError, match=r"must lie in a buffer of \[8, 32\]"):
             buffer.bind_input(SimpleNamespace(bind_input=print), "hidden", shape, offset)

@@ -28,16 +28,16 @@ def session(model) -> Session:
 
 def look(session: Session) -> tuple:
     """All that a caller can see of a session, and what its cache holds."""
-    state = session._runner.state
-    rows = int(state.lengths[0])
+    state, slot = session._engine.executor.state, session._slot
+    rows = slot.length
     keys = [buffer.read()[:, :, :rows].tobytes() for layer in state.caches[0] for buffer in layer]
-    return session.token_ids, list(session.messages), state.depths.tolist(), keys
+    return session.token_ids, list(session.messages), slot.depths.tolist(), keys
 
 
 def next_turn(session: Session, prompt="Who is Ben?") -> tuple:
     """A turn's answer and the last logits behind it."""
     result = session.generate(prompt, max_new_tokens=6, **FREE)
-    return result.token_ids, result.text, session._runner.state.logits.read().tobytes()
+    return result.token_ids, result.text, session._engine.executor.state.logits.read().tobytes()
 
 
 def test_nothing_moves_before_the_first_piece(model, session):
@@ -89,28 +89,24 @@ def end_by_with(stream) -> None:
 
 def end_by_error(stream) -> None:
     """As Ctrl-C arrives: an exception out of the middle of a token."""
-    interrupted(stream, lambda decode: None)
+    interrupted(stream, "run")
 
 
 def end_by_late_error(stream) -> None:
     """As Ctrl-C arrives when a token was run and counted, before the next was chosen."""
-    interrupted(stream, lambda decode: decode([1], 4))
+    interrupted(stream, "compute_logits")
 
 
-def interrupted(stream, first) -> None:
-    runner = stream._turn._runner
-    decode = runner.decode
-
-    def interrupt(*_, **__):
-        first(decode)
-        raise KeyboardInterrupt
-
-    runner.decode = interrupt
-    try:
+def interrupted(stream, name: str) -> None:
+    executor = stream._turn._engine.executor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, name, stop)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
-    finally:
-        runner.decode = decode
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("end", [end_by_close, end_by_with, end_by_error, end_by_late_error])
@@ -131,7 +127,9 @@ def test_a_turn_left_after_it_began_stays_with_its_text_so_far(model, end, piece
     with pytest.raises(StreamError, match="not ended"):
         _ = stream.result
     # The same turn, ended by its length at the same token.
-    prompt = len(fresh._codec.encode(fresh._codec.render([*fresh.messages, {"role": "user", "content": PROMPT}])))
+    prompt = len(
+        fresh._desk.codec.encode(fresh._desk.codec.render([*fresh.messages, {"role": "user", "content": PROMPT}]))
+    )
     fresh.generate(PROMPT, max_new_tokens=len(session.token_ids) - prompt, **FREE)
     assert new > 0
     assert look(session) == look(fresh)
@@ -187,8 +185,8 @@ def test_a_prompt_that_failed_leaves_the_conversation_as_it_was(model, kind, pro
 def test_a_model_that_fails_at_the_first_token_leaves_the_conversation_as_it_was(model, session, monkeypatch):
     fresh = model.new_session()
     fresh.generate("Ana reports to Ben.", max_new_tokens=7, **FREE)
-    prefill = session._runner.prefill
-    monkeypatch.setattr(session._runner, "prefill", lambda *a, **k: np.full_like(prefill(*a, **k), np.nan))
+    executor = session._engine.executor
+    monkeypatch.setattr(executor, "logits", lambda slot: np.full(executor.state.plan.shape.vocab_size, np.nan))
     with pytest.raises(NumericalError, match="the model gave logits of nan"):
         session.generate(PROMPT)
     monkeypatch.undo()
@@ -233,7 +231,7 @@ def test_a_refused_stream_can_be_asked_again(model):
 
 
 def test_a_call_in_another_thread_is_refused_while_one_runs(model):
-    """The second call comes while the first is inside a chunk of its prompt; both kinds of stream and the runner."""
+    """The second call comes while the first is inside a chunk of its prompt; both kinds of stream."""
     session, stream, refused = model.new_session(), None, []
 
     def meanwhile(done: int, total: int) -> None:
@@ -249,8 +247,6 @@ def test_a_call_in_another_thread_is_refused_while_one_runs(model):
             session.reset,
             lambda: next(stream),
             stream.close,
-            lambda: session._runner.prefill([1], 2),
-            lambda: session._runner.decode([1], 2),
         ):
             try:
                 call()
@@ -259,9 +255,8 @@ def test_a_call_in_another_thread_is_refused_while_one_runs(model):
 
     stream = session.stream(list(range(40)), max_new_tokens=5, progress=meanwhile, **FREE)
     assert "".join(stream) == model.generate(list(range(40)), max_new_tokens=5, **FREE).text
-    assert len(refused) == 7
+    assert len(refused) == 5
     assert sum("this stream is at work in another thread" in message for message in refused) == 2
-    assert sum("this runner is at work in another thread" in message for message in refused) == 2
 
 
 def test_many_threads_on_one_session_answer_rightly_or_are_refused(model):
@@ -291,7 +286,7 @@ def test_sessions_of_one_model_answer_side_by_side_as_they_do_alone(model):
         for turn, loops in zip(turns, (4, 2), strict=True):
             settings = {"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": turn[0], "loops": loops}
             found.append(session.generate(turn, **settings, **FREE).token_ids)
-        return [*found, session._runner.state.logits.read().tobytes()]
+        return [*found, session._engine.executor.state.logits.read().tobytes()]
 
     serial = [answer(turns) for turns in prompts]
     found: list = [None] * len(prompts)

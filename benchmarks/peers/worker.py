@@ -115,7 +115,7 @@ class Melt:
 
     def reset(self) -> None:
         """Forgets every token."""
-        self.runner.state.reset()
+        self.runner.reset()
 
     def step(self, tokens: int) -> None:
         """Processes tokens up to the logits of the last."""

@@ -13,9 +13,11 @@ from importlib.util import find_spec
 if find_spec("onnxruntime") is None:
     raise ImportError("melt_runtime needs ONNX Runtime, which is not installed: pip install 'melt-onnx[cpu]'")
 
+from melt_runtime.batch import BatchStream
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.errors import (
+    BatchError,
     BundleError,
     BusyError,
     CapacityError,
@@ -26,17 +28,20 @@ from melt_runtime.errors import (
     StreamError,
     TokenError,
 )
-from melt_runtime.generate import GenerationResult, GenerationStream, Timings
 from melt_runtime.loading.load_cache import LoadCache
-from melt_runtime.loop import LoopRunner
 from melt_runtime.memory.plan import plan_state
 from melt_runtime.model import MeltModel
 from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.result import GenerationResult, Timings
+from melt_runtime.runner import LoopRunner
 from melt_runtime.session import Session
+from melt_runtime.stream import GenerationStream
 from melt_runtime.text.codec import Message
 from melt_runtime.version import __version__
 
 __all__ = [
+    "BatchError",
+    "BatchStream",
     "BundleError",
     "BusyError",
     "CapacityError",

@@ -8,12 +8,18 @@
     ├── RunError         ONNX Runtime gave up in the middle: a graph that computes something else, or no memory left
     ├── NumericalError   the model computed NaN or infinity
     ├── BusyError        a session, stream or runner that is at work already
-    └── StreamError      a stream that cannot go on, or has no result
+    ├── StreamError      a stream that cannot go on, or has no result
+    └── BatchError       prompts of a batch that could not be answered, after those that could
 
 Beside it: arguments outside their rule raise ``ValueError`` with field, rule and value; a disk or file that refuses
 raises ``OSError``. ``melt_models`` has trees of its own, ``CheckpointError`` and ``TrainingError``: it does not know
 the runtime.
 """
+
+from collections.abc import Mapping
+from typing import Any
+
+_SHOWN = 8
 
 
 class MeltError(Exception):
@@ -50,3 +56,19 @@ class BusyError(MeltError):
 
 class StreamError(MeltError, RuntimeError):
     """A stream whose conversation went on without it, or whose result was asked for before its end."""
+
+
+class BatchError(MeltError):
+    """Prompts of a batch that could not be answered; the others were.
+
+    Attributes:
+        errors: what was wrong with each, by the prompt's number.
+        results: the other answers by number, where they were not given out before.
+    """
+
+    def __init__(self, errors: Mapping[int, Exception], results: Mapping[int, Any] | None = None):
+        self.errors = dict(errors)
+        self.results = dict(results or {})
+        shown = [f"prompt {number}: {error}" for number, error in sorted(self.errors.items())[:_SHOWN]]
+        more = [f"and {len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else []
+        super().__init__("\n  ".join([f"{len(errors)} of the prompts could not be answered:", *shown, *more]))

@@ -1,16 +1,21 @@
 """``MeltModel``: a loaded bundle. The door through which applications come in."""
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from melt_runtime.arguments import function_or_none, instance
+from melt_runtime.arguments import function_or_none, instance, whole_number
+from melt_runtime.batch import Batch, BatchAsk, BatchStream
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.device.providers import ProviderChoice, check_threads, choose_provider
-from melt_runtime.generate import GenerationResult, GenerationStream
+from melt_runtime.engine import Engine
+from melt_runtime.errors import BatchError
+from melt_runtime.execute.bindings import Sessions
+from melt_runtime.execute.executor import Executor
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.loading.opening import (
     check_bundle,
@@ -19,12 +24,15 @@ from melt_runtime.loading.opening import (
     require_memory,
     with_memory_limit,
 )
-from melt_runtime.loop import LoopRunner, Progress, Sessions
-from melt_runtime.memory.plan import StatePlan, plan_state
-from melt_runtime.progress import Report
+from melt_runtime.memory.buffers import State
+from melt_runtime.memory.plan import MAX_BATCH, StatePlan, plan_state
+from melt_runtime.progress import Progress, Report
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, read_generation_config
-from melt_runtime.session import DepthNotice, Prompt, Session
-from melt_runtime.state import State
+from melt_runtime.request.prompts import Desk, Prompt
+from melt_runtime.request.result import GenerationResult
+from melt_runtime.runner import LoopRunner
+from melt_runtime.session import DepthNotice, Session
+from melt_runtime.stream import GenerationStream
 from melt_runtime.text.codec import TextCodec
 
 
@@ -57,7 +65,7 @@ class MeltModel:
         self.codec = codec
         self._plan = plan
         self._notice = DepthNotice(manifest.model.trained_loops)
-        self.session = self.new_session()
+        self.session = self._open_session(plan)
 
     @classmethod
     def load(
@@ -69,6 +77,7 @@ class MeltModel:
         loops: int | None = None,
         threads: int | None = None,
         kv_cache: KVCacheKind = "float",
+        slots: int = 1,
         cache: LoadCache | None = None,
         cuda: CudaOptions | None = None,
         progress: Report | None = None,
@@ -87,6 +96,8 @@ class MeltModel:
             threads: CPU threads inside an operator, at most one per processor; default: one per physical core.
             kv_cache: how keys and values are stored. ``int8`` and ``int4`` take a quarter and an eighth of float32's
                 memory and read less of it per token, at the cost that ``manifest.quality`` states.
+            slots: sequences that ``generate_batch`` and ``stream_batch`` answer side by side, each with a cache of the
+                whole capacity; ``state_bytes`` counts them all.
             cache: folder that makes the next load of a large bundle fast; default: the user's.
             cuda: how a CUDA device is used: graphs, TF32, a limit of its memory.
             progress: told what is done, and how much of it: a large bundle takes seconds, the first time above all.
@@ -102,7 +113,8 @@ class MeltModel:
         function_or_none("progress", progress)
         instance("cuda", cuda, (CudaOptions, type(None)), "CudaOptions or None")
         manifest = read_manifest(folder)
-        plan = plan_state(manifest, capacity, chunk=chunk, loops=loops, kv_cache=kv_cache)
+        whole_number("slots", slots, 1, MAX_BATCH)
+        plan = plan_state(manifest, capacity, slots, chunk, loops, kv_cache)
         provider = choose_provider(device, manifest.activations, cuda)
         require_memory(provider, manifest, plan)
         provider = with_memory_limit(provider, manifest, plan)
@@ -125,7 +137,12 @@ class MeltModel:
         Raises:
             CapacityError: its state cannot be allocated.
         """
-        return Session(self._sessions, self._new_state(1), self.codec, self.defaults, self._notice)
+        return self._open_session(replace(self._plan, batch=1))
+
+    def _open_session(self, plan: StatePlan) -> Session:
+        engine = Engine(Executor(self._sessions, self._new_state(plan.batch)))
+        slot = engine.executor.slots.acquire()
+        return Session(engine, slot, Desk(self.codec, self.defaults, plan), self._notice)
 
     def new_runner(self, batch: int = 1) -> LoopRunner:
         """A driver over a state of its own, for applications that handle token ids and logits themselves.
@@ -182,3 +199,57 @@ class MeltModel:
     ) -> GenerationStream:
         """As ``generate``, piece by piece."""
         return self.session._stream(prompt, config, raw, progress, changes, fresh=True)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        raw: bool = False,
+        progress: Progress | None = None,
+        **changes: Unpack[GenerationChanges],
+    ) -> list[GenerationResult]:
+        """Answers many prompts over the model's ``slots``, each as ``generate`` would alone, whatever its depth,
+        sampling, stop rules and length.
+
+        In float32 the tokens are those of one at a time as long as no two logits are nearly equal: products over
+        several rows differ in their last digits from those over one.
+
+        Args:
+            prompts: any number of them, each as for ``generate``.
+            config: for all, or one for each; what it does not say, the bundle says.
+            raw: give strings to the model as they are, without the chat template.
+            progress: called after every prompt with those done and all of them.
+            **changes: single fields of ``GenerationConfig`` over each ``config``.
+
+        Returns:
+            The answers in the order of the prompts.
+
+        Raises:
+            BatchError: prompts could not be answered; it names them by number and holds the other answers.
+            BusyError, ValueError: before anything is computed, as for ``generate``.
+        """
+        results: dict[int, GenerationResult] = {}
+        with self.stream_batch(prompts, config, raw, progress, **changes) as stream:
+            try:
+                results.update(stream)
+            except BatchError as error:
+                raise BatchError(error.errors, results) from None
+        return [results[number] for number in range(len(results))]
+
+    def stream_batch(
+        self,
+        prompts: Iterable[Prompt],
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        raw: bool = False,
+        progress: Progress | None = None,
+        **changes: Unpack[GenerationChanges],
+    ) -> BatchStream:
+        """As ``generate_batch``: (number of the prompt, its answer) as they finish.
+
+        Prompts are read as slots become free, so that they may be made, or fetched, one by one. The slots are those of
+        the model's own session, which forgets what it held.
+        """
+        session = self.session
+        ask = BatchAsk.make(prompts, config, raw, progress, changes, session._desk)
+        session._hold.require_free()
+        return BatchStream(Batch(session._engine, session._desk, self._notice, session._lent, ask).run)

@@ -8,6 +8,9 @@ from typing import Any, Self
 Report = Callable[[str, int, int], None]
 """Told of long work as it goes on: what is done now, how much of it is done, and all of it; 0 where nobody knows."""
 
+Progress = Callable[[int, int], None]
+"""Called after every chunk of a prompt with the tokens that are done and all of them."""
+
 PROMPT_DELAY = 0.5
 """Seconds after which the run of a prompt shows itself."""
 

@@ -1,25 +1,23 @@
-"""A conversation: one state, its token history, and turns that continue without recomputing the past."""
+"""A conversation: one slot, its messages, and turns that continue without recomputing the past."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import NoReturn, Unpack, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Unpack, cast
 from weakref import ReferenceType
 
-import numpy as np
-
-from melt_runtime.arguments import function_or_none, instance, shown
-from melt_runtime.errors import TokenError
-from melt_runtime.generate import GenerationResult, GenerationStream, Request, Turn
-from melt_runtime.history import TokenHistory
+from melt_runtime.arguments import function_or_none, instance
+from melt_runtime.engine import Engine
+from melt_runtime.execute.slots import Slot
 from melt_runtime.hold import Hold
-from melt_runtime.loop import LoopRunner, Progress, Sessions, check_ids
 from melt_runtime.memory.plan import StatePlan
-from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, settle
-from melt_runtime.state import State
-from melt_runtime.text.codec import Message, TextCodec
-
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A user's message (or plain text with ``raw``), a whole chat, or token ids."""
+from melt_runtime.progress import Progress
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
+from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
+from melt_runtime.request.request import Request
+from melt_runtime.request.result import GenerationResult
+from melt_runtime.stream import Ask, GenerationStream, Held, Turn
+from melt_runtime.text.codec import Message
 
 _BUSY = (
     "this session is at work: a call in another thread, or a stream that has begun and not ended; close it "
@@ -58,14 +56,8 @@ class Session:
         messages: the chat so far, answers included; empty where raw text or ids were given.
     """
 
-    def __init__(
-        self, sessions: Sessions, state: State, codec: TextCodec, defaults: GenerationConfig, notice: DepthNotice
-    ):
-        self._runner = LoopRunner(sessions, state)
-        self._codec = codec
-        self._defaults = defaults
-        self._notice = notice
-        self._history = TokenHistory(self._runner)
+    def __init__(self, engine: Engine, slot: Slot, desk: Desk, notice: DepthNotice):
+        self._engine, self._slot, self._desk, self._notice = engine, slot, desk, notice
         self._hold = Hold(_BUSY)
         self.messages: list[Message] = []
         self._holds_raw = False
@@ -73,23 +65,23 @@ class Session:
     @property
     def plan(self) -> StatePlan:
         """The sizes of the state."""
-        return self._runner.state.plan
+        return self._desk.plan
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the whole state; for MELT the same for every number of loops."""
-        return self._runner.state.nbytes
+        return self._engine.state_bytes
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """Every token so far, prompts and answers."""
-        return tuple(self._history.ids)
+        return tuple(self._slot.ids)
 
     @property
-    def open_stream(self) -> GenerationStream | None:
+    def open_stream(self) -> Held[Any] | None:
         """The stream that holds the session, where one has begun and not ended."""
         owner = self._hold.owner
-        return owner() if isinstance(owner, ReferenceType) else None
+        return owner() if isinstance(owner, ReferenceType) else None  # a call's own owner is none
 
     @property
     def runner(self) -> NoReturn:
@@ -98,7 +90,7 @@ class Session:
         Raises:
             AttributeError: names what serves instead.
         """
-        raise AttributeError("Session.runner is Session._runner now, the session's own: use model.new_runner()")
+        raise AttributeError("Session.runner is the session's own now: use model.new_runner()")
 
     @property
     def state(self) -> NoReturn:
@@ -108,8 +100,8 @@ class Session:
             AttributeError: names what serves instead.
         """
         raise AttributeError(
-            "Session.state is Session._runner.state now, the session's own: use session.plan and session.state_bytes, "
-            "or a state of your own, model.new_runner().state"
+            "Session.state is the session's own now: use session.plan and session.state_bytes, or a state of your own, "
+            "model.new_runner().state"
         )
 
     def reset(self) -> None:
@@ -119,9 +111,7 @@ class Session:
             BusyError: the session is at work.
         """
         with self._hold.taken():
-            self._history.forget()
-            self.messages = []
-            self._holds_raw = False
+            self._forget()
 
     def stream(
         self,
@@ -171,29 +161,21 @@ class Session:
         fresh: bool,
     ) -> GenerationStream:
         """As ``stream``; ``fresh``: as the first turn of an empty session, which it then replaces."""
-        config = GenerationConfig() if config is None else config
-        instance("config", config, GenerationConfig, "a GenerationConfig")
+        said = say(config, changes)
         instance("raw", raw, bool, "True or False")
         function_or_none("progress", progress)
-        said = config.with_changes(**changes)
         self._hold.require_free()
-        shape, history = self.plan.shape, self._history
+        slot, desk = self._slot, self._desk
         chat = self._as_chat(prompt, raw, fresh)
         if chat is not None:
-            ids = self._codec.encode(self._codec.render(chat))
+            ids = desk.encode(chat, is_chat=True)
             chat = [cast(Message, dict(message)) for message in chat]  # the caller may change its own later
         else:
-            more = self._codec.encode(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
-            ids = [*([] if fresh else history.ids), *check_ids(more, shape).tolist()]
-        settings = settle(said, self._defaults, shape.trained_loops, self.plan.capacity - len(ids) + 1)
-        # The last new token is never run, so it takes no row.
-        self._runner.state.require_total(len(ids) + max(settings.max_new_tokens, 1) - 1)
+            ids = [*([] if fresh else slot.ids), *desk.encode(prompt, is_chat=False)]
+        settings = desk.settle(said, len(ids))
         alone = fresh or (chat is not None and not isinstance(prompt, str))
-        goes_on = not alone and history.continues(ids)
-        self._runner.state.require_loops(settings.loops, history.cached if goes_on else 0)
-        unknown = [token for token in said.stop_ids or () if token >= shape.vocab_size]
-        if unknown:
-            raise ValueError(f"stop_ids must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")
+        goes_on = not alone and slot.continues(ids)
+        slot.require_loops(settings.loops, slot.length if goes_on else 0)
         self._notice(settings.loops)
 
         def keep(text: str) -> None:
@@ -203,25 +185,37 @@ class Session:
             elif fresh:
                 self.messages = []
 
-        request = Request(ids, settings, None if alone else history.turn, fresh, keep, progress)
-        return GenerationStream(Turn(self._runner, self._codec, history, self._hold, request))
+        ask = Ask(lambda: Request(ids, settings, desk.codec), None if alone else slot.turn, fresh, keep, progress)
+        return GenerationStream(Turn(self._engine, slot, self._hold, ask))
 
     def _as_chat(self, prompt: Prompt, raw: bool, fresh: bool) -> list[Message] | None:
         """The whole chat with this turn; None where the prompt is raw text or ids."""
-        if isinstance(prompt, str):
-            if raw:
-                return None
-            if fresh:
-                return [{"role": "user", "content": prompt}]
-            if self._holds_raw:
-                raise ValueError("prompt must be raw text or ids until reset(): the session holds such, not a chat")
-            return [*self.messages, {"role": "user", "content": prompt}]
-        if isinstance(prompt, np.ndarray):
-            return None
-        if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
-            raise ValueError(f"prompt must be text, messages or token ids, got {shown(prompt)}")
-        if not prompt:
-            raise TokenError("prompt must hold at least one message or token id")
-        if isinstance(prompt[0], Mapping):
-            return list(cast(Sequence[Message], prompt))
-        return None
+        if not isinstance(prompt, str) or raw or fresh:
+            return as_chat(prompt, raw)
+        if self._holds_raw:
+            raise ValueError("prompt must be raw text or ids until reset(): the session holds such, not a chat")
+        return [*self.messages, {"role": "user", "content": prompt}]
+
+    @contextmanager
+    def _lent(self, owner: object) -> Iterator[None]:
+        """Lends the session's slot to ``owner``, who answers others in it; the conversation is forgotten.
+
+        Raises:
+            BusyError: the session is at work.
+        """
+        slots = self._engine.executor.slots
+        try:
+            self._hold.take(owner)
+            self._forget()
+            slots.release(self._slot)
+            yield
+        finally:
+            if self._hold.owner is owner:
+                self._slot = slots.acquire()
+                self._forget()
+            self._hold.free(owner)
+
+    def _forget(self) -> None:
+        self._slot.forget()
+        self.messages = []
+        self._holds_raw = False

@@ -28,13 +28,13 @@ def main(bundle: str, graphs: bool) -> None:
     model_loops = LOOPS if model.manifest.model.trained_loops > 1 else (1,)
 
     def decode_on_device(loops: int) -> None:
-        runner._drawn = 0  # as if the device had drawn a token of the vocabulary
+        runner._executor._drawn = 0  # as if the device had drawn a token of the vocabulary
         with suppress(NumericalError):
             runner.decode_and_draw(0, loops)
 
     def measure(name: str, step: Callable[[int], object]) -> None:
         for loops in model_loops:
-            runner.state.reset()
+            runner.reset()
             runner.prefill([1] * (CHUNK + 3), loops)
             for _ in range(3):
                 step(loops)  # arenas grow with the first ones
@@ -46,7 +46,7 @@ def main(bundle: str, graphs: bool) -> None:
     measure("greedy", decode_on_device)
     runner.sampler.start(settings(temperature=0.8, top_k=40, top_p=0.9, seed=0))
     measure("sample", decode_on_device)
-    runner.state.reset()
+    runner.reset()
     runner.prefill([1] * CHUNK, model_loops[-1])
     decode_on_device(model_loops[-1])
     counts["growth"] = count(lambda: [decode_on_device(model_loops[-1]) for _ in range(GROWTH_TOKENS)])

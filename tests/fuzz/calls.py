@@ -155,7 +155,7 @@ class Calls:
         return Outcome(kind, "")
 
     def _valid(self) -> tuple[Any, ...]:
-        self.runner.state.reset()
+        self.runner.reset()
         logits = self.runner.prefill(IDS, 2, sequence=1).tobytes()
         return logits, self.model.generate(IDS, max_new_tokens=4, stop_ids=()).token_ids
 
@@ -233,7 +233,7 @@ class Calls:
         return REFUSED if refused else ANSWERED
 
     def _driver(self, chance: random.Random, tell: Tell) -> str:
-        runner, state = self.runner, self.runner.state
+        runner = self.runner
         ids = odd_prompt(chance) if chance.random() < 0.6 else [1, 2, 3]
         loops, row = (_few(odd(chance)) if chance.random() < 0.5 else 2 for _ in range(2))
         more = {name: odd(chance) for name in ("chunk", "sequence", "observe", "progress") if chance.random() < 0.2}
@@ -246,9 +246,9 @@ class Calls:
             lambda: runner.prefill(ids, loops, **more),
             lambda: runner.prefill([1, 2, 3], loops, **more),
             lambda: runner.decode(ids, loops, **({"observe": more["observe"]} if "observe" in more else {})),
-            lambda: state.advance(ids, row, loops),
-            lambda: state.truncate(ids, row),
-            lambda: state.room(row),
+            lambda: runner.slots[row].advance(ids, loops),
+            lambda: runner.slots[row].truncate(ids),
+            lambda: runner.slots[row].room,
             lambda: runner.prefill_and_draw(ids, loops),
             lambda: runner.decode_and_draw(row, loops),
             lambda: self.model.new_runner(row),

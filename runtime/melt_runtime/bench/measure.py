@@ -26,11 +26,11 @@ import onnxruntime as ort
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.errors import RunError
-from melt_runtime.loop import LoopRunner
+from melt_runtime.memory.buffers import State
 from melt_runtime.memory.process import resident_bytes
 from melt_runtime.model import MeltModel
 from melt_runtime.progress import Report
-from melt_runtime.state import State
+from melt_runtime.runner import LoopRunner
 
 DECODE_STEPS = 12
 PREFILL_TOKENS = 512
@@ -287,7 +287,7 @@ def _measure(case: Case) -> list[Row]:
                 tokens_per_second=tokens / seconds,
                 loop_seconds=loop_seconds,
                 bandwidth=manifest.streamed_bytes["loop"] / loop_seconds,
-                state_bytes=runner.state.nbytes,
+                state_bytes=runner.state_bytes,
                 per_loop_bytes=plan.as_per_loop(loops).total_bytes,
                 load_seconds=load_seconds,
                 peak_bytes=resident_bytes(),
@@ -314,15 +314,14 @@ class _Clock:
 
 def _time_decode(runner: LoopRunner, position: int, loops: int) -> tuple[float, float]:
     """Median seconds of a step and of a loop, at ``position``."""
-    state, batch = runner.state, runner.state.plan.batch
-    state.reset()
-    fill_cache(state, position)
-    for sequence in range(batch):
-        state.advance(position, sequence, loops)
+    runner.reset()
+    fill_cache(runner.state, position)
+    for slot in runner.slots:
+        slot.advance(position, loops)
     steps, inner = [], []
     for _ in range(DECODE_STEPS):
         clock = _Clock()
-        runner.decode([1] * batch, loops, observe=clock)
+        runner.decode([1] * len(runner.slots), loops, observe=clock)
         steps.append(clock.elapsed())
         inner += clock.loops()
     return statistics.median(steps[1:]), statistics.median(inner[loops:])
@@ -333,7 +332,7 @@ def _time_prompt(runner: LoopRunner, tokens: int, loops: int) -> tuple[float, fl
     ids = [token % runner.state.plan.shape.vocab_size for token in range(tokens)]
     best, inner = float("inf"), float("inf")
     for _ in range(2):
-        runner.state.reset()
+        runner.reset()
         clock = _Clock()
         runner.prefill(ids, loops, observe=clock)
         seconds = clock.elapsed()

@@ -13,9 +13,9 @@ from typing import Any
 from melt_files import replace_text
 from melt_runtime.cli.streams import require_utf8
 from melt_runtime.errors import CapacityError, MeltError
-from melt_runtime.generate import GenerationResult
 from melt_runtime.progress import PROMPT_DELAY, Line
 from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.result import GenerationResult
 from melt_runtime.session import Session
 from melt_runtime.text.codec import Message
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from melt_runtime.cli.options import numbers_option
 from melt_runtime.cli.streams import require_utf8
-from melt_runtime.generate import GenerationResult
 from melt_runtime.memory.estimate import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.result import GenerationResult
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "melt-tiny"
 """melt-tiny, exported by ``make demo-bundle``."""

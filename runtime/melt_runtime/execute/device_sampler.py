@@ -9,8 +9,8 @@ import onnxruntime as ort
 
 from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import NumericalError
+from melt_runtime.memory.buffers import Buffer
 from melt_runtime.request.generation_config import GenerationSettings
-from melt_runtime.state import Buffer
 
 
 class DeviceSampler:

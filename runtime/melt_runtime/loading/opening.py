@@ -12,9 +12,9 @@ from melt_runtime.bundle.manifest import REMAKE, TOKENIZER_NAME, Manifest, check
 from melt_runtime.device.cuda import free_memory
 from melt_runtime.device.providers import ORT_TYPES, ProviderChoice, make_session
 from melt_runtime.errors import BundleError, ProviderError
+from melt_runtime.execute.bindings import Sessions
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.loading.prepacked import open_graph
-from melt_runtime.loop import Sessions
 from melt_runtime.memory.plan import StatePlan
 from melt_runtime.progress import Report
 from melt_runtime.text.codec import TextCodec

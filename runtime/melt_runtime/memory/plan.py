@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.bundle.contract import KV_CACHES, MAX_LOOPS, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.bundle.manifest import Manifest
+from melt_runtime.errors import CapacityError
+
+Array = NDArray[Any]
 
 DEFAULT_CAPACITY = 2048
 """Tokens of a session where the caller names no number and the model has as many positions."""
@@ -84,10 +88,35 @@ class StatePlan:
             self, shape=replace(self.shape, cache_kind="per_loop"), loops=self.loops if loops is None else loops
         )
 
+    def require_loops(self, loops: int) -> None:
+        """Refuses a depth that this state has no caches for. MELT's one cache serves every depth.
+
+        Raises:
+            ValueError: no whole number from 1 to ``MAX_LOOPS``, or for a LoopLM more than it has caches.
+        """
+        whole_number("loops", loops, 1, MAX_LOOPS)
+        if self.shape.cache_kind == "per_loop" and loops > self.cache_sets:
+            raise ValueError(
+                f"loops must be at most {self.cache_sets}, got {loops}: a LoopLM has one KV cache per loop; "
+                f"load with loops={loops}"
+            )
+
     @property
     def rows(self) -> int:
-        """Tokens in flight at most: a prefill chunk of one sequence, or one token of each."""
-        return max(self.batch, self.chunk)
+        """Tokens in flight at most: a chunk of one sequence's prompt, and one token of each."""
+        return self.batch + self.chunk
+
+    def require_total(self, tokens: int) -> None:
+        """Refuses a sequence that would not fit even in an empty cache.
+
+        Raises:
+            CapacityError: more than ``capacity`` tokens.
+        """
+        if tokens > self.capacity:
+            raise CapacityError(
+                f"prompt and new tokens need {tokens} rows, the capacity is {self.capacity}: load with "
+                f"capacity={tokens} or more, shorten the prompt, or lower max_new_tokens"
+            )
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
@@ -115,7 +144,7 @@ class StatePlan:
         loop_idx = 8 if self.shape.has_loop_idx else 0
         ids = 8 * (self.batch + self.chunk)
         bookkeeping = self.batch * (8 + 2 * self.capacity)
-        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 2) + bookkeeping
+        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 3) + bookkeeping
 
     @property
     def total_bytes(self) -> int:
@@ -128,7 +157,7 @@ class StatePlan:
 
         Measured in float32 on a CPU, not derived: ONNX Runtime decides what it holds at once, and its arena keeps it.
         """
-        return self.rows * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
+        return max(self.batch, self.chunk) * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
 
     @property
     def _itemsize(self) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from melt_runtime.errors import NumericalError
+from melt_runtime.memory.plan import Array
 from melt_runtime.request.generation_config import GenerationSettings
-from melt_runtime.state import Array
 
 
 class Sampler:

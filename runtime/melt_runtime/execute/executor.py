@@ -1,0 +1,233 @@
+"""Runs passes of the loop graph: the only writer of the cache. Knows slots and token ids, nothing of text, or of why.
+
+A pass is one loop, over a chunk of one sequence or over one token of each of several, which may be at different loops.
+What goes in are token ids and positions; what comes out are logits where they are asked for, or on a device the token
+that was drawn from them there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from melt_runtime.execute.bindings import Bindings, Sessions
+from melt_runtime.execute.device_sampler import DeviceSampler
+from melt_runtime.execute.slots import Slots
+from melt_runtime.memory.buffers import State, TokenRows
+from melt_runtime.memory.plan import Array
+from melt_runtime.schedule.span import Span
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What lies in the buffers for some tokens between two passes; each look copies it to the host. For verification.
+
+    Attributes:
+        span: the tokens.
+        state: the buffers.
+    """
+
+    span: Span
+    state: State
+
+    @property
+    def hidden(self) -> Array:
+        """Hidden states, [C, D] float."""
+        return self._buffers.hidden.read()[self._here]
+
+    @property
+    def latents(self) -> list[Array]:
+        """Latent states of every layer, [C, D] float; empty where the gate has none."""
+        latent, plan = self._buffers.latent, self.state.plan
+        if latent is None:
+            return []
+        flat = latent.read().reshape(-1, plan.shape.hidden_size)
+        stride = len(self.span.ids) if self.span.is_chunk else plan.batch
+        return [flat[layer_idx * stride :][self._here] for layer_idx in range(plan.shape.layers)]
+
+    @property
+    def exit_logits(self) -> Array | None:
+        """Of every token, [C] float; None where the model has no exit gate."""
+        exit_logit = self._buffers.exit_logit
+        return None if exit_logit is None else exit_logit.read()[self._here]
+
+    @property
+    def _buffers(self) -> TokenRows:
+        return self.state.chunk if self.span.is_chunk else self.state.step
+
+    @property
+    def _here(self) -> slice:
+        first = 0 if self.span.is_chunk else self.span.slot
+        return slice(first, first + len(self.span.ids))
+
+
+class Executor:
+    """Drives the graphs over one state.
+
+    Attributes:
+        sessions: the graphs.
+        state: the buffers.
+        slots: which sequence owns which of them.
+        sampler: chooses tokens on the device; None on the CPU, and for several slots.
+        mixes_loops: whether the tokens of one pass may be at different loops. Not where each loop has a cache of its
+            own or the graph is told its number, and not on a device, where latent states start anew all at once.
+    """
+
+    def __init__(self, sessions: Sessions, state: State):
+        plan = state.plan
+        self.sessions, self.state, self.slots = sessions, state, Slots(state)
+        self.sampler: DeviceSampler | None = None
+        if sessions.greedy is not None and sessions.sample is not None and plan.batch == 1:
+            place = (state.device, state.step.ids.device_id)
+            self.sampler = DeviceSampler(sessions.greedy, sessions.sample, plan.shape.vocab_size, *place)
+            self._draws = self.sampler.bind(state.step.ids)
+        self.mixes_loops = plan.cache_sets == 1 and not plan.shape.has_loop_idx and state.device == "cpu"
+        self._bindings = Bindings(sessions, state, self.sampler)
+        self._drawn: int | None = None  # the token that the device put into the ids itself
+        self._ids: Array = np.zeros(state.step.ids.shape, dtype=np.int64)
+        self._placed: dict[int, int] = {}  # slots of the pass before, and the rows where they wrote
+        if self._bindings.captured:
+            self._capture()
+
+    def run(self, spans: Sequence[Span]) -> None:
+        """One pass: one loop of each span.
+
+        Args:
+            spans: a chunk, or single tokens of different slots, which are at the same loop unless ``mixes_loops``. Each
+                begins at its slot's cached length and fits into its capacity.
+
+        Raises:
+            RunError: ONNX Runtime could not.
+        """
+        loop_idx = spans[0].loop
+        if self.state.loop_idx is not None:
+            self.state.loop_idx.write(np.array([loop_idx]))
+        if spans[0].is_chunk:
+            self._run_chunk(spans[0])
+        else:
+            assert self.mixes_loops or all(span.loop == loop_idx for span in spans)
+            self._run_steps(spans, self.state.plan.cache_set(loop_idx))
+        for span in spans:
+            span.loop += 1
+
+    def compute_logits(self, spans: Sequence[Span]) -> None:
+        """Runs the head over the last token of each span of one pass; ``logits`` then has them."""
+        if spans[0].is_chunk:
+            self._bindings.chunk_head(len(spans[0].ids), spans[0].slot).run()
+        else:
+            first, last = min(span.slot for span in spans), max(span.slot for span in spans)
+            self._bindings.step_head(first, last - first + 1).run()
+
+    def logits(self, slot: int) -> Array:
+        """Logits of a slot's last token, [V] float32: a view that any later pass may overwrite."""
+        return self.state.logits.value.numpy()[slot]  # type: ignore[no-any-return]
+
+    def draw(self, span: Span) -> int:
+        """The token after ``span``, chosen on the device as its sampler was told; it is there for the next pass.
+
+        Raises:
+            NumericalError: the logits hold NaN or infinity.
+        """
+        assert self.sampler is not None
+        rows = self.state.chunk if span.is_chunk else self.state.step
+        self._bindings.device_head(rows, len(span.ids) - 1).run()
+        self._drawn = self.sampler.draw(self._draws)
+        return self._drawn
+
+    def _run_chunk(self, span: Span) -> None:
+        rows, tokens, end = self.state.chunk, len(span.ids), span.start + len(span.ids)
+        if span.loop == 0:
+            self._begin(span)
+            staged: Array = np.zeros(rows.ids.shape, dtype=np.int64)
+            staged[0, :tokens] = span.ids
+            rows.ids.write(staged)
+            rows.last_row.write(np.array([end - 1], dtype=np.int32))
+            rows.total_length.write(np.array([end], dtype=np.int32))
+            self._bindings.embed_chunk(tokens).run()
+        self._bindings.chunk(tokens, span.slot)[self.state.plan.cache_set(span.loop)].run()
+
+    def _run_steps(self, spans: Sequence[Span], cache_set: int) -> None:
+        starting = [span for span in spans if span.loop == 0]
+        if starting:
+            self._embed_steps(starting)
+        placed = {span.slot: span.start for span in spans}
+        groups = self._bridge(placed)
+        if placed != self._placed:
+            self._place(placed)
+        for first, count in groups:
+            self._bindings.steps(first, count)[cache_set].run()
+
+    def _embed_steps(self, spans: Sequence[Span]) -> None:
+        """Makes the state before the first loop of single tokens."""
+        rows, plan = self.state.step, self.state.plan
+        under_way = any(slot.flight is not None and not slot.flight.is_chunk for slot in self.slots)
+        for span in spans:
+            self._begin(span)
+            self._ids[span.slot] = span.ids[0]
+        if plan.batch > 1 or spans[0].ids[0] != self._drawn:
+            rows.ids.write(self._ids)
+        self._drawn = None
+        if not under_way:
+            self._bindings.embed_steps(0, plan.batch).run()  # nobody's hidden state is lost by taking all
+            return
+        for first, count in _neighbours(sorted(span.slot for span in spans)):
+            self._bindings.embed_steps(first, count).run()
+            if rows.latent is not None:
+                with rows.latent.on_host() as latent:
+                    latent[:, first : first + count] = 0
+
+    def _begin(self, span: Span) -> None:
+        slot = self.slots[span.slot]
+        assert span.start == slot.length
+        assert len(span.ids) <= slot.room
+        slot.flight = span
+
+    def _bridge(self, placed: dict[int, int]) -> list[tuple[int, int]]:
+        """Ranges of neighbouring slots that cover ``placed``: a slot in between that has a row to spare joins them.
+
+        One row more costs less than reading the weights again.
+        """
+        if len(placed) == 1:
+            return [(next(iter(placed)), 1)]
+        for number in range(min(placed), max(placed)):
+            if number not in placed and (row := self.slots[number].spare_row) is not None:
+                placed[number] = row
+        return _neighbours(sorted(placed))
+
+    def _place(self, placed: dict[int, int]) -> None:
+        """Says at which rows the tokens of the next passes are."""
+        rows, plan = self.state.step, self.state.plan
+        last_row: Array = np.zeros(plan.batch, dtype=np.int32)
+        for slot, row in placed.items():
+            last_row[slot] = row
+        rows.last_row.write(last_row)
+        # A captured graph holds the length that it was captured with.
+        longest = plan.capacity if self._bindings.captured else max(placed.values()) + 1
+        rows.total_length.write(np.array([longest], dtype=np.int32))
+        self._placed = placed
+
+    def _capture(self) -> None:
+        """Captures a decoded token's graphs while the state is empty: ONNX Runtime runs each more than once for that,
+        and a loop in place that runs again goes on from its own result."""
+        state, bindings = self.state, self._bindings
+        state.step.ids.write(self._ids)
+        self._place({0: 0})
+        self._placed = {}
+        if state.loop_idx is not None:
+            state.loop_idx.write(np.array([0]))
+        bindings.embed_steps(0, 1).run()
+        for bound in bindings.steps(0, 1):
+            bound.run()
+        if self.sampler is not None:
+            bindings.device_head(state.step, 0).run()
+
+
+def _neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges, (first, count), of ascending numbers."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and sum(ranges[-1]) == number:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
+        else:
+            ranges.append((number, 1))
+    return ranges

@@ -1,0 +1,330 @@
+"""Which sequence owns which rows of the cache, and what each row holds: tokens, their division into chunks, depths.
+
+Numbers depend on the division: inside a chunk tokens see each other at the same loop, earlier chunks at their last. So
+tokens count as cached only where the cache holds what running them would give, bit for bit. Knows no text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from melt_runtime.arguments import whole_number
+from melt_runtime.bundle.contract import MAX_LOOPS
+from melt_runtime.errors import CapacityError
+from melt_runtime.memory.buffers import State
+from melt_runtime.memory.plan import Array, StatePlan
+from melt_runtime.schedule.span import Span
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence at one moment.
+
+    Attributes:
+        ids: its tokens.
+        depths: of those that were run, where a chunk began the loops that it went through, else 0; [n] int16.
+    """
+
+    ids: list[int]
+    depths: Array
+
+
+class Slot:
+    """One sequence and its rows of the cache.
+
+    The last token of an answer was chosen but not run. Of those that were, the cache holds all but the last few, where
+    a turn that failed wrote over them; these are run again, in the same chunks, before the sequence goes on.
+
+    Attributes:
+        number: which of the slots, counted from 0.
+        ids: every token, of prompts and answers; replaced, never changed, when a turn begins.
+        turn: counts what began or was undone, so that a stream knows whether the sequence is still the one it was made
+            for.
+        flight: what is between its first loop and its last; None between passes that are done.
+        depths: where a chunk began, the loops that it went through, else 0; [S] int16, read-only.
+    """
+
+    def __init__(self, number: int, plan: StatePlan):
+        self.number = number
+        self._plan = plan
+        self._length = 0
+        self._depths: Array = np.zeros(plan.capacity, dtype=np.int16)
+        self._lost: Array = np.zeros(0, dtype=np.int16)
+        self.depths = self._depths.view()
+        self.depths.setflags(write=False)
+        self.ids: list[int] = []
+        self.turn = 0
+        self.flight: Span | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose final keys and values are in the cache."""
+        return self._length
+
+    @property
+    def depth(self) -> int | None:
+        """Loops that the cached tokens of a LoopLM went through; None while there are none."""
+        return int(self._depths[0]) or None
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be taken."""
+        return self._plan.capacity - self._length
+
+    @property
+    def spare_row(self) -> int | None:
+        """A row that holds nothing, where a pass over neighbours may write; None: it must leave this slot alone."""
+        row = self._length
+        if self.flight is not None:
+            if not self.flight.is_chunk:
+                return None  # its hidden state is among the neighbours'
+            row += len(self.flight.ids)
+        return row if row < self._plan.capacity else None
+
+    def require_room(self, tokens: int) -> None:
+        """Refuses what does not fit, before anything is written.
+
+        Raises:
+            CapacityError: fewer than ``tokens`` rows are left.
+        """
+        if tokens > self.room:
+            raise CapacityError(
+                f"{tokens} more tokens do not fit: capacity {self._plan.capacity}, in use {self._length}; "
+                f"load with capacity={self._length + tokens} or more"
+            )
+
+    def require_loops(self, loops: int, kept: int) -> None:
+        """Refuses a depth that cannot be run after ``kept`` cached tokens. MELT takes any, at any token.
+
+        Raises:
+            ValueError: no whole number from 1 to ``MAX_LOOPS``; for a LoopLM, more than it has caches, or another than
+                its cached tokens had.
+        """
+        self._plan.require_loops(loops)
+        if self._plan.shape.cache_kind == "per_loop" and kept and self.depth != loops:
+            raise ValueError(
+                f"loops must stay {self.depth} until reset, got {loops}: the tokens in a LoopLM's caches went through "
+                f"{self.depth} loops"
+            )
+
+    def next_span(self, loops: int) -> Span:
+        """What is to be run next of the tokens that the cache does not hold: a chunk, or the last token alone.
+
+        Args:
+            loops: depth T of what was never run; what was lost takes its own again.
+        """
+        size = min(self._plan.chunk, len(self.ids) - self._length)
+        if len(self._lost):
+            loops = int(self._lost[0])
+            later = np.flatnonzero(self._lost[1:])
+            size = int(later[0]) + 1 if later.size else len(self._lost)
+        start = self._length
+        return Span(self.number, start, self.ids[start : start + size], loops)
+
+    def commit(self) -> None:
+        """Counts what is in flight as final."""
+        span, self.flight = self.flight, None
+        assert span is not None
+        assert span.is_done
+        self.advance(len(span.ids), span.depth)
+        self._lost = self._lost[len(span.ids) :]
+
+    def advance(self, tokens: int, loops: int) -> None:
+        """Counts ``tokens``, one chunk that went through ``loops`` loops, as final.
+
+        Raises:
+            ValueError: an argument outside its rule.
+            CapacityError: the tokens do not fit.
+        """
+        loops = whole_number("loops", loops, 1, MAX_LOOPS)
+        tokens = whole_number("tokens", tokens, 1, self._plan.shape.max_positions)
+        self.require_room(tokens)
+        self._depths[self._length] = loops
+        self._length += tokens  # last, so that an interrupt leaves the chunk uncounted
+
+    def continues(self, prompt: Sequence[int]) -> bool:
+        """Whether ``prompt`` begins with the whole sequence and brings a token that was not run yet."""
+        ran = self._length + len(self._lost)
+        return len(prompt) > ran and list(prompt[: len(self.ids)]) == self.ids
+
+    def reusable(self, prompt: Sequence[int], loops: int) -> int:
+        """Cached tokens that an empty slot would hold just so after ``prompt`` at this depth.
+
+        The prompt's last token never counts, since its logits are needed.
+        """
+        limit = min(self._length, len(prompt) - 1, len(self.ids))
+        shared = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
+        return self.full_chunks(shared, loops)
+
+    def full_chunks(self, tokens: int, loops: int) -> int:
+        """Most cached tokens, up to ``tokens``, that a prompt run from the start through ``loops`` loops makes again.
+
+        They stand in full chunks from the start on, each of this depth, so that keeping them changes no number.
+        """
+        chunk, depths, kept = self._plan.chunk, self._depths, 0
+        while (end := kept + chunk) <= min(tokens, self._length):
+            ends_whole = end == self._length or depths[end] != 0
+            if depths[kept] != loops or depths[kept + 1 : end].any() or not ends_whole:
+                break
+            kept = end
+        return kept
+
+    def snapshot(self) -> Snapshot:
+        """The sequence as it is."""
+        return Snapshot(self.ids, np.concatenate((self._depths[: self._length], self._lost)))
+
+    def begin(self, prompt: Sequence[int], kept: int | None) -> None:
+        """Makes ``prompt`` the sequence.
+
+        Args:
+            prompt: token ids.
+            kept: cached tokens that stay; None: the prompt continues the sequence, and all of them do.
+        """
+        self.turn += 1
+        if kept is not None:
+            self.truncate(kept)
+            self._lost = self._lost[:0]
+        self.ids = list(prompt)
+
+    def undo(self, before: Snapshot, kept: int) -> None:
+        """Makes the sequence what it was.
+
+        Args:
+            before: taken before the turn began.
+            kept: cached tokens that the turn left alone.
+        """
+        self.turn += 1
+        self.truncate(min(kept, self._length))
+        self.ids = before.ids
+        self._lost = before.depths[self._length :]
+
+    def leave(self, tokens: int) -> None:
+        """Ends a turn early, after its first ``tokens`` tokens; the last of them counts as chosen but not run."""
+        self.truncate(min(self._length, tokens - 1))
+        del self.ids[tokens:]
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` cached tokens; rows beyond are never read, so nothing is cleared.
+
+        Raises:
+            ValueError: no whole number from 0 to the cached length.
+        """
+        tokens = whole_number("tokens", tokens, 0, self._length, " (the sequence's length)")
+        self.flight = None
+        self._length = tokens
+        self._depths[tokens:] = 0
+
+    def forget(self) -> None:
+        """Makes the sequence empty; the memory stays allocated."""
+        self.turn += 1
+        self.truncate(0)
+        self.ids = []
+        self._lost = self._lost[:0]
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Makes the sequence what another was, whose rows were copied to this one's."""
+        self.forget()
+        self.ids = snapshot.ids
+        self._depths[: len(snapshot.depths)] = snapshot.depths
+        self._length = len(snapshot.depths)
+
+
+class Slots:
+    """The slots of a state: each has an owner, or is free."""
+
+    def __init__(self, state: State):
+        self._state = state
+        self._slots = [Slot(number, state.plan) for number in range(state.plan.batch)]
+        self._free = [True] * state.plan.batch
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        """All of them, from the first on."""
+        return iter(self._slots)
+
+    def __getitem__(self, number: int) -> Slot:
+        """The slot of a number.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self._slots[whole_number("sequence", number, 0, len(self._slots) - 1, f" (batch {len(self._slots)})")]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cached tokens of each."""
+        return [slot.length for slot in self._slots]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is known of them, on the host."""
+        return sum(8 + slot.depths.nbytes for slot in self._slots)
+
+    @property
+    def free(self) -> int:
+        """How many have no owner."""
+        return sum(self._free)
+
+    def acquire(self) -> Slot:
+        """The lowest free slot, which keeps passes short; what it holds may be kept as ``Slot.reusable`` says.
+
+        Raises:
+            CapacityError: every slot has an owner.
+        """
+        if not any(self._free):
+            raise CapacityError(f"all {len(self)} slots are taken: load with slots={len(self) + 1} or more")
+        number = self._free.index(True)
+        self._free[number] = False
+        return self._slots[number]
+
+    def release(self, slot: Slot) -> None:
+        """Ends the ownership of ``slot``: what was in flight is dropped, what its cache holds stays until it is used
+        again."""
+        slot.truncate(slot.length)
+        self._free[slot.number] = True
+
+    def fork(self, source: Slot, tokens: int | None = None) -> Slot:
+        """A slot with the first cached tokens of another, copied.
+
+        Args:
+            source: stays as it is.
+            tokens: how many, ending where a chunk does; default: all that are cached.
+
+        Raises:
+            CapacityError: every slot has an owner.
+            ValueError: ``tokens`` outside its rule, or in the middle of a chunk.
+        """
+        tokens = source.length if tokens is None else tokens
+        whole_number("tokens", tokens, 0, source.length, " (the sequence's length)")
+        if 0 < tokens < source.length and not source.depths[tokens]:
+            raise ValueError(f"tokens must end where a chunk does, got {tokens}")
+        slot = self.acquire()
+        self.copy(source, slot, tokens)
+        return slot
+
+    def reuse(self, slot: Slot, prompt: Sequence[int], loops: int) -> int:
+        """Fills ``slot`` with the longest beginning of a prompt that any slot holds just as it would be computed.
+
+        Returns:
+            Tokens of the prompt that ``slot`` holds now.
+        """
+        sources = self._slots if self._state.device == "cpu" else [slot]  # elsewhere a copy goes through the host
+        tokens, source = max(((other.reusable(prompt, loops), other) for other in sources), key=lambda pair: pair[0])
+        if tokens == slot.reusable(prompt, loops):
+            source = slot
+        self.copy(source, slot, tokens)
+        return tokens
+
+    def copy(self, source: Slot, target: Slot, tokens: int) -> None:
+        """Makes ``target`` a sequence of the first ``tokens`` cached tokens of ``source``."""
+        if source is not target:
+            for layers in self._state.caches:
+                for pair in layers:
+                    for buffer in pair:
+                        with buffer.on_host() as values:
+                            values[target.number, :, :tokens] = values[source.number, :, :tokens]
+        target.take(Snapshot(source.ids[:tokens], source.depths[:tokens].copy()))

@@ -1,0 +1,92 @@
+"""What a caller gives to be answered, to token ids and settings: checked as a whole before anything moves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from melt_runtime.arguments import instance, shown
+from melt_runtime.errors import TokenError
+from melt_runtime.memory.plan import StatePlan
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.ids import check_ids
+from melt_runtime.text.codec import Message, TextCodec
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A user's message (or plain text with ``raw``), a whole chat, or token ids."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every request of a model is checked against.
+
+    Attributes:
+        codec: tokenizer and chat template.
+        defaults: what the bundle says of generation.
+        plan: sizes of the state that shall answer.
+    """
+
+    codec: TextCodec
+    defaults: GenerationConfig
+    plan: StatePlan
+
+    def encode(self, prompt: Prompt | list[Message], is_chat: bool) -> list[int]:
+        """Token ids of a whole chat, of text as it is, or of ids.
+
+        Raises:
+            TokenError: an empty prompt, ids outside the vocabulary, or messages that the template refuses.
+        """
+        if is_chat:
+            return self.codec.encode(self.codec.render(cast(Sequence[Message], prompt)))
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
+        return check_ids(ids, self.plan.shape)
+
+    def settle(self, said: GenerationConfig, prompt_tokens: int) -> GenerationSettings:
+        """The settings of an answer.
+
+        Raises:
+            CapacityError: prompt and ``max_new_tokens`` do not fit.
+            ValueError: a depth that the state cannot run, or stop tokens outside the vocabulary.
+        """
+        shape, plan = self.plan.shape, self.plan
+        settings = settle(said, self.defaults, shape.trained_loops, plan.capacity - prompt_tokens + 1)
+        # The last new token is never run, so it takes no row.
+        plan.require_total(prompt_tokens + max(settings.max_new_tokens, 1) - 1)
+        plan.require_loops(settings.loops)
+        unknown = [token for token in said.stop_ids or () if token >= shape.vocab_size]
+        if unknown:
+            raise ValueError(f"stop_ids must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")
+        return settings
+
+
+def say(config: GenerationConfig | None, changes: GenerationChanges) -> GenerationConfig:
+    """What a caller says: single fields over a whole config.
+
+    Raises:
+        ValueError: a field that is unknown or outside its rule.
+    """
+    config = GenerationConfig() if config is None else config
+    return cast(GenerationConfig, instance("config", config, GenerationConfig, "a GenerationConfig")).with_changes(
+        **changes
+    )
+
+
+def as_chat(prompt: Prompt, raw: bool) -> list[Message] | None:
+    """The prompt as the messages of a chat of its own; None where it is raw text or ids.
+
+    Raises:
+        TokenError: nothing in it.
+        ValueError: neither text, messages nor token ids.
+    """
+    if isinstance(prompt, str):
+        return None if raw else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, np.ndarray):
+        return None
+    if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
+        raise ValueError(f"prompt must be text, messages or token ids, got {shown(prompt)}")
+    if not prompt:
+        raise TokenError("prompt must hold at least one message or token id")
+    if isinstance(prompt[0], Mapping):
+        return list(cast(Sequence[Message], prompt))
+    return None

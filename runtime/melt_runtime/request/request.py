@@ -1,0 +1,97 @@
+"""One answer in the making: takes the tokens that were chosen for it and knows when it ends. Pure."""
+
+from collections.abc import Sequence
+
+from melt_runtime.memory.plan import Array
+from melt_runtime.request.answer import AnswerText
+from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.result import GenerationResult, Timings
+from melt_runtime.request.sampler import Sampler
+from melt_runtime.text.codec import TextCodec
+
+
+class Request:
+    """A checked prompt, how to continue it, and the answer so far.
+
+    Attributes:
+        prompt: token ids of all that the model is to see, at least one.
+        settings: how to continue it.
+        new_ids: tokens of the answer so far.
+        text: its text so far.
+        is_finished: whether no more tokens come.
+    """
+
+    def __init__(self, prompt: list[int], settings: GenerationSettings, codec: TextCodec):
+        self.prompt, self.settings = prompt, settings
+        self.new_ids: list[int] = []
+        self.text = ""
+        self.is_finished = False
+        self._codec = codec
+        self._sampler = Sampler(settings)
+        self._answer = AnswerText(codec, settings)
+        self._piece = ""
+        self._decodes = False
+        self._prefill_seconds = self._decode_seconds = 0.0
+
+    def choose(self, logits: Array, context: Sequence[int]) -> int:
+        """The next token, by the settings.
+
+        Args:
+            logits: [V] float32; not changed.
+            context: token ids so far.
+
+        Raises:
+            NumericalError: the logits hold NaN or infinity.
+        """
+        return self._sampler.choose(logits, context)
+
+    def accept(self, token: int) -> None:
+        """Takes the next token of the answer."""
+        self.new_ids.append(token)
+        piece = self._answer.push(token)
+        if self._answer.stopped or len(self.new_ids) == self.settings.max_new_tokens:
+            piece += self._answer.finish()
+            self.is_finished = True
+        self.text += piece
+        self._piece += piece
+
+    def take_piece(self) -> str:
+        """The text that came since this was last asked for."""
+        piece, self._piece = self._piece, ""
+        return piece
+
+    def text_so_far(self) -> str:
+        """The text of the tokens so far, what was held back included, wherever the answer was left."""
+        answer = AnswerText(self._codec, self.settings)
+        return "".join([*map(answer.push, self.new_ids), answer.finish()])
+
+    def count_seconds(self, seconds: float) -> None:
+        """Counts a pass: up to the one that gives the first token they are the prompt's."""
+        if self._decodes:
+            self._decode_seconds += seconds
+        else:
+            self._prefill_seconds += seconds
+            self._decodes = bool(self.new_ids)
+
+    def result(self, cached_tokens: int, state_bytes: int) -> GenerationResult:
+        """The whole answer.
+
+        Args:
+            cached_tokens: of the prompt, those that were in the cache already.
+            state_bytes: bytes of the whole state.
+        """
+        return GenerationResult(
+            text=self.text,
+            token_ids=tuple(self.new_ids),
+            finish_reason="stop" if self._answer.stopped else "length",
+            loops=self.settings.loops,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=cached_tokens,
+            timings=Timings(
+                prefill_seconds=self._prefill_seconds,
+                prefill_tokens=len(self.prompt) - cached_tokens,
+                decode_seconds=self._decode_seconds,
+                decode_tokens=len(self.new_ids) - 1,
+            ),
+            state_bytes=state_bytes,
+        )

@@ -1,0 +1,54 @@
+"""What comes of a request: the answer, and what it cost."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated, or the state is full."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of computation and tokens of the two phases; the first new token comes out of prefill.
+
+    In a batch they are those of every pass that was run meanwhile, whoever's tokens were in it.
+    """
+
+    prefill_seconds: float
+    prefill_tokens: int
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second in decode; 0 where the answer was a single token."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer.
+
+    Attributes:
+        text: without stop string and special tokens.
+        token_ids: every token generated, the stop token included.
+        finish_reason: ``stop`` or ``length``.
+        loops: depth T it was made with.
+        prompt_tokens: tokens of the prompt, of which ``cached_tokens`` were in the cache already.
+        timings: seconds and tokens of prefill and decode.
+        state_bytes: bytes of the whole state, cache included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    loops: int
+    prompt_tokens: int
+    cached_tokens: int
+    timings: Timings
+    state_bytes: int

@@ -1,0 +1,182 @@
+"""One answer of a conversation, piece by piece, over the engine; what stays of it when it is left early."""
+
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from melt_runtime.engine import Engine
+from melt_runtime.errors import BusyError, StreamError
+from melt_runtime.execute.slots import Slot, Snapshot
+from melt_runtime.hold import Hold
+from melt_runtime.progress import Progress
+from melt_runtime.request.request import Request
+from melt_runtime.request.result import GenerationResult
+
+T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A turn as it was asked for, checked.
+
+    Attributes:
+        request: makes a new request, since a stream that was refused may be asked again.
+        turn: of the slot, where the prompt was made from the conversation at that turn; None where it stands alone.
+        fresh: run it from an empty cache.
+        on_end: called with the answer's text when the turn counts.
+        progress: called while the prompt is run.
+    """
+
+    request: Callable[[], Request]
+    turn: int | None
+    fresh: bool
+    on_end: Callable[[str], None]
+    progress: Progress | None
+
+
+class Turn:
+    """Runs one ask over a session's slot."""
+
+    def __init__(self, engine: Engine, slot: Slot, hold: Hold, ask: Ask):
+        self._engine, self._slot, self._hold, self._ask = engine, slot, hold, ask
+        self.result: GenerationResult | None = None
+
+    def run(self, owner: object) -> Generator[str, None, None]:
+        """Pieces of text, while ``owner`` holds the session.
+
+        Left early, before the first token there is no turn and the conversation is what it was; after it the turn
+        stays, with the text so far.
+
+        Raises:
+            BusyError: the session is at work.
+            StreamError: the conversation is no longer the one that the prompt was made from.
+        """
+        slot, ask = self._slot, self._ask
+        try:
+            self._hold.take(owner)
+            if ask.turn is not None and ask.turn != slot.turn:
+                raise StreamError("another turn began, or a reset, since this stream was made: make it again")
+            request = ask.request()
+            before, kept = slot.snapshot(), self._kept(request)
+            try:
+                slot.begin(request.prompt, kept)
+                yield from self._answer(request)
+            except BaseException:
+                self._leave(request, before, len(before.depths) if kept is None else kept)
+                raise
+        finally:
+            self._hold.free(owner)
+
+    def _kept(self, request: Request) -> int | None:
+        """Cached tokens to keep; None where the prompt continues the conversation."""
+        ask, slot = self._ask, self._slot
+        if ask.fresh:
+            return 0
+        if ask.turn is not None and slot.continues(request.prompt):
+            return None
+        return slot.reusable(request.prompt, request.settings.loops)
+
+    def _answer(self, request: Request) -> Iterator[str]:
+        engine = self._engine
+        job = engine.start(request, self._slot, self._ask.progress)
+        try:
+            while not job.is_done:
+                engine.run_pass()
+                if job.error is not None:
+                    raise job.error
+                if piece := request.take_piece():
+                    yield piece
+        finally:
+            engine.drop(job)
+        self.result = request.result(job.cached, engine.state_bytes)
+        self._ask.on_end(request.text)
+
+    def _leave(self, request: Request, before: Snapshot, kept: int) -> None:
+        """Ends the turn where it stands."""
+        if request.new_ids:
+            self._slot.leave(len(request.prompt) + len(request.new_ids))
+            self._ask.on_end(request.text_so_far())
+        else:
+            self._slot.undo(before, kept)
+
+
+class Held(Iterator[T]):
+    """What comes while a session is held: from the first element on, until the last, until it is closed, or nobody
+    holds it any more. Meanwhile every other call on the session is refused with ``BusyError``.
+    """
+
+    def __init__(self, run: Callable[[object], Generator[T, None, None]]):
+        self._run = run
+        self._stepping = Hold("this stream is at work in another thread already: read it from one")
+        # The generator refers to nothing above it: a stream that nobody holds ends at once.
+        self._elements = run(weakref.ref(self))
+
+    def __next__(self) -> T:
+        """The next element.
+
+        Raises:
+            BusyError: the session is at work; the stream may be asked again.
+            StreamError: the conversation went on since the stream was made.
+            NumericalError: the model computed NaN or infinity.
+        """
+        with self._stepping.taken():
+            try:
+                return next(self._elements)
+            except (BusyError, StreamError):
+                self._elements = self._run(weakref.ref(self))  # it did not begin
+                raise
+
+    def close(self) -> None:
+        """Ends it where it stands; nothing happens where it has ended.
+
+        Raises:
+            BusyError: another thread is at an element.
+        """
+        with self._stepping.taken():
+            self._elements.close()
+
+    def __enter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+
+class GenerationStream(Held[str]):
+    """Pieces of an answer as they come, never empty; ``result`` after the last one.
+
+    Making a stream checks everything and moves nothing. With its first piece it takes the session, until it ends, is
+    closed or nobody holds it any more; meanwhile every other call on the session is refused with ``BusyError``.
+
+    Left before its end (``close()``, the end of a ``with`` block, an error, Ctrl-C, or since nobody holds it) it leaves
+    a usable conversation: before the first new token the one that was before the turn; after it the turn stays, with
+    the text so far as the assistant's message, and the next turn goes on from there.
+    """
+
+    def __init__(self, turn: Turn):
+        super().__init__(turn.run)
+        self._turn = turn
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer.
+
+        Raises:
+            StreamError: the stream has not ended yet, or was left before its end.
+        """
+        if self._turn.result is None:
+            raise StreamError("the stream has not ended: iterate it to the end before asking for its result")
+        return self._turn.result
+
+    def run_to_end(self) -> GenerationResult:
+        """The whole answer, without its pieces."""
+        with self:
+            for _ in self:
+                pass
+        return self.result
