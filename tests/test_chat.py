@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-
 from dataclasses import replace
 
 import pytest
