@@ -23,7 +23,16 @@ ALLOWED = {
     "melt_files": {"melt_files"},
     "melt_plots": {"matplotlib", "cycler", "melt_plots"},
     "melt_runtime": {
-        *("numpy", "onnxruntime", "tokenizers", "jinja2", "pydantic", "pydantic_core", "annotated_types"),
+        *(
+            "numpy",
+            "onnxruntime",
+            "tokenizers",
+            "jinja2",
+            "pydantic",
+            "pydantic_core",
+            "annotated_types",
+            "safetensors",
+        ),
         *("prompt_toolkit", "tqdm", "melt_files", "melt_plots", "melt_runtime"),
     },
     "melt_layers": {"torch", "melt_layers"},

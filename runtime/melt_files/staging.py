@@ -26,12 +26,20 @@ def staged(out: Path) -> Iterator[Path]:
         staging.rename(out)
 
 
-def replace_text(path: Path, text: str, make_parent: Callable[[], None] | None = None) -> None:
-    """Writes a file in one step: a reader, another writer or a full disk finds the old text or the new one.
+def replace_file(path: Path, write: Callable[[Path], object], make_parent: Callable[[], None] | None = None) -> None:
+    """Writes a file in one step: a reader, another writer or a full disk finds the old file or the new one.
 
-    ``make_parent`` is as for ``partial_folder``.
+    Args:
+        path: the file.
+        write: called with where to write it.
+        make_parent: as for ``partial_folder``.
     """
     with partial_folder(path.parent, path.name, make_parent) as place:
         new = place / path.name
-        new.write_text(text, encoding="utf-8")
+        write(new)
         os.replace(new, path)
+
+
+def replace_text(path: Path, text: str, make_parent: Callable[[], None] | None = None) -> None:
+    """As ``replace_file``, with a text."""
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"), make_parent)

@@ -25,6 +25,7 @@ from melt_runtime.errors import (
     NumericalError,
     ProviderError,
     RunError,
+    SavedError,
     StreamError,
     TokenError,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "NumericalError",
     "ProviderError",
     "RunError",
+    "SavedError",
     "Session",
     "StreamError",
     "Timings",

@@ -9,6 +9,7 @@
     ├── NumericalError   the model computed NaN or infinity
     ├── BusyError        a session, stream or runner that is at work already
     ├── StreamError      a stream that cannot go on, or has no result
+    ├── SavedError       a saved session that is damaged, or another model's
     └── BatchError       prompts of a batch that could not be answered, after those that could
 
 Beside it: arguments outside their rule raise ``ValueError`` with field, rule and value; a disk or file that refuses
@@ -56,6 +57,10 @@ class BusyError(MeltError):
 
 class StreamError(MeltError, RuntimeError):
     """A stream whose conversation went on without it, or whose result was asked for before its end."""
+
+
+class SavedError(MeltError):
+    """A file holds no session that this model can go on with; nothing was changed."""
 
 
 class BatchError(MeltError):

@@ -142,7 +142,7 @@ class MeltModel:
     def _open_session(self, plan: StatePlan) -> Session:
         engine = Engine(Executor(self._sessions, self._new_state(plan.batch)))
         slot = engine.executor.slots.acquire()
-        return Session(engine, slot, Desk(self.codec, self.defaults, plan), self._notice)
+        return Session(engine, slot, Desk(self.codec, self.defaults, plan, self.manifest.identity), self._notice)
 
     def new_runner(self, batch: int = 1) -> LoopRunner:
         """A driver over a state of its own, for applications that handle token ids and logits themselves.

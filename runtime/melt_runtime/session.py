@@ -1,13 +1,19 @@
 """A conversation: one slot, its messages, and turns that continue without recomputing the past."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, Unpack, cast
 from weakref import ReferenceType
 
+from pydantic import TypeAdapter
+
 from melt_runtime.arguments import function_or_none, instance
 from melt_runtime.engine import Engine
+from melt_runtime.execute.saved import load_slot, save_slot
 from melt_runtime.execute.slots import Slot
 from melt_runtime.hold import Hold
 from melt_runtime.memory.plan import StatePlan
@@ -23,6 +29,17 @@ _BUSY = (
     "this session is at work: a call in another thread, or a stream that has begun and not ended; close it "
     "(session.open_stream.close()), or use a session for each thread: model.new_session()"
 )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a saved session keeps beside its slot."""
+
+    messages: list[dict[str, str]]
+    holds_raw: bool
+
+
+_KEPT = TypeAdapter(_Kept)
 
 
 class DepthNotice:
@@ -103,6 +120,29 @@ class Session:
             "Session.state is the session's own now: use session.plan and session.state_bytes, or a state of your own, "
             "model.new_runner().state"
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation, its cache included, to a file; one that exists is replaced in one step.
+
+        Raises:
+            BusyError: the session is at work.
+            OSError: the file cannot be written.
+        """
+        more = {"messages": self.messages, "holds_raw": self._holds_raw}
+        with self._hold.taken():
+            save_slot(Path(path), self._engine.executor.state, self._slot, self._desk.identity, more)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Makes this the conversation of a file that ``save`` wrote; nothing of it is computed again.
+
+        Raises:
+            BusyError: the session is at work.
+            SavedError: no such file, one of another model or KV cache, or a damaged one.
+            CapacityError: more tokens than the session has room for. The session is unchanged by any of these.
+        """
+        with self._hold.taken():
+            more = load_slot(Path(path), self._engine.executor.state, self._slot, self._desk.identity, _KEPT)
+            self.messages, self._holds_raw = cast(list[Message], more.messages), more.holds_raw
 
     def reset(self) -> None:
         """Forgets the conversation; the memory stays allocated.

@@ -128,6 +128,12 @@ class Manifest:
         """Kinds of KV cache that the bundle has a loop for."""
         return tuple(kind for kind in KV_CACHES if loop_graph(kind) in self.graphs)
 
+    @property
+    def identity(self) -> str:
+        """Tells the bundle's graphs and weights from all others: what a saved cache is good for."""
+        made = sorted((name, entry.sha256) for name, entry in self.files.items() if name.endswith((".onnx", ".data")))
+        return hashlib.sha256(repr(made).encode()).hexdigest()
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes ``manifest.json`` into ``folder``.

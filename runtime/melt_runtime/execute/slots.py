@@ -222,12 +222,12 @@ class Slot:
         self.ids = []
         self._lost = self._lost[:0]
 
-    def take(self, snapshot: Snapshot) -> None:
-        """Makes the sequence what another was, whose rows were copied to this one's."""
+    def take(self, snapshot: Snapshot, length: int) -> None:
+        """Makes the sequence what another was, of which this slot now has the first ``length`` rows."""
         self.forget()
         self.ids = snapshot.ids
-        self._depths[: len(snapshot.depths)] = snapshot.depths
-        self._length = len(snapshot.depths)
+        self._depths[:length], self._lost = snapshot.depths[:length], snapshot.depths[length:]
+        self._length = length
 
 
 class Slots:
@@ -327,4 +327,4 @@ class Slots:
                     for buffer in pair:
                         with buffer.on_host() as values:
                             values[target.number, :, :tokens] = values[source.number, :, :tokens]
-        target.take(Snapshot(source.ids[:tokens], source.depths[:tokens].copy()))
+        target.take(Snapshot(source.ids[:tokens], source.depths[:tokens].copy()), tokens)

@@ -25,11 +25,13 @@ class Desk:
         codec: tokenizer and chat template.
         defaults: what the bundle says of generation.
         plan: sizes of the state that shall answer.
+        identity: tells the model from every other.
     """
 
     codec: TextCodec
     defaults: GenerationConfig
     plan: StatePlan
+    identity: str
 
     def encode(self, prompt: Prompt | list[Message], is_chat: bool) -> list[int]:
         """Token ids of a whole chat, of text as it is, or of ids.

@@ -1,0 +1,135 @@
+"""A sequence in a file: its tokens, their division into chunks, and its rows of the cache.
+
+A file is read only by the model that wrote it, over the same kind of KV cache: elsewhere its rows mean nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from annotated_types import Interval
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from melt_files import replace_file
+from melt_runtime.bundle.contract import Depth
+from melt_runtime.errors import CapacityError, SavedError
+from melt_runtime.execute.slots import Slot, Snapshot
+from melt_runtime.memory.buffers import Buffer, State
+
+_FORMAT = "melt sequence 1"
+_IDS, _DEPTHS = "ids", "depths"
+_LENGTH: TypeAdapter[int] = TypeAdapter(Annotated[int, Interval(ge=0, le=1 << 26)])
+_DEPTH: TypeAdapter[int | None] = TypeAdapter(Depth | None)
+
+T = TypeVar("T")
+
+
+def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping[str, Any]) -> None:
+    """Writes a sequence in one step: the file is the old one or the whole new one.
+
+    Args:
+        path: the file; one that exists is replaced.
+        state: where the sequence is.
+        slot: whose it is.
+        identity: tells the model from every other.
+        more: what else shall be kept, for JSON.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    snapshot, length = slot.snapshot(), slot.length
+    tensors = {_IDS: np.array(snapshot.ids, dtype=np.int64), _DEPTHS: snapshot.depths.astype(np.int16)}
+    for name, buffer in _rows(state, slot.depth):
+        tensors[name] = np.ascontiguousarray(buffer.value.numpy()[slot.number, :, :length])
+    header = {**_about(state, identity), "length": length, "depth": slot.depth, "more": more}
+    replace_file(path, lambda new: save_file(tensors, new, {"melt": json.dumps(header)}))
+
+
+def load_slot(path: Path, state: State, slot: Slot, identity: str, more: TypeAdapter[T]) -> T:
+    """Makes ``slot`` the sequence of a file.
+
+    Args:
+        path: the file.
+        state: where the sequence shall be.
+        slot: whose it shall be.
+        identity: tells the model from every other.
+        more: what else must have been kept.
+
+    Returns:
+        That.
+
+    Raises:
+        SavedError: no such file, another model's, or one that is damaged.
+        CapacityError: more tokens than the state has rows, or loops than a LoopLM has caches. The slot is unchanged.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            header = json.loads((file.metadata() or {}).get("melt", "{}"))
+            if not isinstance(header, dict) or header.get("format") != _FORMAT:
+                raise SavedError(f"{path} is no saved session of this version")
+            other = [name for name, value in _about(state, identity).items() if header.get(name) != value]
+            if other:
+                raise SavedError(f"{path} was saved by another model, or over another KV cache: its {other} differ")
+            kept = more.validate_json(json.dumps(header.get("more")), strict=True)
+            length = _LENGTH.validate_python(header.get("length"), strict=True)
+            depth = _DEPTH.validate_python(header.get("depth"), strict=True)
+            _require_fit(path, state, length, depth)
+            ids, depths = file.get_tensor(_IDS), file.get_tensor(_DEPTHS)
+            snapshot = _snapshot(path, state, ids, depths, length, depth)
+            rows = [(buffer, file.get_tensor(name)) for name, buffer in _rows(state, depth)]
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise SavedError(f"{path} cannot be read as a saved session: {error}") from error
+    shape = (state.plan.cache_shape[1], length, state.plan.cache_shape[3])
+    for buffer, values in rows:
+        if values.shape != shape or values.dtype != buffer.dtype:
+            raise SavedError(f"{path} is damaged: rows of {list(values.shape)} {values.dtype}, not {list(shape)}")
+    for buffer, values in rows:
+        with buffer.on_host() as host:
+            host[slot.number, :, :length] = values
+    slot.take(snapshot, length)
+    return kept
+
+
+def _about(state: State, identity: str) -> dict[str, Any]:
+    """What must be the same where a file is read."""
+    return {"format": _FORMAT, "model": identity, "kv_cache": state.plan.kv_cache, "type": state.plan.cache_dtype}
+
+
+def _rows(state: State, depth: int | None) -> list[tuple[str, Buffer]]:
+    """Name in the file and buffer of every tensor of the cache that a sequence of this depth uses."""
+    sets = state.caches if len(state.caches) == 1 else state.caches[: depth or 0]
+    return [
+        (f"{what}.{cache_set}.{layer}", buffer)
+        for cache_set, layers in enumerate(sets)
+        for layer, pair in enumerate(layers)
+        for what, buffer in zip(("keys", "values"), pair, strict=True)
+    ]
+
+
+def _require_fit(path: Path, state: State, length: int, depth: int | None) -> None:
+    if length > state.plan.capacity:
+        raise CapacityError(f"{path} holds {length} tokens, the capacity is {state.plan.capacity}: load with more")
+    if len(state.caches) > 1 and (depth or 0) > len(state.caches):
+        raise CapacityError(f"{path} needs {depth} caches, there are {len(state.caches)}: load with loops={depth}")
+
+
+def _snapshot(path: Path, state: State, ids: Any, depths: Any, length: int, depth: int | None) -> Snapshot:
+    """The facts of a sequence, where they fit each other."""
+    vocabulary = state.plan.shape.vocab_size
+    good = (
+        (ids.dtype, depths.dtype, ids.ndim, depths.ndim) == (np.int64, np.int16, 1, 1)
+        and length <= len(depths) <= state.plan.capacity
+        and len(ids) <= state.plan.capacity + 1
+        and (len(ids) in (len(depths), len(depths) + 1))
+        and ((ids >= 0) & (ids < vocabulary)).all()
+        and (depths >= 0).all()
+        and (not len(depths) or depths[0] > 0)
+        and depth == (int(depths[0]) if length else None)
+    )
+    if not good:
+        raise SavedError(f"{path} is damaged: its tokens and their chunks do not fit each other")
+    return Snapshot(ids.tolist(), depths)
