@@ -10,9 +10,11 @@ from tolerances import PUBLISHED
 from melt_runtime.bundle.contract import ModelShape
 from melt_runtime.errors import CapacityError
 from melt_runtime.execute.slots import Slot, Slots
+from melt_runtime.loading.opening import require_state_memory
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.plan import StatePlan
+from melt_runtime.memory.process import available_bytes
 
 SHAPE = ModelShape(
     layers=3,
@@ -193,6 +195,20 @@ def test_nothing_is_bound_beyond_a_buffer():
             buffer.bind_input(SimpleNamespace(bind_input=print), "hidden", shape, offset)
     with pytest.raises(ValueError, match=r"values must be \[8, 32\] float32, got \[8, 32\] float64"):
         buffer.write(np.zeros((8, 32)))
+
+
+def test_a_state_that_the_machine_has_no_memory_for_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr("melt_runtime.loading.opening.available_bytes", lambda: 1_000_000)
+    require_state_memory(plan())
+    message = (
+        r"a state for 64 slots of 128 tokens takes .* MB, 1.00 MB of memory are free: lower slots \(now 64\) or "
+        r"capacity \(now 128\), or choose kv_cache='int8'"
+    )
+    with pytest.raises(CapacityError, match=message):
+        require_state_memory(plan(batch=64, capacity=128))
+    monkeypatch.setattr("melt_runtime.loading.opening.available_bytes", lambda: None)
+    require_state_memory(plan(batch=64, capacity=128))
+    assert (available_bytes() or 1 << 30) > 1 << 20
 
 
 def test_memory_that_cannot_be_had_says_what_to_lower():

@@ -22,6 +22,7 @@ from melt_runtime.loading.opening import (
     check_vocabulary,
     open_sessions,
     require_memory,
+    require_state_memory,
     with_memory_limit,
 )
 from melt_runtime.memory.buffers import State
@@ -105,6 +106,7 @@ class MeltModel:
         Raises:
             BundleError: the bundle is missing, damaged or not for this version.
             ProviderError: the device cannot run here or has too little memory, or the bundle is for another.
+            CapacityError: the machine has too little memory for the state; nothing was allocated.
             ValueError: an argument of a wrong type or outside its rule.
         """
         folder = Path(instance("bundle", bundle, (str, os.PathLike), "the path of a folder"))
@@ -157,7 +159,10 @@ class MeltModel:
         return LoopRunner(self._sessions, self._new_state(batch))
 
     def _new_state(self, batch: int) -> State:
-        return State(replace(self._plan, batch=batch), self.provider.device, self.provider.device_id)
+        plan = replace(self._plan, batch=batch)
+        if self.provider.device == "cpu":
+            require_state_memory(plan)
+        return State(plan, self.provider.device, self.provider.device_id)
 
     def reset(self) -> None:
         """Forgets what the model's own session holds.

@@ -11,11 +11,13 @@ from melt_runtime.bundle.contract import METADATA_KEY, KVCacheKind, ModelShape, 
 from melt_runtime.bundle.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.device.cuda import free_memory
 from melt_runtime.device.providers import ORT_TYPES, ProviderChoice, make_session
-from melt_runtime.errors import BundleError, ProviderError
+from melt_runtime.errors import BundleError, CapacityError, ProviderError
 from melt_runtime.execute.bindings import Sessions
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.loading.prepacked import open_graph
+from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.plan import StatePlan
+from melt_runtime.memory.process import available_bytes
 from melt_runtime.progress import Report
 from melt_runtime.text.codec import TextCodec
 
@@ -55,19 +57,43 @@ def check_vocabulary(codec: TextCodec, shape: ModelShape) -> None:
 
 
 def require_memory(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> None:
-    """Refuses a CUDA device whose free memory does not hold weights and state.
+    """Refuses a device whose free memory does not hold the state, on CUDA weights and state.
 
     Raises:
-        ProviderError: says what is needed, what is free and what to lower.
+        ProviderError: a CUDA device has too little; says what is needed, what is free and what to lower.
+        CapacityError: the machine has.
     """
-    free = free_memory(provider.device_id) if provider.device == "cuda" else None
+    if provider.device == "cpu":
+        require_state_memory(plan)
+        return
+    free = free_memory(provider.device_id)
     needed = manifest.weight_bytes + plan.total_bytes
     if free is not None and free < needed:
         raise ProviderError(
             f"CUDA device {provider.device_id} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed "
-            f"({manifest.weight_bytes / 1e9:.2f} of weights, {plan.total_bytes / 1e9:.2f} of state): lower capacity "
-            f"(now {plan.capacity}), or export to fewer bits"
+            f"({manifest.weight_bytes / 1e9:.2f} of weights, {plan.total_bytes / 1e9:.2f} of state): lower "
+            f"{_what_to_lower(plan)}, or export to fewer bits"
         )
+
+
+def require_state_memory(plan: StatePlan) -> None:
+    """Refuses a state that this machine has no memory for; what it would take grows with use, until the system ends it.
+
+    Raises:
+        CapacityError: says what is needed, what is free and what to lower.
+    """
+    free = available_bytes()
+    if free is not None and free < plan.total_bytes:
+        slots = f"{plan.batch} slots of " if plan.batch > 1 else ""
+        raise CapacityError(
+            f"a state for {slots}{plan.capacity} tokens takes {format_bytes(plan.total_bytes)}, "
+            f"{format_bytes(free)} of memory are free: lower {_what_to_lower(plan)}, or choose kv_cache='int8'"
+        )
+
+
+def _what_to_lower(plan: StatePlan) -> str:
+    slots = f"slots (now {plan.batch}) or " if plan.batch > 1 else ""
+    return f"{slots}capacity (now {plan.capacity})"
 
 
 def with_memory_limit(provider: ProviderChoice, manifest: Manifest, plan: StatePlan) -> ProviderChoice:

@@ -1,6 +1,7 @@
-"""Resident memory of this process, as the system counts it."""
+"""Memory of this process and this machine, as the system counts it."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -29,3 +30,22 @@ def _status(name: str) -> int | None:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
     except (OSError, StopIteration):
         return None
+
+
+def available_bytes() -> int | None:
+    """Bytes that this machine, or this container, can still give without moving others out; None where nobody says.
+
+    Linux says it: the kernel's estimate, and what a control group has left.
+    """
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        # Pages of files count as used there, though the kernel takes them back.
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        found.append(limit - used + int(statistics.get("inactive_file", 0)))
+    return min(found, default=None)
