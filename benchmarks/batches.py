@@ -65,9 +65,8 @@ def main() -> int:
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"{LOOPS} loops, {args.rounds} rounds\n")
-    print(
-        "| bundle | position | batch | ms a step | tokens/s | of one alone | state | peak |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| bundle | position | batch | ms a step | tokens/s | of one alone | state | peak |")
+    print(f"{'|---' * 8}|")
     rows: list[BatchRow] = []
     waits: dict[str, list[float]] = {}
     with new_process() as pool:
