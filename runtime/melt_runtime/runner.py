@@ -160,9 +160,9 @@ class LoopRunner:
         function_or_none("observe", observe)
         function_or_none("progress", progress)
         chunk = plan.chunk if chunk is None else whole_number("chunk", chunk, 1, plan.chunk, " (the state's chunk)")
-        tokens, slot = check_ids(ids, plan.shape), self.slots[sequence]
+        slot = self.slots[sequence]
+        tokens = check_ids(ids, plan.shape, slot.require_room)
         slot.require_loops(loops, slot.length)
-        slot.require_room(len(tokens))
         for start in range(0, len(tokens), chunk):
             span = self._append(slot, tokens[start : start + chunk], loops)
             self._run([span], observe)
@@ -173,15 +173,17 @@ class LoopRunner:
     def _decode(self, ids: Sequence[int], loops: int, observe: Observer | None) -> list[Span]:
         """Everything up to the head."""
         function_or_none("observe", observe)
-        tokens = check_ids(ids, self.state.plan.shape)
-        if len(tokens) != len(self.slots):
-            raise ValueError(f"ids must hold one token for each of {len(self.slots)} sequences, got {len(tokens)}")
+        tokens = check_ids(ids, self.state.plan.shape, self._require_one_each)
         for slot in self.slots:
             slot.require_loops(loops, slot.length)
             slot.require_room(1)
         spans = [self._append(slot, [token], loops) for slot, token in zip(self.slots, tokens, strict=True)]
         self._run(spans, observe)
         return spans
+
+    def _require_one_each(self, tokens: int) -> None:
+        if tokens != len(self.slots):
+            raise ValueError(f"ids must hold one token for each of {len(self.slots)} sequences, got {tokens}")
 
     def _append(self, slot: Slot, tokens: list[int], loops: int) -> Span:
         del slot.ids[slot.length :]

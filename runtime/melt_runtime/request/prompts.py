@@ -37,12 +37,13 @@ class Desk:
         """Token ids of a whole chat, of text as it is, or of ids.
 
         Raises:
+            CapacityError: more ids than the state holds.
             TokenError: an empty prompt, ids outside the vocabulary, or messages that the template refuses.
         """
         if is_chat:
             return self.codec.encode(self.codec.render(cast(Sequence[Message], prompt)))
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
-        return check_ids(ids, self.plan.shape)
+        return check_ids(ids, self.plan.shape, self.plan.require_total)
 
     def settle(self, said: GenerationConfig, prompt_tokens: int) -> GenerationSettings:
         """The settings of an answer.
