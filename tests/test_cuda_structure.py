@@ -104,6 +104,21 @@ def test_what_a_token_calls(counts, name, choice):
         }
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["float16", "int4", "LoopLM", "mean gate"])
+def test_tokens_of_several_slots_call_what_one_does(counts, name, graphs):
+    """One launch of each kernel for all of them, nothing allocated; captured or not, since only one slot is."""
+    for loops in (1, 2, 4):
+        found = counts(name, graphs)[f"together {loops}"]
+        told = loops if name == "mean gate" else 0
+        assert (found["allocations"], found["frees"], found["on_device"]) == (0, 0, 0)
+        assert (found["to_device"], found["to_host"]) == (2 + told, 1)
+        assert found["bytes_to_device"] == 3 * 12 + 8 * told
+        assert found["bytes_to_host"] == 3 * 4 * VOCABULARY
+        assert found["graph_launches"] == 0
+        assert found["products"] == counts(name)[f"host {loops}"]["products"]
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "int4", "LoopLM"])
 def test_captured_graphs_are_one_launch_a_loop(counts, name):
     for choice, (to_device, to_host, _, choosing) in CHOICE.items():

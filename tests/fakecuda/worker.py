@@ -15,7 +15,7 @@ from fake_libraries import read_counters
 from melt_runtime import CudaOptions, GenerationConfig, MeltModel, NumericalError
 from melt_runtime.request.generation_config import GenerationSettings, settle
 
-CAPACITY, CHUNK, LOOPS, GROWTH_TOKENS = 240, 16, (1, 2, 4), 200
+CAPACITY, CHUNK, LOOPS, GROWTH_TOKENS, SLOTS = 240, 16, (1, 2, 4), 200, 3
 
 
 def main(bundle: str, graphs: bool) -> None:
@@ -50,6 +50,14 @@ def main(bundle: str, graphs: bool) -> None:
     runner.prefill([1] * CHUNK, model_loops[-1])
     decode_on_device(model_loops[-1])
     counts["growth"] = count(lambda: [decode_on_device(model_loops[-1]) for _ in range(GROWTH_TOKENS)])
+    together = model.new_runner(SLOTS)
+    for loops in model_loops:
+        together.reset()
+        for number in range(SLOTS):
+            together.prefill([1] * (CHUNK + number), loops, sequence=number)
+        for _ in range(3):
+            together.decode([1] * SLOTS, loops)
+        counts[f"together {loops}"] = count(lambda loops=loops: together.decode([1] * SLOTS, loops))
     print(json.dumps({"counts": counts, "providers": runner.sessions.loop.get_providers()}))
 
 

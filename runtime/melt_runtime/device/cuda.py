@@ -27,7 +27,7 @@ class CudaOptions:
     Attributes:
         graphs: capture a decoded token's loop and head once and replay them. A captured graph holds what the host said
             when it was captured, so attention then always sizes its work for the full capacity: the numbers may differ
-            from plain runs in the last bits, and a short context is no faster.
+            from plain runs in the last bits, and a short context is no faster. Passes over several slots are plain.
         tf32: let float32 products round their inputs to 10 bits. Bundles for CUDA hold float32 in their logits only.
         memory_limit: bytes that one graph's weights and intermediate results may take; default: what ``melt plan``
             says of both, with room.
