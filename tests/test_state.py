@@ -116,7 +116,7 @@ def test_forget_and_truncate_forget():
     one = slot()
     one.advance(5, loops=4)
     one.truncate(2)
-    assert (one.length, one.depth, one.room) == (2, 4, 62)
+    assert (one.length, one.depth, one.room) == (2, None, 62)
     for tokens in (-1, 3, 1.0, True):
         with pytest.raises(ValueError, match="tokens must be"):
             one.truncate(tokens)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from melt_runtime.arguments import function_or_none, instance, shown
 from melt_runtime.engine import Engine, Job
 from melt_runtime.errors import BatchError, MeltError
 from melt_runtime.progress import Progress
-from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, settle
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
 from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
@@ -63,7 +63,7 @@ class BatchAsk:
             raise ValueError(f"prompts must be several prompts, one after another, got {shown(prompts)}")
         if config is None or isinstance(config, GenerationConfig):
             said = say(config, changes)
-            desk.plan.require_loops(settle(said, desk.defaults, desk.plan.shape.trained_loops, 1).loops)
+            desk.settle(replace(said, max_new_tokens=None), 1)
             return cls(prompts, said, raw, progress)
         instance("config", config, Sequence, "a GenerationConfig, or a sequence of them, one for each prompt")
         configs = [say(one, changes) for one in config]
@@ -154,7 +154,7 @@ class Batch:
         self._notice(settings.loops)
         slot = self._slots.acquire()
         try:
-            slot.begin(ids, self._slots.reuse(slot, ids, settings.loops))
+            slot.begin(ids, self._slots.reuse(slot, ids, settings.depth))
             return self._engine.start(Request(ids, settings, desk.codec), slot)
         except BaseException:
             self._slots.release(slot)

@@ -1,6 +1,7 @@
 """The heart: choose the rows of the next pass, run it, give each request its token. Requests of any kind, one way."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from melt_runtime.errors import MeltError
@@ -55,15 +56,15 @@ class Job:
             return False
         return True
 
-    def accept(self, token: int) -> None:
-        """Takes the next token."""
+    def accept(self, token: int, loops: int) -> None:
+        """Takes the next token, which so many loops gave."""
         self.slot.ids.append(token)
-        self.request.accept(token)
+        self.request.accept(token, loops)
         if not self.request.is_finished:
             self.span = self._next_span()
 
     def _next_span(self) -> Span:
-        return self.slot.next_span(self.request.settings.loops)
+        return self.slot.next_span(self.request.settings.depth)
 
 
 class Engine:
@@ -108,9 +109,10 @@ class Engine:
         began, jobs = time.perf_counter(), {job.slot.number: job for job in self.jobs}
         spans = self._schedule.next([job.span for job in self.jobs])
         self.executor.run(spans)
+        seen = self._let_leave(spans)
         ready = [span for span in spans if span.is_done and jobs[span.slot].advance()]
         if ready:
-            self._choose([(span, jobs[span.slot]) for span in ready])
+            self._choose([(span, jobs[span.slot]) for span in ready], seen)
         seconds = time.perf_counter() - began
         for job in self.jobs:
             job.request.count_seconds(seconds)
@@ -119,17 +121,33 @@ class Engine:
             self.jobs.remove(job)
         return done
 
-    def _choose(self, ready: list[tuple[Span, Job]]) -> None:
-        """Chooses the next token of each job whose last token took all its loops."""
+    def _let_leave(self, spans: Sequence[Span]) -> list[Span]:
+        """Asks what decides on each span whether it takes more loops; those whose logits were computed for that."""
+        asked = [(span, span.exit) for span in spans if span.exit is not None and span.exit.wants(span.loop)]
+        seen = [span for span, leave in asked if leave.reads == "logits"]
+        if seen:
+            self.executor.compute_logits(seen)
+        for span, leave in asked:
+            reads = self.executor.logits(span.slot) if leave.reads == "logits" else self.executor.exit_logits(span)
+            if leave.leaves(span.loop, reads):
+                span.leave()
+        for span in spans:
+            if span.is_done and span.caches > span.depth and not self.executor.shares_cache:
+                self.executor.fill_caches(span)
+        return seen
+
+    def _choose(self, ready: list[tuple[Span, Job]], seen: list[Span]) -> None:
+        """Chooses the next token of each job whose last token took all its loops; ``seen`` have their logits."""
         draws = ready[0][1].draws
-        if not draws:
-            self.executor.compute_logits([span for span, _ in ready])
+        rest = [span for span, _ in ready if span not in seen]
+        if not draws and rest:
+            self.executor.compute_logits(rest)
         for span, job in ready:
             try:
                 if draws:
                     token = self.executor.draw(span)
                 else:
                     token = job.request.choose(self.executor.logits(span.slot), job.slot.ids)
-                job.accept(token)
+                job.accept(token, span.depth)
             except MeltError as error:
                 job.error = error

@@ -215,7 +215,7 @@ class Session:
         settings = desk.settle(said, len(ids))
         alone = fresh or (chat is not None and not isinstance(prompt, str))
         goes_on = not alone and slot.continues(ids)
-        slot.require_loops(settings.loops, slot.length if goes_on else 0)
+        slot.require_loops(settings.loops, slot.ran if goes_on else 0)
         self._notice(settings.loops)
 
         def keep(text: str) -> None:

@@ -76,7 +76,7 @@ class Turn:
             return 0
         if ask.turn is not None and slot.continues(request.prompt):
             return None
-        return slot.reusable(request.prompt, request.settings.loops)
+        return slot.reusable(request.prompt, request.settings.depth)
 
     def _answer(self, request: Request) -> Iterator[str]:
         engine = self._engine

@@ -13,7 +13,7 @@ import numpy as np
 from melt_runtime.execute.bindings import Bindings, Sessions
 from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.execute.slots import Slots
-from melt_runtime.memory.buffers import State, TokenRows
+from melt_runtime.memory.buffers import BFLOAT16, State, TokenRows
 from melt_runtime.memory.plan import Array
 from melt_runtime.schedule.span import Span
 
@@ -71,6 +71,7 @@ class Executor:
         sampler: chooses tokens on the device; None on the CPU, and for several slots.
         mixes_loops: whether the tokens of one pass may be at different loops. Not where each loop has a cache of its
             own or the graph is told its number, and not on a device, where latent states start anew all at once.
+        shares_cache: whether one cache serves all loops.
     """
 
     def __init__(self, sessions: Sessions, state: State):
@@ -82,6 +83,7 @@ class Executor:
             self.sampler = DeviceSampler(sessions.greedy, sessions.sample, plan.shape.vocab_size, *place)
             self._draws = self.sampler.bind(state.step.ids)
         self.mixes_loops = plan.cache_sets == 1 and not plan.shape.has_loop_idx and state.device == "cpu"
+        self.shares_cache = plan.shape.cache_kind == "shared"
         self._bindings = Bindings(sessions, state, self.sampler)
         self._drawn: int | None = None  # the token that the device put into the ids itself
         self._ids: Array = np.zeros(state.step.ids.shape, dtype=np.int64)
@@ -121,6 +123,29 @@ class Executor:
     def logits(self, slot: int) -> Array:
         """Logits of a slot's last token, [V] float32: a view that any later pass may overwrite."""
         return self.state.logits.value.numpy()[slot]  # type: ignore[no-any-return]
+
+    def exit_logits(self, span: Span) -> Array:
+        """What the exit gate says of each token of a span after its last pass, before the sigmoid, [C] float64."""
+        rows = self.state.chunk if span.is_chunk else self.state.step
+        assert rows.exit_logit is not None
+        first = 0 if span.is_chunk else span.slot
+        values = rows.exit_logit.value.numpy()[first : first + len(span.ids)]
+        if rows.exit_logit.element_type == BFLOAT16:
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float64)  # type: ignore[no-any-return]
+
+    def fill_caches(self, span: Span) -> None:
+        """Copies a LoopLM's keys and values of the last loop that a span took to the caches of those that it did not.
+
+        As Ouro does (arXiv 2510.25741): later tokens find at every loop what the token had when it left.
+        """
+        slot, rows = span.slot, slice(span.start, span.start + len(span.ids))
+        for layer, pair in enumerate(self.state.caches[span.depth - 1]):
+            for place, source in enumerate(pair):
+                values = source.value.numpy()[slot, :, rows]
+                for cache_set in range(span.depth, span.caches):
+                    with self.state.caches[cache_set][layer][place].on_host() as target:
+                        target[slot, :, rows] = values
 
     def draw(self, span: Span) -> int:
         """The token after ``span``, chosen on the device as its sampler was told; it is there for the next pass.

@@ -101,7 +101,7 @@ def _about(state: State, identity: str) -> dict[str, Any]:
 
 def _rows(state: State, depth: int | None) -> list[tuple[str, Buffer]]:
     """Name in the file and buffer of every tensor of the cache that a sequence of this depth uses."""
-    sets = state.caches if len(state.caches) == 1 else state.caches[: depth or 0]
+    sets = state.caches if _shares(state) else state.caches[: depth or 0]
     return [
         (f"{what}.{cache_set}.{layer}", buffer)
         for cache_set, layers in enumerate(sets)
@@ -110,10 +110,14 @@ def _rows(state: State, depth: int | None) -> list[tuple[str, Buffer]]:
     ]
 
 
+def _shares(state: State) -> bool:
+    return state.plan.shape.cache_kind == "shared"
+
+
 def _require_fit(path: Path, state: State, length: int, depth: int | None) -> None:
     if length > state.plan.capacity:
         raise CapacityError(f"{path} holds {length} tokens, the capacity is {state.plan.capacity}: load with more")
-    if len(state.caches) > 1 and (depth or 0) > len(state.caches):
+    if not _shares(state) and (depth or 0) > len(state.caches):
         raise CapacityError(f"{path} needs {depth} caches, there are {len(state.caches)}: load with loops={depth}")
 
 
@@ -126,10 +130,11 @@ def _snapshot(path: Path, state: State, ids: Any, depths: Any, length: int, dept
         and len(ids) <= state.plan.capacity + 1
         and (len(ids) in (len(depths), len(depths) + 1))
         and ((ids >= 0) & (ids < vocabulary)).all()
-        and (depths >= 0).all()
-        and (not len(depths) or depths[0] > 0)
-        and depth == (int(depths[0]) if length else None)
+        and (not _shares(state) or (depths >= 0).all())
+        and (not len(depths) or depths[0] != 0)
+        and (depth is None) == (_shares(state) or not len(depths))
+        and (_shares(state) or not len(depths) or np.abs(depths.astype(np.int32)).max() <= depth)
     )
     if not good:
         raise SavedError(f"{path} is damaged: its tokens and their chunks do not fit each other")
-    return Snapshot(ids.tolist(), depths)
+    return Snapshot(ids.tolist(), depths, depth or 0)

@@ -5,7 +5,7 @@ tokens count as cached only where the cache holds what running them would give, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import CapacityError
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import Array, StatePlan
+from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 
 
@@ -23,11 +24,15 @@ class Snapshot:
 
     Attributes:
         ids: its tokens.
-        depths: of those that were run, where a chunk began the loops that it went through, else 0; [n] int16.
+        depths: of those that were run, as ``Slot.depths``; [n] int16.
+        caches: of a LoopLM, how many hold them.
+        policy: the rule that decided on the first tokens, and on how many.
     """
 
     ids: list[int]
     depths: Array
+    caches: int
+    policy: tuple[Depth | None, int] = (None, 0)
 
 
 class Slot:
@@ -42,7 +47,8 @@ class Slot:
         turn: counts what began or was undone, so that a stream knows whether the sequence is still the one it was made
             for.
         flight: what is between its first loop and its last; None between passes that are done.
-        depths: where a chunk began, the loops that it went through, else 0; [S] int16, read-only.
+        depths: where a chunk began, the loops that it went through, else 0; negative where a LoopLM's chunk left early
+            and its later caches were filled with copies; [S] int16, read-only.
     """
 
     def __init__(self, number: int, plan: StatePlan):
@@ -51,6 +57,8 @@ class Slot:
         self._length = 0
         self._depths: Array = np.zeros(plan.capacity, dtype=np.int16)
         self._lost: Array = np.zeros(0, dtype=np.int16)
+        self._caches = 0
+        self._policy: tuple[Depth | None, int] = (None, 0)  # the rule that decided on the first tokens, on how many
         self.depths = self._depths.view()
         self.depths.setflags(write=False)
         self.ids: list[int] = []
@@ -63,9 +71,14 @@ class Slot:
         return self._length
 
     @property
+    def ran(self) -> int:
+        """Tokens that were run, those that the cache has lost included."""
+        return self._length + len(self._lost)
+
+    @property
     def depth(self) -> int | None:
-        """Loops that the cached tokens of a LoopLM went through; None while there are none."""
-        return int(self._depths[0]) or None
+        """Caches that hold the tokens of a LoopLM, one for each loop; None while there are none, and for MELT."""
+        return self._caches if self.ran and self._plan.shape.cache_kind == "per_loop" else None
 
     @property
     def room(self) -> int:
@@ -95,7 +108,7 @@ class Slot:
             )
 
     def require_loops(self, loops: int, kept: int) -> None:
-        """Refuses a depth that cannot be run after ``kept`` cached tokens. MELT takes any, at any token.
+        """Refuses a depth that cannot be run after ``kept`` tokens. MELT takes any, at any token.
 
         Raises:
             ValueError: no whole number from 1 to ``MAX_LOOPS``; for a LoopLM, more than it has caches, or another than
@@ -108,27 +121,35 @@ class Slot:
                 f"{self.depth} loops"
             )
 
-    def next_span(self, loops: int) -> Span:
+    def next_span(self, depth: Depth) -> Span:
         """What is to be run next of the tokens that the cache does not hold: a chunk, or the last token alone.
 
         Args:
-            loops: depth T of what was never run; what was lost takes its own again.
+            depth: of what was never run; what was lost takes its own again.
         """
-        size = min(self._plan.chunk, len(self.ids) - self._length)
+        start = self._length
         if len(self._lost):
-            loops = int(self._lost[0])
             later = np.flatnonzero(self._lost[1:])
             size = int(later[0]) + 1 if later.size else len(self._lost)
-        start = self._length
-        return Span(self.number, start, self.ids[start : start + size], loops)
+            loops = abs(int(self._lost[0]))
+            return Span(self.number, start, self.ids[start : start + size], loops, caches=self._caches)
+        size = min(self._plan.chunk, len(self.ids) - start)
+        policy = depth if depth.rule else None
+        return Span(
+            self.number, start, self.ids[start : start + size], depth.most, exit=depth.exit(size), policy=policy
+        )
 
     def commit(self) -> None:
         """Counts what is in flight as final."""
         span, self.flight = self.flight, None
         assert span is not None
         assert span.is_done
-        self.advance(len(span.ids), span.depth)
+        follows = self._length == 0 or self._policy == (span.policy, self._length)
+        left_early = self._plan.shape.cache_kind == "per_loop" and span.caches > span.depth
+        self._count(len(span.ids), -span.depth if left_early else span.depth, span.caches)
         self._lost = self._lost[len(span.ids) :]
+        if follows:
+            self._policy = (span.policy, self._length)
 
     def advance(self, tokens: int, loops: int) -> None:
         """Counts ``tokens``, one chunk that went through ``loops`` loops, as final.
@@ -140,39 +161,52 @@ class Slot:
         loops = whole_number("loops", loops, 1, MAX_LOOPS)
         tokens = whole_number("tokens", tokens, 1, self._plan.shape.max_positions)
         self.require_room(tokens)
-        self._depths[self._length] = loops
+        self._count(tokens, loops, loops)
+
+    def _count(self, tokens: int, mark: int, caches: int) -> None:
+        self._depths[self._length], self._caches = mark, caches
         self._length += tokens  # last, so that an interrupt leaves the chunk uncounted
 
     def continues(self, prompt: Sequence[int]) -> bool:
         """Whether ``prompt`` begins with the whole sequence and brings a token that was not run yet."""
-        ran = self._length + len(self._lost)
-        return len(prompt) > ran and list(prompt[: len(self.ids)]) == self.ids
+        return len(prompt) > self.ran and list(prompt[: len(self.ids)]) == self.ids
 
-    def reusable(self, prompt: Sequence[int], loops: int) -> int:
+    def reusable(self, prompt: Sequence[int], depth: Depth) -> int:
         """Cached tokens that an empty slot would hold just so after ``prompt`` at this depth.
 
-        The prompt's last token never counts, since its logits are needed.
+        The prompt's last token never counts, since its logits are needed. What a rule decided stands for the same rule,
+        where it decided all before as well; a MELT chunk that left after some loops is one of so many loops, too.
         """
         limit = min(self._length, len(prompt) - 1, len(self.ids))
         shared = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
-        return self.full_chunks(shared, loops)
+        if depth.rule is None:
+            return self.full_chunks(shared, depth.most)
+        policy, length = self._policy
+        return self.full_chunks(min(shared, length)) if policy == depth else 0
 
-    def full_chunks(self, tokens: int, loops: int) -> int:
+    def full_chunks(self, tokens: int, loops: int | None = None) -> int:
         """Most cached tokens, up to ``tokens``, that a prompt run from the start through ``loops`` loops makes again.
 
         They stand in full chunks from the start on, each of this depth, so that keeping them changes no number.
+
+        Args:
+            tokens: at most.
+            loops: depth of each; None: whatever it was.
         """
         chunk, depths, kept = self._plan.chunk, self._depths, 0
         while (end := kept + chunk) <= min(tokens, self._length):
             ends_whole = end == self._length or depths[end] != 0
-            if depths[kept] != loops or depths[kept + 1 : end].any() or not ends_whole:
+            is_other = loops is not None and depths[kept] != loops
+            if is_other or depths[kept + 1 : end].any() or not ends_whole:
                 break
             kept = end
         return kept
 
     def snapshot(self) -> Snapshot:
         """The sequence as it is."""
-        return Snapshot(self.ids, np.concatenate((self._depths[: self._length], self._lost)))
+        return Snapshot(
+            self.ids, np.concatenate((self._depths[: self._length], self._lost)), self._caches, self._policy
+        )
 
     def begin(self, prompt: Sequence[int], kept: int | None) -> None:
         """Makes ``prompt`` the sequence.
@@ -197,7 +231,7 @@ class Slot:
         self.turn += 1
         self.truncate(min(kept, self._length))
         self.ids = before.ids
-        self._lost = before.depths[self._length :]
+        self._lost, self._caches = before.depths[self._length :], before.caches
 
     def leave(self, tokens: int) -> None:
         """Ends a turn early, after its first ``tokens`` tokens; the last of them counts as chosen but not run."""
@@ -214,6 +248,7 @@ class Slot:
         self.flight = None
         self._length = tokens
         self._depths[tokens:] = 0
+        self._policy = (self._policy[0], min(self._policy[1], tokens))
 
     def forget(self) -> None:
         """Makes the sequence empty; the memory stays allocated."""
@@ -227,7 +262,8 @@ class Slot:
         self.forget()
         self.ids = snapshot.ids
         self._depths[:length], self._lost = snapshot.depths[:length], snapshot.depths[length:]
-        self._length = length
+        self._length, self._caches = length, snapshot.caches
+        self._policy = (snapshot.policy[0], min(snapshot.policy[1], length))
 
 
 class Slots:
@@ -306,15 +342,15 @@ class Slots:
         self.copy(source, slot, tokens)
         return slot
 
-    def reuse(self, slot: Slot, prompt: Sequence[int], loops: int) -> int:
+    def reuse(self, slot: Slot, prompt: Sequence[int], depth: Depth) -> int:
         """Fills ``slot`` with the longest beginning of a prompt that any slot holds just as it would be computed.
 
         Returns:
             Tokens of the prompt that ``slot`` holds now.
         """
         sources = self._slots if self._state.device == "cpu" else [slot]  # elsewhere a copy goes through the host
-        tokens, source = max(((other.reusable(prompt, loops), other) for other in sources), key=lambda pair: pair[0])
-        if tokens == slot.reusable(prompt, loops):
+        tokens, source = max(((other.reusable(prompt, depth), other) for other in sources), key=lambda pair: pair[0])
+        if tokens == slot.reusable(prompt, depth):
             source = slot
         self.copy(source, slot, tokens)
         return tokens
@@ -327,4 +363,5 @@ class Slots:
                     for buffer in pair:
                         with buffer.on_host() as values:
                             values[target.number, :, :tokens] = values[source.number, :, :tokens]
-        target.take(Snapshot(source.ids[:tokens], source.depths[:tokens].copy()), tokens)
+        snapshot = source.snapshot()
+        target.take(replace(snapshot, ids=snapshot.ids[:tokens], depths=snapshot.depths[:tokens]), tokens)

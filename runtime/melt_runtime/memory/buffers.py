@@ -16,7 +16,7 @@ from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import CapacityError
 from melt_runtime.memory.plan import Array, StatePlan, stored_type
 
-_BFLOAT16 = 16  # ONNX's number of the type
+BFLOAT16 = 16  # ONNX's number of the type
 
 
 class Buffer:
@@ -33,7 +33,7 @@ class Buffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: DeviceKind, device_id: int = 0):
         self.dtype = stored_type(dtype)
-        self.element_type: Any = _BFLOAT16 if dtype == "bfloat16" else self.dtype.type
+        self.element_type: Any = BFLOAT16 if dtype == "bfloat16" else self.dtype.type
         self.device, self.device_id = device, device_id
         self.shape = shape
         try:

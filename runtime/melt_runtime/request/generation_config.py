@@ -9,22 +9,31 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from melt_runtime.arguments import real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import BundleError
+from melt_runtime.schedule.depth import EXIT_RULES, Depth, ExitRule
 
 _MOST_TOKENS = 2**31 - 1
 _MOST_SEED = 2**64 - 1
 _MOST_ELEMENTS = 2**16
+_OF_AUTO = ("exit_rule", "exit_threshold", "min_loops", "max_loops")
+
+SETTLED_THRESHOLD = 0.05
+"""How much the likeliest token's probability may move in a loop that changed nothing, where nobody says."""
 
 
 class GenerationChanges(TypedDict, total=False):
     """Single fields of a ``GenerationConfig``, as keywords."""
 
     max_new_tokens: int | None
-    loops: int | None
+    loops: int | Literal["auto"] | None
+    exit_rule: ExitRule | None
+    exit_threshold: float | None
+    min_loops: int | None
+    max_loops: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -42,7 +51,14 @@ class GenerationConfig:
     Attributes:
         max_new_tokens: most tokens to generate, at least 1; not said: what is left of the capacity, which also bounds a
             bundle's number. A caller's number that does not fit is refused.
-        loops: depth T for prompt and answer, at most 1024; not said: as many as the model was trained with.
+        loops: depth T for prompt and answer, at most 1024, or ``auto``: each token leaves when the answer stands; not
+            said: as many as the model was trained with.
+        exit_rule: with ``auto``, what lets a token leave: ``gate``, the model's exit gate, when its cumulated exit
+            probability reaches the threshold; ``settled``, when a loop changed neither the likeliest token nor, by
+            more than the threshold, its probability. Not said: the gate, where the bundle says a threshold for it.
+        exit_threshold: of the rule, in [0, 1]; not said: the bundle's for its gate, 0.05 for ``settled``.
+        min_loops: with ``auto``, loops that every token takes; not said: 1.
+        max_loops: with ``auto``, loops after which every token leaves; not said: as many as were trained.
         temperature: 0 is greedy; else logits are divided by it, in [1e-6, 1e6]; not said: 0.
         top_k: keep the k most probable tokens; 0, where not said: all.
         top_p: keep the most probable tokens until their probabilities reach this sum, in (0, 1]; not said: 1.
@@ -56,7 +72,11 @@ class GenerationConfig:
     """
 
     max_new_tokens: int | None = None
-    loops: int | None = None
+    loops: int | Literal["auto"] | None = None
+    exit_rule: ExitRule | None = None
+    exit_threshold: float | None = None
+    min_loops: int | None = None
+    max_loops: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -106,7 +126,7 @@ class GenerationSettings:
     """A ``GenerationConfig`` in which everything is said, made by ``settle``; only ``seed`` may still be None."""
 
     max_new_tokens: int
-    loops: int
+    depth: Depth
     temperature: float
     top_k: int
     top_p: float
@@ -116,8 +136,15 @@ class GenerationSettings:
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
 
+    @property
+    def loops(self) -> int:
+        """Most loops that a token takes."""
+        return self.depth.most
 
-def settle(said: GenerationConfig, bundle: GenerationConfig, trained_loops: int, room: int) -> GenerationSettings:
+
+def settle(
+    said: GenerationConfig, bundle: GenerationConfig, trained_loops: int, room: int, has_exit_gate: bool = False
+) -> GenerationSettings:
     """The merge: what the caller says, else the bundle, else the project.
 
     Args:
@@ -125,13 +152,43 @@ def settle(said: GenerationConfig, bundle: GenerationConfig, trained_loops: int,
         bundle: the bundle's defaults.
         trained_loops: depth where nobody says one.
         room: tokens that fit after the prompt; where the caller says no number, no more are generated.
+        has_exit_gate: whether the model has one.
+
+    Raises:
+        ValueError: what is said of the depth contradicts itself, or the model.
     """
     values = asdict(said.over(bundle).over(GENERAL_DEFAULTS))
-    if values["loops"] is None:
-        values["loops"] = trained_loops
+    depth = {name: values.pop(name) for name in ("loops", *_OF_AUTO)}
+    values["depth"] = _settle_depth(said, bundle, depth, trained_loops, has_exit_gate)
     if said.max_new_tokens is None:
         values["max_new_tokens"] = room if bundle.max_new_tokens is None else min(bundle.max_new_tokens, room)
     return GenerationSettings(**values)
+
+
+def _settle_depth(
+    said: GenerationConfig, bundle: GenerationConfig, merged: dict[str, Any], trained_loops: int, has_exit_gate: bool
+) -> Depth:
+    loops = trained_loops if merged["loops"] is None else merged["loops"]
+    if loops != "auto":
+        idle = [name for name in _OF_AUTO if getattr(said, name) is not None]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} must go with loops='auto', got loops={loops}")
+        return Depth.fixed(loops)
+    most = trained_loops if merged["max_loops"] is None else merged["max_loops"]
+    least = 1 if merged["min_loops"] is None else merged["min_loops"]
+    if least > most:
+        raise ValueError(f"min_loops must be at most max_loops ({most}), got {least}")
+    rule: ExitRule = merged["exit_rule"] or ("settled" if bundle.exit_threshold is None else "gate")
+    # The bundle's threshold is its gate's: another rule has none of it.
+    threshold = said.exit_threshold if rule == "settled" else merged["exit_threshold"]
+    if rule == "gate" and not has_exit_gate:
+        raise ValueError("exit_rule must be 'settled', got 'gate': this model has no exit gate")
+    if rule == "gate" and threshold is None:
+        raise ValueError(
+            "exit_rule must be 'settled', got 'gate': this bundle's exit gate was not trained; give exit_threshold to "
+            "use it all the same"
+        )
+    return Depth(most, least, rule, SETTLED_THRESHOLD if threshold is None else threshold)
 
 
 def describe_defaults(bundle: GenerationConfig, trained_loops: int) -> dict[str, str]:
@@ -140,6 +197,10 @@ def describe_defaults(bundle: GenerationConfig, trained_loops: int) -> dict[str,
     unsaid = {
         "max_new_tokens": "what is left of the capacity",
         "loops": f"{trained_loops}, as trained",
+        "exit_rule": "settled" if bundle.exit_threshold is None else "gate",
+        "exit_threshold": f"{SETTLED_THRESHOLD:g}",
+        "min_loops": "1",
+        "max_loops": f"{trained_loops}, as trained",
         "seed": "a new one each time",
     }
     described = {}
@@ -222,9 +283,23 @@ def _whole(least: int, most: int) -> Callable[[str, object], int]:
     return partial(whole_number, least=least, most=most)
 
 
+def _loops(name: str, value: object) -> object:
+    return value if isinstance(value, str) and value == "auto" else whole_number(name, value, 1, MAX_LOOPS)
+
+
+def _rule(name: str, value: object) -> object:
+    if not isinstance(value, str) or value not in EXIT_RULES:
+        raise ValueError(f"{name} must be one of {', '.join(EXIT_RULES)}, got {shown(value)}")
+    return value
+
+
 _CHECKS: dict[str, Callable[[str, object], object]] = {
     "max_new_tokens": _whole(1, _MOST_TOKENS),
-    "loops": _whole(1, MAX_LOOPS),
+    "loops": _loops,
+    "exit_rule": _rule,
+    "exit_threshold": _real("in [0, 1]", lambda value: 0 <= value <= 1),
+    "min_loops": _whole(1, MAX_LOOPS),
+    "max_loops": _whole(1, MAX_LOOPS),
     "temperature": _real("0 (greedy) or in [1e-6, 1e6]", lambda value: value == 0 or 1e-6 <= value <= 1e6),
     "top_k": _whole(0, _MOST_TOKENS),
     "top_p": _real("in (0, 1]", lambda value: 0 < value <= 1),

@@ -53,7 +53,8 @@ class Desk:
             ValueError: a depth that the state cannot run, or stop tokens outside the vocabulary.
         """
         shape, plan = self.plan.shape, self.plan
-        settings = settle(said, self.defaults, shape.trained_loops, plan.capacity - prompt_tokens + 1)
+        room = plan.capacity - prompt_tokens + 1
+        settings = settle(said, self.defaults, shape.trained_loops, room, shape.has_exit_gate)
         # The last new token is never run, so it takes no row.
         plan.require_total(prompt_tokens + max(settings.max_new_tokens, 1) - 1)
         plan.require_loops(settings.loops)

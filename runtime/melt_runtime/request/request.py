@@ -17,6 +17,7 @@ class Request:
         prompt: token ids of all that the model is to see, at least one.
         settings: how to continue it.
         new_ids: tokens of the answer so far.
+        loops: of each, those after which it was chosen.
         text: its text so far.
         is_finished: whether no more tokens come.
     """
@@ -24,6 +25,7 @@ class Request:
     def __init__(self, prompt: list[int], settings: GenerationSettings, codec: TextCodec):
         self.prompt, self.settings = prompt, settings
         self.new_ids: list[int] = []
+        self.loops: list[int] = []
         self.text = ""
         self.is_finished = False
         self._codec = codec
@@ -45,9 +47,10 @@ class Request:
         """
         return self._sampler.choose(logits, context)
 
-    def accept(self, token: int) -> None:
-        """Takes the next token of the answer."""
+    def accept(self, token: int, loops: int) -> None:
+        """Takes the next token of the answer, which the token before gave after so many loops."""
         self.new_ids.append(token)
+        self.loops.append(loops)
         piece = self._answer.push(token)
         if self._answer.stopped or len(self.new_ids) == self.settings.max_new_tokens:
             piece += self._answer.finish()
@@ -85,6 +88,7 @@ class Request:
             token_ids=tuple(self.new_ids),
             finish_reason="stop" if self._answer.stopped else "length",
             loops=self.settings.loops,
+            loops_per_token=tuple(self.loops),
             prompt_tokens=len(self.prompt),
             cached_tokens=cached_tokens,
             timings=Timings(

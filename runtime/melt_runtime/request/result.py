@@ -1,5 +1,6 @@
 """What comes of a request: the answer, and what it cost."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,8 @@ class GenerationResult:
         text: without stop string and special tokens.
         token_ids: every token generated, the stop token included.
         finish_reason: ``stop`` or ``length``.
-        loops: depth T it was made with.
+        loops: depth T it was made with, the most where a rule decided.
+        loops_per_token: after how many loops each new token was chosen; the first by the prompt's last chunk.
         prompt_tokens: tokens of the prompt, of which ``cached_tokens`` were in the cache already.
         timings: seconds and tokens of prefill and decode.
         state_bytes: bytes of the whole state, cache included.
@@ -48,7 +50,18 @@ class GenerationResult:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     loops: int
+    loops_per_token: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
     timings: Timings
     state_bytes: int
+
+    @property
+    def depth_histogram(self) -> dict[int, int]:
+        """How many tokens were chosen after how many loops."""
+        return dict(sorted(Counter(self.loops_per_token).items()))
+
+    @property
+    def passes(self) -> int:
+        """Loops over single tokens that the answer took after its prompt; in a batch others share them."""
+        return sum(self.loops_per_token[1:])

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from melt_runtime.schedule.depth import Depth, Exit
+
 
 @dataclass(slots=True, eq=False)
 class Span:
@@ -12,8 +14,11 @@ class Span:
         slot: whose tokens they are.
         start: position of the first, counted from 0: the cache row that its keys and values take.
         ids: token ids, at least one.
-        depth: loops T that they are to take.
+        depth: loops T that they are to take; fewer once ``exit`` has let them leave.
         loop: the next one, counted from 0; ``depth`` when they have taken all.
+        exit: lets them leave before; None: nothing does.
+        policy: what ``exit`` came from, whether or not it has a say here.
+        caches: of a LoopLM, the caches that hold them in the end: where they leave early, the last one is copied.
     """
 
     slot: int
@@ -21,6 +26,17 @@ class Span:
     ids: Sequence[int]
     depth: int
     loop: int = 0
+    exit: Exit | None = None
+    policy: Depth | None = None
+    caches: int = 0
+
+    def __post_init__(self) -> None:
+        """Fills as many caches as loops, where no more are asked for."""
+        self.caches = self.caches or self.depth
+
+    def leave(self) -> None:
+        """Takes no more loops."""
+        self.depth = self.loop
 
     @property
     def is_chunk(self) -> bool:
