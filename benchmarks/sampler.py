@@ -44,7 +44,7 @@ def main() -> int:
             for _ in range(STEPS):
                 logits = draw.normal(0, spread, size).astype(np.float32)
                 begin = time.perf_counter()
-                sampler.choose(logits, context)
+                sampler.choose(logits, context, 0)
                 seconds.append(time.perf_counter() - begin)
             medians.append(1e3 * statistics.median(seconds))
         print(f"{name:<27}" + "".join(f"{median:>10.3f}" for median in medians))

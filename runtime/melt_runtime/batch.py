@@ -135,7 +135,7 @@ class Batch:
                 if ask.progress is not None:
                     ask.progress(finished, total)
                 if job.error is None:
-                    yield number, job.request.result(job.cached, self._engine.state_bytes)
+                    yield number, job.request.result(job.cached, self._engine.state_bytes, job.passes)
                 else:
                     errors[number] = job.error
         if errors:

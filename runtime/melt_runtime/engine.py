@@ -11,6 +11,7 @@ from melt_runtime.progress import Progress
 from melt_runtime.request.request import Request
 from melt_runtime.schedule.batched import Batched
 from melt_runtime.schedule.span import Span
+from melt_runtime.schedule.wave import Wave
 
 
 @dataclass(eq=False)
@@ -25,6 +26,8 @@ class Job:
         span: what is to be run next, or is under way.
         draws: whether the device chooses its tokens.
         error: what ended it before its end.
+        wave: the tokens that are under way, where several may be.
+        passes: that were run with tokens of the answer.
     """
 
     request: Request
@@ -32,6 +35,8 @@ class Job:
     progress: Progress | None = None
     draws: bool = False
     error: MeltError | None = None
+    wave: Wave | None = None
+    passes: int = 0
     cached: int = field(init=False)
     span: Span = field(init=False)
 
@@ -60,8 +65,11 @@ class Job:
         """Takes the next token, which so many loops gave."""
         self.slot.ids.append(token)
         self.request.accept(token, loops)
-        if not self.request.is_finished:
-            self.span = self._next_span()
+        if self.request.is_finished:
+            return
+        self.span = self._next_span()
+        if self.wave is not None and not self.wave.spans:
+            self.wave.start(self.slot.length, token)
 
     def _next_span(self) -> Span:
         return self.slot.next_span(self.request.settings.depth)
@@ -92,6 +100,9 @@ class Engine:
         if sampler is not None and draws:
             sampler.start(request.settings)
         job = Job(request, slot, progress, draws)
+        settings = request.settings
+        if settings.lag is not None:
+            job.wave = Wave(slot.number, settings.loops, settings.lag, self.executor.state.plan.wave_rows)
         self.jobs.append(job)
         return job
 
@@ -106,13 +117,12 @@ class Engine:
         Raises:
             RunError: ONNX Runtime could not.
         """
-        began, jobs = time.perf_counter(), {job.slot.number: job for job in self.jobs}
-        spans = self._schedule.next([job.span for job in self.jobs])
-        self.executor.run(spans)
-        seen = self._let_leave(spans)
-        ready = [span for span in spans if span.is_done and jobs[span.slot].advance()]
-        if ready:
-            self._choose([(span, jobs[span.slot]) for span in ready], seen)
+        began = time.perf_counter()
+        wave = self.jobs[0].wave
+        if wave is not None and wave.spans:
+            self._run_wave(self.jobs[0], wave)
+        else:
+            self._run_shared()
         seconds = time.perf_counter() - began
         for job in self.jobs:
             job.request.count_seconds(seconds)
@@ -120,6 +130,38 @@ class Engine:
         for job in done:
             self.jobs.remove(job)
         return done
+
+    def _run_shared(self) -> None:
+        """A pass in which every job may have a part."""
+        jobs = {job.slot.number: job for job in self.jobs}
+        spans = self._schedule.next([job.span for job in self.jobs])
+        self.executor.run(spans)
+        seen = self._let_leave(spans)
+        ready = [span for span in spans if span.is_done and jobs[span.slot].advance()]
+        if ready:
+            self._choose([(span, jobs[span.slot]) for span in ready], seen)
+        for span in spans:
+            jobs[span.slot].passes += bool(jobs[span.slot].request.new_ids)
+
+    def _run_wave(self, job: Job, wave: Wave) -> None:
+        """A pass over consecutive tokens of one job, which is alone."""
+        request, slot = job.request, job.slot
+        self.executor.run_wave(wave.spans)
+        self.executor.compute_wave_logits(wave.spans)
+        job.passes += 1
+
+        def predict(place: int, drafts: list[int]) -> int:
+            return request.choose(self.executor.logits(place), [*slot.ids, *drafts], len(drafts))
+
+        # The answer's last token is never run.
+        room = len(request.prompt) + request.settings.max_new_tokens - 2 - slot.length
+        try:
+            token = wave.advance(predict, room)
+            if token is not None:
+                slot.advance(1, request.settings.loops)
+                job.accept(token, request.settings.loops)
+        except MeltError as error:
+            job.error = error
 
     def _let_leave(self, spans: Sequence[Span]) -> list[Span]:
         """Asks what decides on each span whether it takes more loops; those whose logits were computed for that."""

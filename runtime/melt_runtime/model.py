@@ -144,7 +144,8 @@ class MeltModel:
     def _open_session(self, plan: StatePlan) -> Session:
         engine = Engine(Executor(self._sessions, self._new_state(plan.batch)))
         slot = engine.executor.slots.acquire()
-        return Session(engine, slot, Desk(self.codec, self.defaults, plan, self.manifest.identity), self._notice)
+        desk = Desk(self.codec, self.defaults, plan, self.manifest.identity, engine.executor.wave_obstacle)
+        return Session(engine, slot, desk, self._notice)
 
     def new_runner(self, batch: int = 1) -> LoopRunner:
         """A driver over a state of its own, for applications that handle token ids and logits themselves.

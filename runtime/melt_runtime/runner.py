@@ -130,7 +130,7 @@ class LoopRunner:
         """
         with self._hold.taken():
             self._executor.compute_logits(self._decode(ids, loops, observe))
-            logits: Array = self.state.logits.value.numpy()
+            logits: Array = self.state.logits.value.numpy()[: len(self.slots)]
             return logits
 
     def decode_and_draw(self, token: int, loops: int) -> int:

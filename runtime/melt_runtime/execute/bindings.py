@@ -98,6 +98,23 @@ class Bindings:
         """One loop over a chunk of a slot, for each cache set."""
         return self._keep("chunk", (tokens, slot), lambda: self._loops(self._state.chunk, (1, tokens), 0, slot, False))
 
+    def wave(self, base: int, tokens: int, slot: int) -> list[Bound]:
+        """One loop over consecutive tokens of a slot that lie among a chunk's rows from ``base`` on."""
+        plan = self._state.plan
+        return self._keep(
+            "wave",
+            (base, tokens, slot),
+            lambda: self._loops(self._state.chunk, (1, tokens), base, slot, False, stride=plan.chunk),
+        )
+
+    def wave_embed(self, row: int) -> Bound:
+        """A token id to its hidden state there; its latent states are the caller's to clear."""
+        return self._keep("wave embed", row, lambda: self._embed(self._state.chunk, (1, 1), row, False, False))
+
+    def wave_head(self, base: int, tokens: int) -> Bound:
+        """Hidden states of a wave to logits, from the first row of those on."""
+        return self._keep("wave head", (base, tokens), lambda: self._head(self._state.chunk, base, 0, tokens))
+
     def chunk_head(self, tokens: int, slot: int) -> Bound:
         """The hidden state of a chunk's last token to the slot's logits on the host."""
         return self._keep("chunk head", (tokens, slot), lambda: self._head(self._state.chunk, tokens - 1, slot, 1))
@@ -127,12 +144,24 @@ class Bindings:
             rows.latent.bind_output(binding, "latent", (model.layers, *hidden))
         return Bound(self._sessions.embed, binding, self._run_options(captured))
 
-    def _loops(self, rows: TokenRows, shape: tuple[int, int], first: int, slot: int, captured: bool) -> list[Bound]:
+    def _loops(
+        self, rows: TokenRows, shape: tuple[int, int], first: int, slot: int, captured: bool, stride: int | None = None
+    ) -> list[Bound]:
+        if stride is None:
+            # Between layers lie the rows of every slot, or of this chunk alone.
+            stride = self._state.plan.batch if rows is self._state.step else shape[1]
         cache_sets = range(self._state.plan.cache_sets)
-        return [self._loop(rows, shape, first, slot, cache_set, captured) for cache_set in cache_sets]
+        return [self._loop(rows, shape, first, slot, stride, cache_set, captured) for cache_set in cache_sets]
 
     def _loop(
-        self, rows: TokenRows, shape: tuple[int, int], first: int, slot: int, cache_set: int, captured: bool
+        self,
+        rows: TokenRows,
+        shape: tuple[int, int],
+        first: int,
+        slot: int,
+        stride: int,
+        cache_set: int,
+        captured: bool,
     ) -> Bound:
         """Binds one loop in place, each output to the buffer of its input.
 
@@ -141,6 +170,7 @@ class Bindings:
             shape: [B, C].
             first: the first of these rows.
             slot: the first of the slots.
+            stride: rows from one layer's latent states to the next one's.
             cache_set: which KV cache.
             captured: whether it becomes a CUDA graph.
         """
@@ -151,19 +181,17 @@ class Bindings:
         rows.hidden.bind_output(loop, "hidden_out", hidden, first * model.hidden_size)
         cache_shape = (shape[0], *state.plan.cache_shape[1:])
         first_row = slot * int(np.prod(cache_shape[1:]))
-        # Between layers lie the rows of every slot, or of this chunk alone.
-        stride = (state.plan.batch if rows is state.step else shape[1]) * model.hidden_size
         for layer_idx in range(model.layers):
             if rows.latent is not None:
                 name_in, name_out = latent_names(layer_idx)
-                offset = layer_idx * stride + first * model.hidden_size
+                offset = (layer_idx * stride + first) * model.hidden_size
                 rows.latent.bind_input(loop, name_in, hidden, offset)
                 rows.latent.bind_output(loop, name_out, hidden, offset)
             pairs = zip(cache_names(layer_idx), state.caches[cache_set][layer_idx], strict=True)
             for (name_in, name_out), buffer in pairs:
                 buffer.bind_input(loop, name_in, cache_shape, first_row)
                 buffer.bind_output(loop, name_out, cache_shape, first_row)
-        rows.last_row.bind_input(loop, "seqlens_k", (shape[0],), first)
+        rows.last_row.bind_input(loop, "seqlens_k", (shape[0],), first if rows is state.step else 0)
         rows.total_length.bind_input(loop, "total_sequence_length", ())
         if state.loop_idx is not None:
             state.loop_idx.bind_input(loop, "loop_idx", ())

@@ -112,6 +112,65 @@ class Executor:
         for span in spans:
             span.loop += 1
 
+    @property
+    def wave_obstacle(self) -> str | None:
+        """Why consecutive tokens cannot share a pass here; None where they can."""
+        plan = self.state.plan
+        if plan.batch > 1:
+            return "it serves one sequence at a time: load with slots=1"
+        if self.state.device != "cpu":
+            return "it runs on the CPU only so far"
+        if not self.shares_cache:
+            return "this model has a KV cache for each loop, it serves MELT's one cache so far"
+        if plan.shape.has_loop_idx:
+            return "the model's gate ('mean') is told one loop for all tokens of a pass"
+        return None if plan.wave_rows > 1 else "it needs a state of chunks of at least 4 tokens"
+
+    def run_wave(self, spans: Sequence[Span]) -> None:
+        """One pass over consecutive tokens of one slot, oldest first, each at a loop of its own.
+
+        A token sees those before it as they are after this very loop of theirs. What a token that is dropped wrote is
+        overwritten by the next one at its position.
+
+        Raises:
+            RunError: ONNX Runtime could not.
+        """
+        rows = self.state.chunk
+        for place, span in enumerate(spans):
+            if span.row < 0:
+                self._enter(spans[:place], span)
+        last = spans[-1].start
+        rows.last_row.write(np.array([last], dtype=np.int32))
+        rows.total_length.write(np.array([last + 1], dtype=np.int32))
+        self._bindings.wave(spans[0].row, len(spans), spans[0].slot)[0].run()
+        for span in spans:
+            span.loop += 1
+
+    def compute_wave_logits(self, spans: Sequence[Span]) -> None:
+        """Runs the head over every token of a wave; ``logits`` then has them, the oldest's first."""
+        self._bindings.wave_head(spans[0].row, len(spans)).run()
+
+    def _enter(self, before: Sequence[Span], span: Span) -> None:
+        """Gives a token of a wave its row behind the others, and the state before its first loop."""
+        rows = self.state.chunk
+        span.row = before[-1].row + 1 if before else 0
+        if span.row == 2 * self.state.plan.wave_rows:
+            # At the end of the rows all go back to their beginning.
+            first, count = before[0].row, len(before)
+            for buffer in (rows.hidden, rows.latent):
+                if buffer is not None:
+                    with buffer.on_host() as values:
+                        values[..., :count, :] = values[..., first : first + count, :].copy()
+            for place, other in enumerate((*before, span)):
+                other.row = place
+        staged: Array = np.zeros(rows.ids.shape, dtype=np.int64)
+        staged[0, span.row] = span.ids[0]
+        rows.ids.write(staged)
+        self._bindings.wave_embed(span.row).run()
+        if rows.latent is not None:
+            with rows.latent.on_host() as latent:
+                latent[:, span.row] = 0
+
     def compute_logits(self, spans: Sequence[Span]) -> None:
         """Runs the head over the last token of each span of one pass; ``logits`` then has them."""
         if spans[0].is_chunk:

@@ -134,7 +134,7 @@ class State:
         caches: ``caches[set][layer]`` is (keys, values), each of the plan's ``cache_shape``.
         step: one token of every slot, [B, 1].
         chunk: a chunk of one slot, [1, C].
-        logits: of each slot's last token, [B, V] float32, on the host.
+        logits: of each slot's last token, or of a wave's tokens, [rows, V] float32, on the host.
         loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
     """
 
@@ -151,7 +151,7 @@ class State:
         ]
         self.step = TokenRows(plan, (plan.batch, 1), *place)
         self.chunk = TokenRows(plan, (1, plan.chunk), *place)
-        self.logits = Buffer((plan.batch, plan.shape.vocab_size), "float32", "cpu")
+        self.logits = Buffer((plan.logit_rows, plan.shape.vocab_size), "float32", "cpu")
         self.loop_idx = Buffer((1,), "int64", *place) if plan.shape.has_loop_idx else None
 
     if not TYPE_CHECKING:  # a checker shall find unknown names itself

@@ -20,6 +20,9 @@ Array = NDArray[Any]
 DEFAULT_CAPACITY = 2048
 """Tokens of a session where the caller names no number and the model has as many positions."""
 
+MOST_IN_FLIGHT = 8
+"""Consecutive tokens of one sequence that share a pass, at most."""
+
 MAX_BATCH = 4096
 """Most sequences of one state."""
 
@@ -119,6 +122,16 @@ class StatePlan:
             )
 
     @property
+    def wave_rows(self) -> int:
+        """Consecutive tokens that can share a pass at most; a chunk's rows have room for twice as many."""
+        return min(MOST_IN_FLIGHT, self.chunk // 2) if self.batch == 1 else 1
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows of logits: of each slot, or of the tokens of a wave."""
+        return max(self.batch, self.wave_rows)
+
+    @property
     def cache_shape(self) -> tuple[int, int, int, int]:
         """Shape of one key or value buffer, [B, Hk, S, dh], or [B, Hk, S, dh / 2] at 4 bits."""
         width = cache_tensor(self.shape, self.dtype, self.kv_cache)[1]
@@ -140,7 +153,7 @@ class StatePlan:
         """Bytes of everything else that a step touches."""
         latents = self.shape.layers if self.shape.has_latent else 0
         floats = self.rows * ((1 + latents) * self.shape.hidden_size + self.shape.has_exit_gate)
-        logits = 4 * self.batch * self.shape.vocab_size
+        logits = 4 * self.logit_rows * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
         ids = 8 * (self.batch + self.chunk)
         bookkeeping = self.batch * (8 + 2 * self.capacity)

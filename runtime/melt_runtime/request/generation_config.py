@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from melt_runtime.arguments import real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
@@ -25,6 +25,10 @@ SETTLED_THRESHOLD = 0.05
 """How much the likeliest token's probability may move in a loop that changed nothing, where nobody says."""
 
 
+Decoding = Literal["plain", "wave"]
+DECODINGS = get_args(Decoding)
+
+
 class GenerationChanges(TypedDict, total=False):
     """Single fields of a ``GenerationConfig``, as keywords."""
 
@@ -34,6 +38,8 @@ class GenerationChanges(TypedDict, total=False):
     exit_threshold: float | None
     min_loops: int | None
     max_loops: int | None
+    decode: Decoding | None
+    lag: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -59,6 +65,9 @@ class GenerationConfig:
         exit_threshold: of the rule, in [0, 1]; not said: the bundle's for its gate, 0.05 for ``settled``.
         min_loops: with ``auto``, loops that every token takes; not said: 1.
         max_loops: with ``auto``, loops after which every token leaves; not said: as many as were trained.
+        decode: ``plain``, or ``wave``: the next token starts from a draft while this one still takes its loops. Its
+            numbers are not those of plain decoding, but for ``lag`` of one less than the loops. Not said: plain.
+        lag: of a wave, loops of a token after which the next one starts; not said: 1.
         temperature: 0 is greedy; else logits are divided by it, in [1e-6, 1e6]; not said: 0.
         top_k: keep the k most probable tokens; 0, where not said: all.
         top_p: keep the most probable tokens until their probabilities reach this sum, in (0, 1]; not said: 1.
@@ -77,6 +86,8 @@ class GenerationConfig:
     exit_threshold: float | None = None
     min_loops: int | None = None
     max_loops: int | None = None
+    decode: Decoding | None = None
+    lag: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -123,10 +134,14 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """A ``GenerationConfig`` in which everything is said, made by ``settle``; only ``seed`` may still be None."""
+    """A ``GenerationConfig`` in which everything is said, made by ``settle``; ``seed`` may still be None.
+
+    ``lag`` is that of a wave; None: plain decoding.
+    """
 
     max_new_tokens: int
     depth: Depth
+    lag: int | None
     temperature: float
     top_k: int
     top_p: float
@@ -159,7 +174,9 @@ def settle(
     """
     values = asdict(said.over(bundle).over(GENERAL_DEFAULTS))
     depth = {name: values.pop(name) for name in ("loops", *_OF_AUTO)}
-    values["depth"] = _settle_depth(said, bundle, depth, trained_loops, has_exit_gate)
+    decode, lag = values.pop("decode"), values["lag"]
+    values["depth"] = settled = _settle_depth(said, bundle, depth, trained_loops, has_exit_gate)
+    values["lag"] = _settle_lag(said, decode, lag, settled)
     if said.max_new_tokens is None:
         values["max_new_tokens"] = room if bundle.max_new_tokens is None else min(bundle.max_new_tokens, room)
     return GenerationSettings(**values)
@@ -191,6 +208,20 @@ def _settle_depth(
     return Depth(most, least, rule, SETTLED_THRESHOLD if threshold is None else threshold)
 
 
+def _settle_lag(said: GenerationConfig, decode: Decoding | None, lag: int | None, depth: Depth) -> int | None:
+    if decode != "wave":
+        if said.lag is not None:
+            raise ValueError(f"lag must go with decode='wave', got lag={lag}")
+        return None
+    if depth.rule is not None:
+        raise ValueError("decode must be 'plain' with loops='auto', got 'wave': give a number of loops")
+    if depth.most < 2:
+        raise ValueError("decode must be 'plain' with one loop, got 'wave': a wave needs two loops at least")
+    if lag is not None and lag >= depth.most:
+        raise ValueError(f"lag must be below the loops ({depth.most}), got {lag}")
+    return 1 if lag is None else lag
+
+
 def describe_defaults(bundle: GenerationConfig, trained_loops: int) -> dict[str, str]:
     """What holds for each field where a caller says nothing, with whose word it is; for people."""
     merged = bundle.over(GENERAL_DEFAULTS)
@@ -201,6 +232,8 @@ def describe_defaults(bundle: GenerationConfig, trained_loops: int) -> dict[str,
         "exit_threshold": f"{SETTLED_THRESHOLD:g}",
         "min_loops": "1",
         "max_loops": f"{trained_loops}, as trained",
+        "decode": "plain",
+        "lag": "1",
         "seed": "a new one each time",
     }
     described = {}
@@ -287,19 +320,24 @@ def _loops(name: str, value: object) -> object:
     return value if isinstance(value, str) and value == "auto" else whole_number(name, value, 1, MAX_LOOPS)
 
 
-def _rule(name: str, value: object) -> object:
-    if not isinstance(value, str) or value not in EXIT_RULES:
-        raise ValueError(f"{name} must be one of {', '.join(EXIT_RULES)}, got {shown(value)}")
-    return value
+def _one_of(names: tuple[str, ...]) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}")
+        return value
+
+    return check
 
 
 _CHECKS: dict[str, Callable[[str, object], object]] = {
     "max_new_tokens": _whole(1, _MOST_TOKENS),
     "loops": _loops,
-    "exit_rule": _rule,
+    "exit_rule": _one_of(EXIT_RULES),
     "exit_threshold": _real("in [0, 1]", lambda value: 0 <= value <= 1),
     "min_loops": _whole(1, MAX_LOOPS),
     "max_loops": _whole(1, MAX_LOOPS),
+    "decode": _one_of(DECODINGS),
+    "lag": _whole(1, MAX_LOOPS),
     "temperature": _real("0 (greedy) or in [1e-6, 1e6]", lambda value: value == 0 or 1e-6 <= value <= 1e6),
     "top_k": _whole(0, _MOST_TOKENS),
     "top_p": _real("in (0, 1]", lambda value: 0 < value <= 1),

@@ -26,12 +26,14 @@ class Desk:
         defaults: what the bundle says of generation.
         plan: sizes of the state that shall answer.
         identity: tells the model from every other.
+        wave_obstacle: why it cannot decode in waves; None where it can.
     """
 
     codec: TextCodec
     defaults: GenerationConfig
     plan: StatePlan
     identity: str
+    wave_obstacle: str | None
 
     def encode(self, prompt: Prompt | list[Message], is_chat: bool) -> list[int]:
         """Token ids of a whole chat, of text as it is, or of ids.
@@ -58,6 +60,8 @@ class Desk:
         # The last new token is never run, so it takes no row.
         plan.require_total(prompt_tokens + max(settings.max_new_tokens, 1) - 1)
         plan.require_loops(settings.loops)
+        if settings.lag is not None and self.wave_obstacle is not None:
+            raise ValueError(f"decode must be 'plain' here, got 'wave': {self.wave_obstacle}")
         unknown = [token for token in said.stop_ids or () if token >= shape.vocab_size]
         if unknown:
             raise ValueError(f"stop_ids must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")

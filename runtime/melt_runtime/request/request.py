@@ -7,6 +7,7 @@ from melt_runtime.request.answer import AnswerText
 from melt_runtime.request.generation_config import GenerationSettings
 from melt_runtime.request.result import GenerationResult, Timings
 from melt_runtime.request.sampler import Sampler
+from melt_runtime.schedule.wave import Drafts
 from melt_runtime.text.codec import TextCodec
 
 
@@ -35,17 +36,18 @@ class Request:
         self._decodes = False
         self._prefill_seconds = self._decode_seconds = 0.0
 
-    def choose(self, logits: Array, context: Sequence[int]) -> int:
+    def choose(self, logits: Array, context: Sequence[int], ahead: int = 0) -> int:
         """The next token, by the settings.
 
         Args:
             logits: [V] float32; not changed.
             context: token ids so far.
+            ahead: how many tokens of the answer that ``context`` ends with are only drafts.
 
         Raises:
             NumericalError: the logits hold NaN or infinity.
         """
-        return self._sampler.choose(logits, context)
+        return self._sampler.choose(logits, context, len(self.new_ids) + ahead)
 
     def accept(self, token: int, loops: int) -> None:
         """Takes the next token of the answer, which the token before gave after so many loops."""
@@ -76,12 +78,16 @@ class Request:
             self._prefill_seconds += seconds
             self._decodes = bool(self.new_ids)
 
-    def result(self, cached_tokens: int, state_bytes: int) -> GenerationResult:
+    def result(
+        self, cached_tokens: int, state_bytes: int, passes: int, drafts: Drafts | None = None
+    ) -> GenerationResult:
         """The whole answer.
 
         Args:
             cached_tokens: of the prompt, those that were in the cache already.
             state_bytes: bytes of the whole state.
+            passes: that were run with tokens of the answer.
+            drafts: of a wave, what became of them.
         """
         return GenerationResult(
             text=self.text,
@@ -98,4 +104,6 @@ class Request:
                 decode_tokens=len(self.new_ids) - 1,
             ),
             state_bytes=state_bytes,
+            passes=passes,
+            drafts=drafts,
         )

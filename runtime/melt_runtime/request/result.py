@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from melt_runtime.schedule.wave import Drafts
+
 FinishReason = Literal["stop", "length"]
 """``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated, or the state is full."""
 
@@ -44,6 +46,8 @@ class GenerationResult:
         prompt_tokens: tokens of the prompt, of which ``cached_tokens`` were in the cache already.
         timings: seconds and tokens of prefill and decode.
         state_bytes: bytes of the whole state, cache included.
+        passes: runs of the loop graph with tokens of the answer; in a batch others share them.
+        drafts: of wave decoding, what became of the tokens that started before they were known; else None.
     """
 
     text: str
@@ -55,13 +59,10 @@ class GenerationResult:
     cached_tokens: int
     timings: Timings
     state_bytes: int
+    passes: int
+    drafts: Drafts | None
 
     @property
     def depth_histogram(self) -> dict[int, int]:
         """How many tokens were chosen after how many loops."""
         return dict(sorted(Counter(self.loops_per_token).items()))
-
-    @property
-    def passes(self) -> int:
-        """Loops over single tokens that the answer took after its prompt; in a batch others share them."""
-        return sum(self.loops_per_token[1:])

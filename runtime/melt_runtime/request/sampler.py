@@ -16,13 +16,17 @@ class Sampler:
     def __init__(self, settings: GenerationSettings):
         self.settings = settings
         self._random = np.random.default_rng(settings.seed)
+        self._noise: list[float] = []
 
-    def choose(self, logits: Array, context: Sequence[int]) -> int:
+    def choose(self, logits: Array, context: Sequence[int], place: int) -> int:
         """The next token.
+
+        What is drawn belongs to its place: the same place with the same logits gives the same token again.
 
         Args:
             logits: [V] float32; not changed.
             context: token ids so far, for the repetition penalty.
+            place: of the token in the answer, counted from 0.
 
         Raises:
             NumericalError: the logits hold NaN or infinity, or nothing above minus infinity.
@@ -41,7 +45,9 @@ class Sampler:
         tokens, probabilities = candidates(logits, settings)
         edges = probabilities.cumsum()
         edges /= edges[-1]
-        return int(tokens[edges.searchsorted(self._random.random(), side="right")])
+        while len(self._noise) <= place:
+            self._noise.append(self._random.random())
+        return int(tokens[edges.searchsorted(self._noise[place], side="right")])
 
 
 def penalize(logits: Array, context: Sequence[int], penalty: float) -> Array:

@@ -18,6 +18,7 @@ class Span:
         loop: the next one, counted from 0; ``depth`` when they have taken all.
         exit: lets them leave before; None: nothing does.
         policy: what ``exit`` came from, whether or not it has a say here.
+        row: where its first token lies among the rows of a wave; -1: in none.
         caches: of a LoopLM, the caches that hold them in the end: where they leave early, the last one is copied.
     """
 
@@ -29,6 +30,7 @@ class Span:
     exit: Exit | None = None
     policy: Depth | None = None
     caches: int = 0
+    row: int = -1
 
     def __post_init__(self) -> None:
         """Fills as many caches as loops, where no more are asked for."""
