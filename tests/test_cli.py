@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from melt_runtime import MeltModel, __version__, cli
+from melt_runtime import MeltModel, __version__
 from melt_runtime.bundle.manifest import read_manifest
 from melt_runtime.cli.main import main
 from melt_runtime.loading.load_cache import LoadCache
@@ -252,10 +252,10 @@ def test_an_interrupted_command_has_status_130(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "diagnose", interrupt)
+    monkeypatch.setattr("melt_runtime.cli.main.diagnose", interrupt)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
-    monkeypatch.setattr(cli, "_parser", interrupt)
+    monkeypatch.setattr("melt_runtime.cli.main._parser", interrupt)
     assert main(["doctor"]) == 130
 
 

@@ -97,6 +97,7 @@ class Batch:
     ):
         self._engine, self._desk, self._notice, self._lent, self._ask = engine, desk, notice, lent, ask
         self._slots = engine.executor.slots
+        self._finished = 0
 
     def run(self, owner: object) -> Generator[tuple[int, GenerationResult], None, None]:
         """(number, answer) as they finish, while ``owner`` holds the slots.
@@ -116,9 +117,9 @@ class Batch:
 
     def _answers(self, running: dict[Job, int]) -> Iterator[tuple[int, GenerationResult]]:
         """Lets prompts in as slots become free; ``running`` holds those that are under way."""
-        ask, prompts = self._ask, enumerate(self._ask.prompts)
+        prompts = enumerate(self._ask.prompts)
         errors: dict[int, MeltError | ValueError] = {}
-        total, finished, more = len(ask.prompts) if isinstance(ask.prompts, Sized) else 0, 0, True
+        more = True
         while more or running:
             while more and self._slots.free:
                 number, prompt = next(prompts, (-1, ""))
@@ -127,19 +128,24 @@ class Batch:
                     try:
                         running[self._admit(number, prompt)] = number
                     except (MeltError, ValueError) as error:
-                        errors[number] = error
+                        errors[number] = _without_frames(error)
+                        self._count_one()
             for job in self._engine.run_pass() if running else ():
                 number = running.pop(job)
                 self._slots.release(job.slot)
-                finished += 1
-                if ask.progress is not None:
-                    ask.progress(finished, total)
+                self._count_one()
                 if job.error is None:
                     yield number, job.request.result(job.cached, self._engine.state_bytes, job.passes)
                 else:
-                    errors[number] = job.error
+                    errors[number] = _without_frames(job.error)
         if errors:
             raise BatchError(errors)
+
+    def _count_one(self) -> None:
+        self._finished += 1
+        if self._ask.progress is not None:
+            prompts = self._ask.prompts
+            self._ask.progress(self._finished, len(prompts) if isinstance(prompts, Sized) else 0)
 
     def _admit(self, number: int, prompt: Prompt) -> Job:
         """Gives a prompt the lowest free slot, and what any slot holds of it already.
@@ -159,3 +165,9 @@ class Batch:
         except BaseException:
             self._slots.release(slot)
             raise
+
+
+def _without_frames(error: MeltError | ValueError) -> MeltError | ValueError:
+    """An error that keeps no prompt in memory, as the frames that it came through do."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

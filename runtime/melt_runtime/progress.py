@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 Report = Callable[[str, int, int], None]
 """Told of long work as it goes on: what is done now, how much of it is done, and all of it; 0 where nobody knows."""
@@ -38,13 +38,15 @@ class Line:
         """Takes the line away."""
         self._close()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Shows how far the work is."""
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Shows how far the work is, and beside it a note."""
         if not self._draws:
             return
         if self._bar is None or what != self._what:
             self._close()
             self._what, self._bar = what, self._open(what, done, total)
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def prompt(self, done: int, total: int) -> None:
@@ -53,11 +55,11 @@ class Line:
         if done == total:
             self._close()  # the answer's text comes next
 
-    def print(self, text: str) -> None:
-        """Prints to standard output, above the line."""
+    def print(self, text: str, file: TextIO | None = None) -> None:
+        """Prints above the line, to standard output where no file is given."""
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        print(text, file=file, flush=True)
         if self._bar is not None:
             self._bar.refresh()
 

@@ -50,7 +50,7 @@ def generate(args: argparse.Namespace) -> None:
         prompt = prompt.rstrip("\r\n")  # the end of a line is how a shell ends its text, and no part of a message
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
-    model = load_model(args, args.quiet)
+    model = load_model(args, args.quiet, args.loops)
     with (
         Line("token", PROMPT_DELAY) as line,
         model.stream(prompt, raw=args.raw, progress=line.prompt, **settings) as stream,
@@ -85,5 +85,5 @@ def chat(args: argparse.Namespace) -> None:
     settings = answer_settings(args)
     system = require_utf8(args.system, "--system")
     read_line = terminal_lines()
-    model = load_model(args, quiet=False)
+    model = load_model(args, False, args.loops)
     Chat(model.session, settings, system).run(read_line)

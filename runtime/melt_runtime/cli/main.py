@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from melt_runtime.cli import answer, bench, cache, demo, info, plan
+from melt_runtime.cli import answer, batch, bench, cache, demo, info, plan
 from melt_runtime.cli.streams import drop_output, prepare_streams
 from melt_runtime.device.doctor import diagnose
 from melt_runtime.errors import MeltError
@@ -22,6 +22,7 @@ examples:
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
   melt generate build/melt-tiny "Ana reports to Ben. Who is one level above Ana?" --loops 1
   melt chat build/melt-tiny                           # several turns, the past is not computed again
+  melt batch build/melt-tiny prompts.jsonl --out answers.jsonl    # many prompts from a file, several at a time
   melt plan build/melt-tiny --capacity 4096 --plot plan.png
 
 melt COMMAND --help explains the rest.
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", demo.add_options, demo.run, "ask the small model in this package, at several depths"),
         ("generate", answer.add_generate_options, answer.generate, "answer one prompt"),
         ("chat", answer.add_chat_options, answer.chat, "talk in turns; /help lists the commands"),
+        ("batch", batch.add_options, batch.run, "answer a file of prompts; goes on where it was stopped"),
         ("info", info.add_options, info.run, "what a bundle holds, what it costs beside float32"),
         ("plan", plan.add_options, plan.run, "exact bytes of weights and state, before loading"),
         ("bench", bench.add_options, bench.run, "speed and memory by loops, position, chunk, batch"),

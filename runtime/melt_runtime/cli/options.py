@@ -132,18 +132,25 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def load_model(args: argparse.Namespace, quiet: bool) -> MeltModel:
+def load_model(args: argparse.Namespace, quiet: bool, loops: int | None, slots: int = 1) -> MeltModel:
     """Loads the bundle, and says what memory it takes and where it runs unless ``quiet``.
+
+    Args:
+        args: what ``add_answer_options`` added.
+        quiet: say nothing.
+        loops: the deepest that shall be run; None: as many as the model was trained with.
+        slots: sequences side by side.
 
     Raises:
         MeltError, ValueError: as ``MeltModel.load``.
     """
     if not quiet:
-        plan = plan_memory(read_manifest(args.bundle), args.capacity, loops=args.loops, kv_cache=args.kv_cache)
+        plan = plan_memory(read_manifest(args.bundle), args.capacity, slots, loops, args.kv_cache)
         ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
+        times = f"{slots} x " if slots > 1 else ""
         print(
-            f"memory: {format_bytes(plan.weight_bytes)} of weights + {ours} of state for {plan.state.capacity} tokens "
-            f"(with a KV cache per loop: {theirs})",
+            f"memory: {format_bytes(plan.weight_bytes)} of weights + {ours} of state for {times}{plan.state.capacity} "
+            f"tokens (with a KV cache per loop: {theirs})",
             file=sys.stderr,
         )
     with Line("B") as line:
@@ -151,9 +158,10 @@ def load_model(args: argparse.Namespace, quiet: bool) -> MeltModel:
             args.bundle,
             device=args.device,
             capacity=args.capacity,
-            loops=args.loops,
+            loops=loops,
             threads=args.threads,
             kv_cache=args.kv_cache,
+            slots=slots,
             cuda=CudaOptions(graphs=args.cuda_graphs),
             progress=line,
         )
