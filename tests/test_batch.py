@@ -187,6 +187,21 @@ def test_a_batch_that_is_left_leaves_everything_usable(model, end):
     assert model.generate(prompts[0], max_new_tokens=5, **FREE).token_ids == expected[0]
 
 
+def test_a_batch_that_its_reader_interrupts_is_not_begun_again(model):
+    """The callback's own error passes through, and ends the batch."""
+
+    def again(done: int, total: int) -> None:
+        if done == 2:
+            model.generate([1])
+
+    stream = model.stream_batch([[1], [2], [3], [4]], max_new_tokens=1, progress=again, **FREE)
+    next(stream)
+    with pytest.raises(BusyError):
+        list(stream)
+    assert list(stream) == []
+    assert model.session.open_stream is None
+
+
 def test_nothing_moves_before_the_first_answer_is_asked_for(model):
     session = model.session
     session.reset()

@@ -24,7 +24,7 @@ def kept(**said) -> list[int]:
 
 
 def test_greedy_takes_the_largest_logit():
-    assert Sampler(settings()).choose(LOGITS, []) == 1
+    assert Sampler(settings()).choose(LOGITS, [], 0) == 1
 
 
 def test_no_filter_keeps_the_distribution():
@@ -52,7 +52,7 @@ def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
     logits = np.array([2.0, -2.0, 1.0], dtype=np.float32)
     np.testing.assert_array_equal(penalize(logits, [0, 1, 1], 2.0), [1.0, -4.0, 1.0])
     np.testing.assert_array_equal(logits, [2.0, -2.0, 1.0])
-    assert Sampler(settings(repetition_penalty=4.0)).choose(logits, [0]) == 2
+    assert Sampler(settings(repetition_penalty=4.0)).choose(logits, [0], 0) == 2
 
 
 def test_a_penalty_never_makes_infinity():
@@ -60,15 +60,15 @@ def test_a_penalty_never_makes_infinity():
     for penalty, expected in ((0.01, 0), (100.0, 0)):
         for temperature in (0.0, 1.0):
             sampler = Sampler(settings(repetition_penalty=penalty, temperature=temperature, seed=0))
-            assert sampler.choose(logits, [0, 1]) == expected
+            assert sampler.choose(logits, [0, 1], 0) == expected
     assert np.isfinite(penalize(logits, [0, 1], 0.01)).all()
 
 
 def test_seed_repeats_and_frequencies_follow_probabilities():
     config = settings(temperature=1.0, seed=3)
     first, second = Sampler(config), Sampler(config)
-    draws = [first.choose(LOGITS, []) for _ in range(4000)]
-    assert draws == [second.choose(LOGITS, []) for _ in range(4000)]
+    draws = [first.choose(LOGITS, [], place) for place in range(4000)]
+    assert draws == [second.choose(LOGITS, [], place) for place in range(4000)]
     assert np.abs(np.bincount(draws) / 4000 - [0.1, 0.4, 0.2, 0.3]).max() < DRAWS
 
 
@@ -76,13 +76,13 @@ def test_seed_repeats_and_frequencies_follow_probabilities():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_say_nothing_are_refused(logits, temperature):
     with pytest.raises(NumericalError, match="the model gave logits of (nan|-?inf): export it again"):
-        Sampler(settings(temperature=temperature)).choose(np.array(logits, dtype=np.float32), [])
+        Sampler(settings(temperature=temperature)).choose(np.array(logits, dtype=np.float32), [], 0)
 
 
 def test_minus_infinity_bars_a_token():
     sampler = Sampler(settings(temperature=1.0, seed=0))
     logits = np.array([-math.inf, 0.0, -math.inf, 0.0], dtype=np.float32)
-    assert {sampler.choose(logits, []) for _ in range(50)} == {1, 3}
+    assert {sampler.choose(logits, [], place) for place in range(50)} == {1, 3}
 
 
 def plain(logits: np.ndarray, config: GenerationSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +130,7 @@ def test_draws_follow_the_exact_probabilities(said):
     config, draws = settings(temperature=0.8, seed=11, **said), 20_000
     tokens, probabilities = plain(logits, config)
     sampler = Sampler(config)
-    found = np.bincount([sampler.choose(logits, []) for _ in range(draws)], minlength=5000)
+    found = np.bincount([sampler.choose(logits, [], place) for place in range(draws)], minlength=5000)
     assert found[np.setdiff1d(np.arange(5000), tokens)].sum() == 0
     expected = draws * probabilities
     common = expected >= 20

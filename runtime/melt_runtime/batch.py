@@ -13,7 +13,7 @@ from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.session import DepthNotice
-from melt_runtime.stream import Held
+from melt_runtime.stream import Held, Ticket
 
 
 class BatchStream(Held[tuple[int, GenerationResult]]):
@@ -92,14 +92,14 @@ class Batch:
         engine: Engine,
         desk: Desk,
         notice: DepthNotice,
-        lent: Callable[[object], AbstractContextManager[None]],
+        lent: Callable[[Ticket], AbstractContextManager[None]],
         ask: BatchAsk,
     ):
         self._engine, self._desk, self._notice, self._lent, self._ask = engine, desk, notice, lent, ask
         self._slots = engine.executor.slots
         self._finished = 0
 
-    def run(self, owner: object) -> Generator[tuple[int, GenerationResult], None, None]:
+    def run(self, owner: Ticket) -> Generator[tuple[int, GenerationResult], None, None]:
         """(number, answer) as they finish, while ``owner`` holds the slots.
 
         Raises:

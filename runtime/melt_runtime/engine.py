@@ -135,13 +135,13 @@ class Engine:
         """A pass in which every job may have a part."""
         jobs = {job.slot.number: job for job in self.jobs}
         spans = self._schedule.next([job.span for job in self.jobs])
+        for span in spans:
+            jobs[span.slot].passes += bool(jobs[span.slot].request.new_ids)
         self.executor.run(spans)
         seen = self._let_leave(spans)
         ready = [span for span in spans if span.is_done and jobs[span.slot].advance()]
         if ready:
             self._choose([(span, jobs[span.slot]) for span in ready], seen)
-        for span in spans:
-            jobs[span.slot].passes += bool(jobs[span.slot].request.new_ids)
 
     def _run_wave(self, job: Job, wave: Wave) -> None:
         """A pass over consecutive tokens of one job, which is alone."""

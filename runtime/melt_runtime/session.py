@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Unpack, cast
-from weakref import ReferenceType
 
 from pydantic import TypeAdapter
 
@@ -22,7 +21,7 @@ from melt_runtime.request.generation_config import GenerationChanges, Generation
 from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
-from melt_runtime.stream import Ask, GenerationStream, Held, Turn
+from melt_runtime.stream import Ask, GenerationStream, Held, Ticket, Turn
 from melt_runtime.text.codec import Message
 
 _BUSY = (
@@ -98,7 +97,7 @@ class Session:
     def open_stream(self) -> Held[Any] | None:
         """The stream that holds the session, where one has begun and not ended."""
         owner = self._hold.owner
-        return owner() if isinstance(owner, ReferenceType) else None  # a call's own owner is none
+        return owner.stream() if isinstance(owner, Ticket) else None
 
     @property
     def runner(self) -> NoReturn:
@@ -237,7 +236,7 @@ class Session:
         return [*self.messages, {"role": "user", "content": prompt}]
 
     @contextmanager
-    def _lent(self, owner: object) -> Iterator[None]:
+    def _lent(self, owner: Ticket) -> Iterator[None]:
         """Lends the session's slot to ``owner``, who answers others in it; the conversation is forgotten.
 
         Raises:
@@ -246,6 +245,7 @@ class Session:
         slots = self._engine.executor.slots
         try:
             self._hold.take(owner)
+            owner.begun = True
             self._forget()
             slots.release(self._slot)
             yield

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from melt_runtime.engine import Engine
 from melt_runtime.errors import BusyError, StreamError
@@ -15,6 +15,18 @@ from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 
 T = TypeVar("T", covariant=True)
+
+
+class Ticket:
+    """Holds a session for a stream, while somebody holds the stream.
+
+    Attributes:
+        begun: whether it has taken the session once.
+    """
+
+    def __init__(self, stream: "Held[Any]"):
+        self.stream = weakref.ref(stream)
+        self.begun = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Turn:
         self._engine, self._slot, self._hold, self._ask = engine, slot, hold, ask
         self.result: GenerationResult | None = None
 
-    def run(self, owner: object) -> Generator[str, None, None]:
+    def run(self, owner: Ticket) -> Generator[str, None, None]:
         """Pieces of text, while ``owner`` holds the session.
 
         Left early, before the first token there is no turn and the conversation is what it was; after it the turn
@@ -58,6 +70,7 @@ class Turn:
             self._hold.take(owner)
             if ask.turn is not None and ask.turn != slot.turn:
                 raise StreamError("another turn began, or a reset, since this stream was made: make it again")
+            owner.begun = True
             request = ask.request()
             before, kept = slot.snapshot(), self._kept(request)
             try:
@@ -107,11 +120,12 @@ class Held(Iterator[T]):
     holds it any more. Meanwhile every other call on the session is refused with ``BusyError``.
     """
 
-    def __init__(self, run: Callable[[object], Generator[T, None, None]]):
+    def __init__(self, run: Callable[[Ticket], Generator[T, None, None]]):
         self._run = run
         self._stepping = Hold("this stream is at work in another thread already: read it from one")
         # The generator refers to nothing above it: a stream that nobody holds ends at once.
-        self._elements = run(weakref.ref(self))
+        self._ticket = Ticket(self)
+        self._elements = run(self._ticket)
 
     def __next__(self) -> T:
         """The next element.
@@ -125,7 +139,8 @@ class Held(Iterator[T]):
             try:
                 return next(self._elements)
             except (BusyError, StreamError):
-                self._elements = self._run(weakref.ref(self))  # it did not begin
+                if not self._ticket.begun:  # else it is its reader's own: what began ends
+                    self._elements = self._run(self._ticket)
                 raise
 
     def close(self) -> None:

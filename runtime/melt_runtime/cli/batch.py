@@ -195,9 +195,9 @@ def _read_prompts(name: str, out: Path, settings: GenerationConfig) -> list[Prom
 
 def _deepest(prompts: Sequence[PromptLine], bundle: Path) -> int:
     """Loops that a state must have caches for, where each loop has its own."""
-    said = [prompt.config.loops for prompt in prompts]
-    depths = [depth for depth in said if depth is not None]
-    return max(depths if len(depths) == len(said) else [*depths, read_manifest(bundle).model.trained_loops])
+    trained, configs = read_manifest(bundle).model.trained_loops, [prompt.config for prompt in prompts]
+    said = [config.max_loops if config.loops == "auto" else config.loops for config in configs]
+    return max(trained if loops is None else int(loops) for loops in said)
 
 
 def _print_errors(prompts: Sequence[PromptLine], errors: dict[int, Exception]) -> None:
