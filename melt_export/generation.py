@@ -61,7 +61,9 @@ def read_generation(folder: Path, config: MeltConfig | None, faults: list[str]) 
     Returns:
         The defaults of generation, and what was corrected or passed over, a sentence each.
     """
-    plain = GenerationConfig(stop_ids=config.stop_ids if config else ())
+    # A threshold below 1 says that the exit gate was trained, and when to heed it.
+    threshold = config.early_exit_threshold if config and config.exit_gate and config.early_exit_threshold < 1 else None
+    plain = GenerationConfig(stop_ids=config.stop_ids if config else (), exit_threshold=threshold)
     path = folder / GENERATION_CONFIG_NAME
     values = read_json(path, faults) if path.is_file() else None
     if values is None:
@@ -87,7 +89,7 @@ def read_generation(folder: Path, config: MeltConfig | None, faults: list[str]) 
     if len(faults) > before:
         return plain, notes
     try:
-        return GenerationConfig(**changes), notes
+        return GenerationConfig(**changes, exit_threshold=threshold), notes
     except ValueError as error:
         faults.append(f"{path.name}: {error}")
         return plain, notes

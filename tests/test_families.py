@@ -13,6 +13,7 @@ from tolerances import TORCH, assert_choices, assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from melt_export.bundle import ExportOptions, export_bundle
+from melt_export.generation import read_generation
 from melt_export.source import ExportError, checkpoint_source
 from melt_models import CheckpointError, MeltConfig, load_checkpoint
 from melt_models.checkpoint import Checkpoint
@@ -99,9 +100,11 @@ def test_the_same_error_beside_the_configuration_is_corrected(tmp_path, stored):
     assert checkpoint_source(folder).generation.stop_ids == (2, 0)
 
 
-def test_an_exit_threshold_is_said_to_be_passed_over(tmp_path):
-    (note,) = Checkpoint(write_ouro(tmp_path, early_exit_threshold=0.5, bos_token_id=1)).notes
-    assert note.startswith("early_exit_threshold 0.5 is passed over")
+def test_an_exit_threshold_is_the_bundles(tmp_path):
+    folder = write_ouro(tmp_path, early_exit_threshold=0.5, bos_token_id=1)
+    checkpoint = Checkpoint(folder)
+    assert not checkpoint.notes
+    assert read_generation(folder, checkpoint.config, [])[0].exit_threshold == 0.5
 
 
 def test_every_known_type_has_its_reader():

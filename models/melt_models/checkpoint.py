@@ -149,11 +149,8 @@ def examine_config(folder: Path, faults: list[str]) -> tuple[MeltConfig | None, 
     except (TypeError, ValueError, StrictDataclassError) as error:  # what transformers refuses beyond our rules
         faults.append(f"{CONFIG_NAME}: {error}")
         return None, notes
-    if config.early_exit_threshold < 1:
-        notes.append(
-            f"early_exit_threshold {config.early_exit_threshold:g} is passed over: a bundle runs the loops that each "
-            "call asks for, and leaves none of them early"
-        )
+    if config.early_exit_threshold < 1 and not config.exit_gate:
+        notes.append(f"early_exit_threshold {config.early_exit_threshold:g} is passed over: the model has no exit gate")
     return config, notes
 
 

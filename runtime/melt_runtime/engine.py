@@ -151,7 +151,9 @@ class Engine:
         job.passes += 1
 
         def predict(place: int, drafts: list[int]) -> int:
-            return request.choose(self.executor.logits(place), [*slot.ids, *drafts], len(drafts))
+            # Only a penalty looks at what stands before.
+            context = slot.ids if request.settings.repetition_penalty == 1 else [*slot.ids, *drafts]
+            return request.choose(self.executor.logits(place), context, len(drafts))
 
         # The answer's last token is never run.
         room = len(request.prompt) + request.settings.max_new_tokens - 2 - slot.length

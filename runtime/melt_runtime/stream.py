@@ -54,6 +54,7 @@ class Turn:
     def __init__(self, engine: Engine, slot: Slot, hold: Hold, ask: Ask):
         self._engine, self._slot, self._hold, self._ask = engine, slot, hold, ask
         self.result: GenerationResult | None = None
+        self.loops = 0
 
     def run(self, owner: Ticket) -> Generator[str, None, None]:
         """Pieces of text, while ``owner`` holds the session.
@@ -100,6 +101,7 @@ class Turn:
                 if job.error is not None:
                     raise job.error
                 if piece := request.take_piece():
+                    self.loops = request.loops[-1]
                     yield piece
         finally:
             engine.drop(job)
@@ -177,6 +179,11 @@ class GenerationStream(Held[str]):
     def __init__(self, turn: Turn):
         super().__init__(turn.run)
         self._turn = turn
+
+    @property
+    def loops(self) -> int:
+        """After how many loops the token was chosen that completed the last piece; 0 before the first."""
+        return self._turn.loops
 
     @property
     def result(self) -> GenerationResult:

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from melt_runtime.cli.chat import Chat, describe_costs, terminal_lines
-from melt_runtime.cli.options import add_answer_options, add_bundle, answer_settings, load_model
+from melt_runtime.cli.depth import coloured, describe_depth
+from melt_runtime.cli.options import add_answer_options, add_bundle, answer_settings, load_model, most_loops
 from melt_runtime.cli.streams import read_input, require_utf8
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.process import resident_bytes
@@ -14,6 +15,7 @@ _GENERATE = """\
 examples:
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?"
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?" --loops 1
+  melt generate build/melt-tiny "Ana reports to Ben. Who is one level above Ana?" --loops auto --show-depth
   melt generate build/melt-tiny - --quiet < question.txt
 """
 _CHAT = """\
@@ -35,6 +37,11 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="a user's message; - reads standard input")
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     parser.add_argument("--quiet", action="store_true", help="the answer alone, no costs on standard error")
+    parser.add_argument(
+        "--show-depth",
+        action="store_true",
+        help="colour each piece of the answer by the loops that it took, and say how often each depth was enough",
+    )
     add_answer_options(parser)
 
 
@@ -50,14 +57,16 @@ def generate(args: argparse.Namespace) -> None:
         prompt = prompt.rstrip("\r\n")  # the end of a line is how a shell ends its text, and no part of a message
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
-    model = load_model(args, args.quiet, args.loops)
+    model = load_model(args, args.quiet, most_loops(settings))
     with (
         Line("token", PROMPT_DELAY) as line,
         model.stream(prompt, raw=args.raw, progress=line.prompt, **settings) as stream,
     ):
         for piece in stream:
-            print(piece, end="", flush=True)
+            print(coloured(piece, stream.loops) if args.show_depth else piece, end="", flush=True)
     print(flush=True)
+    if args.show_depth:
+        print(describe_depth(stream.result), file=sys.stderr)
     if not args.quiet:
         result = stream.result
         print(
@@ -85,5 +94,5 @@ def chat(args: argparse.Namespace) -> None:
     settings = answer_settings(args)
     system = require_utf8(args.system, "--system")
     read_line = terminal_lines()
-    model = load_model(args, False, args.loops)
+    model = load_model(args, False, most_loops(settings))
     Chat(model.session, settings, system).run(read_line)

@@ -20,7 +20,7 @@ from melt_runtime.session import Session
 from melt_runtime.text.codec import Message
 
 HELP = """\
-  /loops N        depth from here on; /loops alone says what it is
+  /loops N        depth from here on, a number or auto; /loops alone says what it is
   /system TEXT    instructions that begin the conversation; /system alone removes them
   /retry          answer the last message again
   /clear          forget the conversation (so does /reset)
@@ -57,8 +57,16 @@ def describe_costs(result: GenerationResult) -> str:
     return (
         f"prompt {timings.prefill_tokens} tokens in {format_seconds(timings.prefill_seconds)}, "
         f"answer {len(result.token_ids)}"
-        f"{speed}, loops {result.loops}, finish: {result.finish_reason}"
+        f"{speed}, loops {_describe_loops(result)}, finish: {result.finish_reason}"
     )
+
+
+def _describe_loops(result: GenerationResult) -> str:
+    """The depth, and where not all tokens took it, how deep they went."""
+    taken = result.loops_per_token
+    mean = "" if set(taken) == {result.loops} else f" at most, {sum(taken) / len(taken):.2f} on average"
+    waves = "" if result.drafts is None else f", {result.passes} passes"
+    return f"{result.loops}{mean}{waves}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -166,9 +174,9 @@ class Chat:
 
     def _loops(self, text: str) -> None:
         if text:
-            if not text.isdecimal():
-                raise ValueError(f"loops must be a whole number of at least 1, got {text!r}")
-            self.settings["loops"] = GenerationConfig(loops=int(text)).loops
+            if text != "auto" and not text.isdecimal():
+                raise ValueError(f"loops must be a whole number of at least 1, or auto, got {text!r}")
+            self.settings["loops"] = GenerationConfig(loops="auto" if text == "auto" else int(text)).loops
         print(f"loops {self.settings.get('loops', 'as many as the model was trained with')}")
 
     def _system(self, text: str) -> None:

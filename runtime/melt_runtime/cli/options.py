@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.memory.estimate import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.progress import Line
-from melt_runtime.request.generation_config import GENERAL_DEFAULTS, GenerationConfig
+from melt_runtime.request.generation_config import (
+    DECODINGS,
+    GENERAL_DEFAULTS,
+    SETTLED_THRESHOLD,
+    GenerationConfig,
+)
+from melt_runtime.schedule.depth import EXIT_RULES
 
+_DEPTH = ("exit_rule", "exit_threshold", "min_loops", "max_loops", "decode", "lag")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -23,6 +31,14 @@ def numbers_option(value: str) -> tuple[int, ...]:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {value!r}") from None
+
+
+def loops_option(value: str) -> int | str:
+    """The type of ``--loops``: a whole number, or ``auto``."""
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {value!r}") from None
 
 
 def names_option(value: str) -> tuple[str, ...]:
@@ -70,7 +86,12 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group(
         "the answer", "Where a bundle has defaults of its own, as melt info shows, they hold in place of these."
     )
-    answer.add_argument("--loops", type=int, metavar="N", help="depth (default: as many as the model was trained with)")
+    answer.add_argument(
+        "--loops",
+        type=loops_option,
+        metavar="N",
+        help="depth, or auto: each token leaves when its answer stands (default: as the model was trained)",
+    )
     answer.add_argument(
         "--max-new-tokens",
         type=int,
@@ -109,6 +130,33 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         help=f"above 1: tokens that stand in the context become less likely (default: {defaults.repetition_penalty:g})",
     )
     answer.add_argument("--seed", type=int, metavar="N", help="of what is drawn, to draw it again (default: a new one)")
+    depth = parser.add_argument_group("the depth", "When a token leaves with --loops auto; several tokens in a pass.")
+    depth.add_argument(
+        "--exit-rule",
+        choices=EXIT_RULES,
+        help="gate: when the model's exit gate says so; settled: when a loop changed neither the likeliest token nor, "
+        "by more than the threshold, its probability (default: gate, where the bundle has a threshold for it)",
+    )
+    depth.add_argument(
+        "--exit-threshold",
+        type=float,
+        metavar="X",
+        help=f"of the rule: a cumulated exit probability, or how much a probability may move (default: the bundle's, "
+        f"{SETTLED_THRESHOLD:g} for settled)",
+    )
+    depth.add_argument("--min-loops", type=int, metavar="N", help="loops that every token takes (default: 1)")
+    depth.add_argument(
+        "--max-loops", type=int, metavar="N", help="loops that a token takes at most (default: as trained)"
+    )
+    depth.add_argument(
+        "--decode",
+        choices=DECODINGS,
+        help="wave: the next token starts from a draft while this one still takes its loops; faster, and its numbers "
+        "are not quite those of plain (default: plain)",
+    )
+    depth.add_argument(
+        "--lag", type=int, metavar="N", help="of a wave: loops of a token before the next one starts (default: 1)"
+    )
     machine = parser.add_argument_group("the machine")
     machine.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ..., or auto (default: %(default)s)"
@@ -124,12 +172,18 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: lists every value outside its rule.
     """
-    names = ("loops", "max_new_tokens", *_SAMPLING)
+    names = ("loops", "max_new_tokens", *_SAMPLING, *_DEPTH)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stop:
         given["stop"] = tuple(require_utf8(text, "--stop") for text in args.stop)
     GenerationConfig(**given)
     return given
+
+
+def most_loops(settings: Mapping[str, Any]) -> int | None:
+    """The deepest that an answer may go; None: as deep as the model was trained."""
+    loops = settings.get("loops")
+    return settings.get("max_loops") if loops == "auto" else loops
 
 
 def load_model(args: argparse.Namespace, quiet: bool, loops: int | None, slots: int = 1) -> MeltModel:

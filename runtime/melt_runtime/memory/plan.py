@@ -123,8 +123,12 @@ class StatePlan:
 
     @property
     def wave_rows(self) -> int:
-        """Consecutive tokens that can share a pass at most; a chunk's rows have room for twice as many."""
-        return min(MOST_IN_FLIGHT, self.chunk // 2) if self.batch == 1 else 1
+        """Consecutive tokens that can share a pass at most; a chunk's rows have room for twice as many.
+
+        One where several cannot: MELT's cache serves all loops, and its gate is told none.
+        """
+        can_share = self.shape.cache_kind == "shared" and not self.shape.has_loop_idx and self.batch == 1
+        return max(1, min(MOST_IN_FLIGHT, self.chunk // 2)) if can_share else 1
 
     @property
     def logit_rows(self) -> int:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from melt_runtime.arguments import real_number, shown, whole_number
+from melt_runtime.arguments import is_whole, real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import BundleError
 from melt_runtime.schedule.depth import EXIT_RULES, Depth, ExitRule
@@ -116,8 +116,13 @@ class GenerationConfig:
             raise ValueError("; ".join(faults))
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
-        """What is said here, and where nothing is, what ``other`` says."""
+        """What is said here, and where nothing is, what ``other`` says.
+
+        A number of loops said here ends what ``other`` says of ``auto``, and plain decoding what it says of a wave.
+        """
         said = {field.name: getattr(self, field.name) for field in fields(self)}
+        idle = _OF_AUTO if is_whole(self.loops) else ()
+        other = replace(other, **dict.fromkeys(idle), **({"lag": None} if self.decode == "plain" else {}))
         return replace(other, **{name: value for name, value in said.items() if value is not None})
 
     def with_changes(self, **changes: Unpack[GenerationChanges]) -> "GenerationConfig":
