@@ -173,7 +173,7 @@ def test_ctrl_c_after_a_stopped_answer_leaves(chat, monkeypatch, capsys):
     [
         ("/nope", "/nope is no command: /loops, "),
         ("/", "/ is no command"),
-        ("/loops two", "loops must be a whole number of at least 1, got 'two'"),
+        ("/loops two", "loops must be a whole number of at least 1, or auto, got 'two'"),
         ("/loops 0", "loops must be at least 1, got 0"),
         ("/loops ²", "loops must be a whole number"),
         ("/loops 9999999999", "loops must be at most 1024"),
