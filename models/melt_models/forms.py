@@ -23,6 +23,7 @@ _WORDS = (
     (r" after validation, not \d+$", ""),
     (r"greater than or equal to", "at least"),
     (r"less than or equal to", "at most"),
+    (r"^Extra inputs are not permitted$", "must not be there"),
 )
 """pydantic's words for a rule, and this project's."""
 
