@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -474,14 +475,20 @@ def test_the_command_lists_and_clears(bundle, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "chosen").exists()
     monkeypatch.setenv("MELT_CACHE_GB", "many")
     assert main(["cache"]) == 1
-    assert "MELT_CACHE_GB must be a number of gigabytes, at least 0, got 'many'" in capsys.readouterr().err
+    assert "MELT_CACHE_GB must be a number of gigabytes from 0 to 9000000000, got 'many'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["", "inf", "-inf", "nan", "-1", "1e999", "1 GB"])
+@pytest.mark.parametrize("value", ["", "inf", "-inf", "nan", "-1", "1e999", "1e308", "1e300", "9.1e9", "1 GB"])
 def test_a_bad_limit_is_refused_by_name(monkeypatch, value):
     monkeypatch.setenv("MELT_CACHE_GB", value)
-    with pytest.raises(ValueError, match=rf"MELT_CACHE_GB must be a number of gigabytes, at least 0, got {value!r}"):
+    rule = re.escape(f"MELT_CACHE_GB must be a number of gigabytes from 0 to 9000000000, got {value!r}")
+    with pytest.raises(ValueError, match=rule):
         LoadCache()
+
+
+def test_the_largest_limit_is_one_that_an_argument_may_have(monkeypatch):
+    monkeypatch.setenv("MELT_CACHE_GB", "9e9")
+    assert LoadCache(limit=LoadCache().limit).limit == 9 * 10**18
 
 
 @pytest.mark.parametrize("value", ["", "file", "dangling"])

@@ -30,6 +30,7 @@ DEFAULT_LIMIT = 16 << 30
 MIN_BYTES = 64 << 20
 """Bundles with fewer bytes of weights load as quickly without help."""
 
+_MOST_GB = 9e9  # not yet 2^63 bytes
 _STAMP = "entry.json"
 _CHECKED = "checked"
 _TAG = "CACHEDIR.TAG"
@@ -315,6 +316,6 @@ def _default_limit() -> int:
         gigabytes = float(chosen)
     except ValueError:
         gigabytes = math.nan
-    if not 0 <= gigabytes < math.inf:
-        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes, at least 0, got {chosen!r}")
+    if not 0 <= gigabytes <= _MOST_GB:
+        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes from 0 to {_MOST_GB:.0f}, got {shown(chosen)}")
     return int(gigabytes * 1e9)
