@@ -1,5 +1,6 @@
 """Bad checkpoints, an existing output, an interrupted export: one clear error, nothing left behind."""
 
+import errno
 import functools
 import json
 import os
@@ -256,6 +257,38 @@ def test_an_existing_output_is_kept(checkpoint, tmp_path, capsys):
     assert main([str(checkpoint), "--out", str(out)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {out} exists: choose another --out")
     assert (out / "mine").read_text() == "keep"
+
+
+def test_an_output_that_is_a_link_to_nothing_is_refused_before_any_work(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    for more in ((), ("--format", "genai")):
+        assert main([str(checkpoint), "--out", str(tmp_path / "out"), *more]) == 1
+        assert (
+            capsys.readouterr().err == f"error: {tmp_path / 'out'} exists: choose another --out, or remove it first\n"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_another_export_made_meanwhile_is_one_error(checkpoint, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "made" / "out"
+
+    def finish_first(*_):
+        out.mkdir()
+        (out / "manifest.json").touch()
+
+    monkeypatch.setattr(bundle_module, "write_manifest", finish_first)
+    monkeypatch.setattr(bundle_module, "ExportOptions", lambda **values: ExportOptions(**{**values, "verified": False}))
+    assert main([str(checkpoint), "--out", str(out)]) == 1
+    assert f"error: {out} was made by another process meanwhile: it is left as it is" in capsys.readouterr().err
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_in_which_nothing_can_be_made_is_named(checkpoint, capsys):
+    assert main([str(checkpoint), "--out", "/proc/x"]) == 1
+    assert capsys.readouterr().err == f"error: the folder /proc cannot be written: {os.strerror(errno.ENOENT)}\n"
 
 
 def test_a_failed_verification_fails_the_export_and_names_the_place(checkpoint, tmp_path, monkeypatch):
