@@ -19,8 +19,9 @@ from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source
 from melt_files import replace_text
 from melt_models import MeltConfig
-from melt_runtime import BundleError, MeltModel, prepacked, read_manifest
+from melt_runtime import BundleError, MeltModel, read_manifest
 from melt_runtime.cli.main import main
+from melt_runtime.loading import prepacked
 from melt_runtime.loading.load_cache import LoadCache, _default_folder
 
 
