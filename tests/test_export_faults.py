@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
@@ -342,6 +343,14 @@ def test_the_command_lines_defaults_are_those_of_the_options():
     parser = cli_module._parser()
     for name in ("precision", "block", "rounding", "activations"):
         assert parser.get_default(name) == getattr(ExportOptions, name)
+
+
+@pytest.mark.parametrize("name", ["precision", "rounding"])
+@pytest.mark.parametrize("value", [5, "x" * 100_000, np.array(["int8", "search"])], ids=["number", "long", "array"])
+def test_an_option_is_one_of_its_names(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be one of .*, got ") as raised:
+        ExportOptions(**{name: value})
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])

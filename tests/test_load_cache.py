@@ -461,6 +461,18 @@ def test_files_are_compared_once_until_they_change(random_bundle, cache, tmp_pat
         load(bundle, cache)
 
 
+def test_a_folder_whose_name_is_no_text_is_compared_too(random_bundle, cache, tmp_path):
+    """On Linux a name is any bytes; Python carries those that are no text as half characters."""
+    bundle = tmp_path / os.fsdecode(b"\xff")
+    try:
+        shutil.copytree(random_bundle(), bundle)
+    except OSError:
+        pytest.skip("this file system's names are text")
+    manifest = read_manifest(str(bundle))
+    cache.remember(str(bundle), manifest)
+    assert cache.unchanged(bundle, manifest) == frozenset(manifest.files)
+
+
 def test_the_command_lists_and_clears(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MELT_CACHE_DIR", str(tmp_path / "chosen"))
     monkeypatch.setenv("MELT_CACHE_GB", "0.5")

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from melt_runtime.arguments import real_number, shown, whole_number
+from melt_runtime.arguments import instance, real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import BundleError
 
@@ -85,7 +85,12 @@ class GenerationConfig:
             raise ValueError("; ".join(faults))
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
-        """What is said here, and where nothing is, what ``other`` says."""
+        """What is said here, and where nothing is, what ``other`` says.
+
+        Raises:
+            ValueError: ``other`` is no ``GenerationConfig``.
+        """
+        instance("other", other, GenerationConfig, "a GenerationConfig")
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(other, **{name: value for name, value in said.items() if value is not None})
 
@@ -97,7 +102,7 @@ class GenerationConfig:
         """
         unknown = sorted(changes.keys() - _CHECKS.keys())
         if unknown:
-            raise ValueError(f"unknown generation options {unknown}; known: {', '.join(_CHECKS)}")
+            raise ValueError(f"unknown generation options {shown(unknown)}; known: {', '.join(_CHECKS)}")
         return GenerationConfig(**changes).over(self)
 
 
