@@ -25,7 +25,7 @@ from melt_export.bundle import write_text_files
 from melt_export.cli import main
 from melt_export.source import checkpoint_source
 from melt_models import CheckpointError, load_checkpoint
-from melt_runtime import GenerationConfig
+from melt_runtime import GenerationConfig, read_manifest
 
 
 @pytest.fixture
@@ -161,6 +161,46 @@ def test_an_index_is_checked(checkpoint, index, message):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(checkpoint)
+
+
+OPTIONAL = (
+    *("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("evaluation.jsonl", "model.safetensors.index.json", "additional_chat_templates/more.jinja"),
+)
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(("kind", "said"), [("folder", "a folder"), ("pipe", "a pipe"), ("link", "a link to nothing")])
+def test_what_is_no_file_is_neither_read_nor_taken_as_absent(checkpoint, name, kind, said):
+    path = checkpoint / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}[kind]()
+    with pytest.raises((CheckpointError, ExportError), match=f"\n  {path.name} must be a file, got {said}"):
+        checkpoint_source(checkpoint)
+
+
+def test_a_file_may_be_a_link(checkpoint, tmp_path):
+    """As in the hub's cache."""
+    for path in sorted(checkpoint.iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert checkpoint_source(checkpoint).chat_template
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_evaluation_of_chats_needs_a_template(checkpoint, tmp_path, capsys, written):
+    """What is measured then is what is measured where there is no evaluation."""
+    (checkpoint / "chat_template.jinja").unlink()
+    if written:
+        (checkpoint / "chat_template.jinja").touch()
+    lines = (MELT_TINY / "evaluation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (checkpoint / "evaluation.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    assert main([str(checkpoint), "--out", str(tmp_path / "out")]) == 0
+    note = "note: evaluation.jsonl is passed over: its chats need a chat template, and there is none"
+    assert capsys.readouterr().err.count(note) == 1
+    quality = read_manifest(tmp_path / "out").quality
+    assert (quality.text, quality.examples) == ("seeded random tokens", 0)
 
 
 def write_generation(checkpoint, **values) -> None:
