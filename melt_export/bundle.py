@@ -32,6 +32,7 @@ from melt_export.weights import WeightFile, owners
 from melt_files import partial_folder, require_absent, staged
 from melt_models.checkpoint import empty_model
 from melt_models.hub import checkpoint_folder
+from melt_runtime.arguments import one_of
 from melt_runtime.bundle.contract import (
     ACTIVATIONS,
     KV_CACHES,
@@ -98,8 +99,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         """Checks the names."""
         for name, known in (("precision", PRECISIONS), ("rounding", ROUNDINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(name, getattr(self, name), known)
 
     @property
     def dtype(self) -> str:

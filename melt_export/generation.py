@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from melt_models.configuration import MeltConfig
 from melt_models.configuration_form import TokenId, TokenIds, outside
 from melt_models.families import CORRECT_OURO_IDS
-from melt_models.forms import STRICT, fitting, read_json, shown
+from melt_models.forms import STRICT, fitting, is_there, read_json, shown
 from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME
 from melt_runtime.request.generation_config import GenerationConfig
 
@@ -65,7 +65,7 @@ def read_generation(folder: Path, config: MeltConfig | None, faults: list[str]) 
     threshold = config.early_exit_threshold if config and config.exit_gate and config.early_exit_threshold < 1 else None
     plain = GenerationConfig(stop_ids=config.stop_ids if config else (), exit_threshold=threshold)
     path = folder / GENERATION_CONFIG_NAME
-    values = read_json(path, faults) if path.is_file() else None
+    values = read_json(path, faults) if is_there(path, faults) else None
     if values is None:
         return plain, []
     before, notes = len(faults), list[str]()

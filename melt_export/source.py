@@ -15,7 +15,7 @@ from melt_export.texts import examine_tokenizer
 from melt_models.checkpoint import Checkpoint, empty_model, examine_config
 from melt_models.configuration import MeltConfig
 from melt_models.errors import CheckpointError, list_faults
-from melt_models.evaluation import Example, examine_examples
+from melt_models.evaluation import EVALUATION_NAME, Example, examine_examples
 from melt_runtime.errors import MeltError
 from melt_runtime.request.generation_config import GenerationConfig
 
@@ -75,6 +75,9 @@ def checkpoint_source(folder: Path) -> Source:
     text, passed = examine_tokenizer(folder, config.vocab_size if config else None, faults)
     template, doubts = chat_template(folder, config, Tokenizer.from_str(text) if text else None, faults)
     examples = examine_examples(folder, faults)
+    if examples and not template:
+        doubts = (*doubts, f"{EVALUATION_NAME} is passed over: its chats need a chat template, and there is none")
+        examples = ()
     if checkpoint is None:
         raise CheckpointError(f"{folder} cannot be exported:", faults)
     if faults:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from melt_models.configuration import MeltConfig
 from melt_models.families import CORRECT_OURO_IDS
-from melt_models.forms import read_json
+from melt_models.forms import is_there, read_json
 from melt_runtime.bundle.manifest import CHAT_TEMPLATE_NAME
 from melt_runtime.errors import BundleError
 from melt_runtime.text.codec import read_template
@@ -80,14 +80,14 @@ def special_token(name: str, config: MeltConfig, tokenizer: Tokenizer) -> str | 
 
 def _read(path: Path, faults: list[str]) -> dict[str, Any]:
     """An object; an empty one where there is no file, or another thing in it."""
-    return (read_json(path, faults) or {}) if path.is_file() else {}
+    return (read_json(path, faults) or {}) if is_there(path, faults) else {}
 
 
 def _named_templates(folder: Path, settings: Mapping[str, Any], faults: list[str]) -> dict[str, str]:
     """Templates by name: of files where there is one, else of the settings."""
-    paths = {path.stem: path for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
-    if (folder / CHAT_TEMPLATE_NAME).is_file():
-        paths[_DEFAULT] = folder / CHAT_TEMPLATE_NAME
+    named = [(path.stem, path) for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))]
+    named.append((_DEFAULT, folder / CHAT_TEMPLATE_NAME))
+    paths = {name: path for name, path in named if is_there(path, faults)}
     found = {}
     for name, path in paths.items():
         try:

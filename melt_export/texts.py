@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from melt_models.forms import read_text
+from melt_models.forms import is_there, read_text
 from melt_runtime.bundle.manifest import TOKENIZER_NAME
 
 _SAMPLE = "A line, 1 or 2.\nÄ 世界 🙂"
@@ -22,10 +22,7 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
         The file's content, with neither truncation nor padding, and what was passed over, a sentence each.
     """
     path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        faults.append(f"{TOKENIZER_NAME} is missing")
-        return "", []
-    text = read_text(path, faults)
+    text = read_text(path, faults) if is_there(path, faults, f"{TOKENIZER_NAME} is missing") else None
     if text is None:
         return "", []
     try:

@@ -13,9 +13,11 @@ from melt_runtime import (
     BusyError,
     CapacityError,
     CudaOptions,
+    GenerationConfig,
     LoadCache,
     MeltError,
     MeltModel,
+    Timings,
     TokenError,
     plan_state,
     read_manifest,
@@ -38,6 +40,39 @@ def expected(model) -> tuple[int, ...]:
 
 class Strange:
     """Nothing that anybody asks for."""
+
+
+class Broken:
+    """Cannot even be shown."""
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+class Named:
+    """Is a path to whoever asks, and what it gives is none."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def __fspath__(self):
+        return self.given
+
+
+class Lying(list):
+    """Is empty, and says otherwise."""
+
+    def __len__(self):
+        return 1
+
+
+PATHS = {
+    "bytes": (Named(b"bytes"), "must be the path of a (folder|file), got <"),
+    "int": (Named(5), "must be the path of a (folder|file), got <"),
+    "null": ("a\0b", r"must be a path without null characters and half characters, got 'a\\x00b'"),
+    "half": ("a\ud800b", r"must be a path without null characters and half characters, got 'a\\ud800b'"),
+}
+"""What no file system takes as a path, and what is said of it."""
 
 
 whole = st.one_of(st.integers(-3, 70), st.sampled_from([2**31, 2**63, -(2**63), 10**5000]), st.integers())
@@ -174,6 +209,8 @@ def test_a_runner_calls_back_while_it_is_held(model):
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"threads": 1.0}, "threads must be a whole number, got 1.0"),
         ({"kv_cache": 5}, "kv_cache must be one of float, int8, int4.*got 5"),
+        ({"kv_cache": np.array(["float", "int8"])}, r"kv_cache must be one of float, int8, int4.*got array\("),
+        ({"device": "cuda:" + "9" * 5000}, "device must be one of cpu, cuda, auto, or cuda:N, got 'cuda:999"),
         ({"chunk": True}, "chunk must be a whole number, got True"),
         ({"chunk": 65, "capacity": 64}, r"chunk must be at most 64 \(the capacity\), got 65"),
         ({"loops": 2**31}, "loops must be at most 1024"),
@@ -189,6 +226,21 @@ def test_loading_says_what_it_cannot_take(random_bundle, monkeypatch, options, m
     monkeypatch.setattr("melt_runtime.model.check_bundle", lambda *_: pytest.fail("files were read first"))
     with pytest.raises(ValueError, match=message):
         MeltModel.load(**{"bundle": random_bundle(), "device": "cpu", **options})
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_path_that_no_file_system_takes_is_refused(model, kind):
+    path, message = PATHS[kind]
+    session = model.new_session()
+    for name, call in (
+        ("bundle", lambda: MeltModel.load(path)),
+        ("folder", lambda: read_manifest(path)),
+        ("folder", lambda: LoadCache(path)),
+        ("path", lambda: session.save(path)),
+        ("path", lambda: session.restore(path)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            call()
 
 
 @few
@@ -244,15 +296,68 @@ def test_what_reads_and_plans_says_what_it_cannot_take(model):
         read_manifest("n" * 5000)
     with pytest.raises(ValueError, match="manifest must be a Manifest, got 'x'"):
         plan_state("x")
+    with pytest.raises(ValueError, match="kv_cache must be one of float, int8, int4.*got array"):
+        plan_state(model.manifest, kv_cache=np.array(["float", "int8"]))
     with pytest.raises(TokenError, match="the prompt must be text, got list"):
         model.codec.encode(["x"])
 
 
-def test_what_is_shown_stays_short_and_never_fails():
-    class Broken:
-        def __repr__(self):
-            raise RuntimeError
+def test_a_cache_says_what_it_cannot_compare(model, tmp_path):
+    cache = LoadCache(tmp_path / "cache")
+    for call in (cache.unchanged, cache.remember):
+        with pytest.raises(ValueError, match="bundle must be the path of a folder, got 5"):
+            call(5, model.manifest)
+        with pytest.raises(ValueError, match="manifest must be a Manifest, got None"):
+            call("x", None)
+    assert not cache.folder.exists()
 
+
+def test_a_config_is_merged_with_a_config_only():
+    with pytest.raises(ValueError, match="other must be a GenerationConfig, got 5"):
+        GenerationConfig().over(5)
+    with pytest.raises(ValueError, match="unknown generation options .*; known: max_new_tokens") as raised:
+        GenerationConfig().with_changes(**{"x" * 100_000: 1})
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Lying(), "prompt must hold at least one message or token id"),
+        ([{"role": "user", "content": "x", Broken(): 1}], r"messages\[0\] must have names as keys, got <Broken"),
+        ([{"role": "user", "content": "x", "k" * 100_000: {1}}], r"messages\[0\].kkk.*kkk must be a plain value"),
+        (
+            [{"role": "user", "content": [{"type": "t" * 100_000}]}],
+            r"messages\[0\].content\[0\] must be .*got type 'ttt",
+        ),
+        ([{"role": "user", "content": [{"type": 10**5000}]}], "got type a number of 16610 bits"),
+    ],
+    ids=["lying", "broken", "name", "type", "number"],
+)
+def test_a_refused_prompt_is_said_in_a_few_words(model, prompt, message):
+    with pytest.raises(TokenError, match=message) as raised:
+        model.generate(prompt)
+    assert len(str(raised.value)) < 1000
+
+
+def test_messages_are_counted_by_what_is_in_them(model):
+    with pytest.raises(TokenError, match="messages must hold at least one message"):
+        model.codec.render(Lying())
+
+
+def test_no_time_gives_no_rate():
+    timings = Timings(0, 0, 0, 0)
+    assert (timings.prefill_rate, timings.decode_rate) == (0.0, 0.0)
+    assert Timings(2.0, 8, 0.0, 3).decode_rate == 0.0
+    assert Timings(2.0, 8, 4.0, 2).prefill_rate == 4.0
+
+
+def test_what_is_shown_stays_short_and_never_fails():
+    nested: object = "x" * 80
+    for _ in range(8):
+        nested = {str(place): [nested] * 8 for place in range(8)}
+    assert len(shown(nested)) < 5000
+    assert shown(type("int", (), {})()) == "an object of type int"
     assert len(shown("x" * 10_000)) < 100
     assert shown(10**5000) == "a number of 16610 bits"
     assert "Broken" in shown(Broken())

@@ -5,9 +5,11 @@ import os
 
 import pytest
 
-from melt_runtime import RunError, bench, cli_bench, read_manifest
+from melt_runtime import RunError, read_manifest
+from melt_runtime.bench import measure
 from melt_runtime.bench.measure import BenchOptions, run_bench
 from melt_runtime.bench.report import plot_rows
+from melt_runtime.cli import bench as bench_command
 from melt_runtime.cli.main import main
 from melt_runtime.memory.plan import plan_state
 
@@ -45,7 +47,7 @@ def test_state_is_what_the_plan_says_and_the_same_for_every_depth(rows, random_b
     manifest = read_manifest(random_bundle("int4"))
     for row in rows:
         if row.kind == "decode":
-            capacity = row.tokens + 2 * bench.DECODE_STEPS + 1
+            capacity = row.tokens + 2 * measure.DECODE_STEPS + 1
             plan = plan_state(manifest, capacity, batch=row.batch, kv_cache=row.kv_cache)
             assert row.state_bytes == plan.total_bytes
             assert row.per_loop_bytes == plan.as_per_loop(row.loops).total_bytes
@@ -87,7 +89,7 @@ def die(case) -> None:
 
 
 def test_a_case_whose_process_dies_is_an_error(random_bundle, monkeypatch):
-    monkeypatch.setattr(bench, "_measure", die)
+    monkeypatch.setattr(measure, "_measure", die)
     with pytest.raises(RunError, match="the process that measured Case.* died"):
         list(run_bench([random_bundle("int4")], OPTIONS))
 
@@ -101,9 +103,9 @@ def test_a_shape_is_made_once_by_the_exporter(tmp_path, capsys, monkeypatch):
         (tmp_path / "melt-1.6b-2-int8").mkdir()
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(cli_bench.subprocess, "run", make)
+    monkeypatch.setattr(bench_command.subprocess, "run", make)
     for _ in range(2):
-        bundle = cli_bench._shape_bundle("melt-1.6b:2", "int8", tmp_path)
+        bundle = bench_command._shape_bundle("melt-1.6b:2", "int8", tmp_path)
     assert bundle == tmp_path / "melt-1.6b-2-int8"
     (command,) = commands
     assert command[1:] == [
@@ -130,7 +132,7 @@ def test_bad_options_are_one_error(random_bundle, capfd, tmp_path, options, mess
 
 
 def test_shapes_need_the_exporter(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli_bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_command.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--shape", "melt-1.6b", "--work", str(tmp_path)]) == 1
     assert "pip install 'melt-onnx[export]'" in capsys.readouterr().err
 
@@ -139,6 +141,6 @@ def test_shapes_need_the_exporter(monkeypatch, capsys, tmp_path):
 def test_bandwidth_is_bytes_over_the_median_of_five_times(monkeypatch, threads):
     """Every byte once a time, whatever the number of threads; a clock that stalls once changes nothing."""
     moments = iter((0.0, 0.5, 1.0, 1.5, 2.0, 9.0, 10.0, 10.5, 11.0, 11.5))
-    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(moments))
-    assert bench._read_memory(threads) == (1 << 20) / 0.5
+    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(moments))
+    assert measure._read_memory(threads) == (1 << 20) / 0.5

@@ -148,6 +148,16 @@ def test_a_thousand_faults_are_told_in_a_few_lines(bundle_copy):
         read_manifest(bundle_copy)
 
 
+def test_a_large_value_is_told_in_a_few_lines(bundle_copy):
+    value: object = "x" * 80
+    for _ in range(6):
+        value = [value] * 6
+    edit_manifest(bundle_copy, lambda m: m.update(weight_bytes=value))
+    with pytest.raises(BundleError, match="weight_bytes must be a valid integer, got") as raised:
+        read_manifest(bundle_copy)
+    assert len(str(raised.value)) < 5000
+
+
 def test_several_manifest_faults_are_reported_at_once(bundle_copy):
     edit_manifest(bundle_copy, lambda m: (m.update(extra=1), m.pop("precision")))
     with pytest.raises(BundleError, match=r"(?s)precision is missing.*extra is unknown"):

@@ -173,18 +173,32 @@ def test_ctrl_c_after_a_stopped_answer_leaves(chat, monkeypatch, capsys):
     [
         ("/nope", "/nope is no command: /loops, "),
         ("/", "/ is no command"),
-        ("/loops two", "loops must be a whole number of at least 1, or auto, got 'two'"),
+        ("/quit now", "/quit takes nothing after it, got 'now'"),
+        ("/retry shorter", "/retry takes nothing after it, got 'shorter'"),
+        ("/clear all", "/clear takes nothing after it, got 'all'"),
+        ("/help  loops ", "/help takes nothing after it, got 'loops'"),
+        ("/loops two", "loops must be auto or a whole number from 1 to 1024, got 'two'"),
+        ("/loops " + "9" * 5000, "loops must be auto or a whole number from 1 to 1024, got '999"),
         ("/loops 0", "loops must be at least 1, got 0"),
-        ("/loops ²", "loops must be a whole number"),
+        ("/loops ²", "loops must be auto or a whole number"),
         ("/loops 9999999999", "loops must be at most 1024"),
         ("/save", "give a file: /save chat.json"),
-        ("/save ~nobody-here/chat.json", "cannot be written"),
-        ("/save /dev/null/chat.json", "cannot be written"),
+        ("/save ~nobody-here/chat.json", "cannot be written: Could not determine home directory"),
+        ("/save a\0b", r"the file must be a path without null characters and half characters, got 'a\x00b'"),
+        pytest.param(
+            "/save /proc/x",
+            "/proc/x cannot be written: the folder /proc cannot be written: No such file or directory",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's"),
+        ),
+        (f"/save {'x' * 100_000}", "cannot be written: File name too long"),
+        (f"/{'x' * 100_000}", "is no command: /loops, "),
+        ("/save /dev/null/chat.json", "/dev/null/chat.json cannot be written: Not a directory"),
         ("half \ud800 a pair", "a message must be UTF-8 text, got half a character after 5 characters"),
         ("no text \udcff", "a message must be UTF-8 text, got the byte 0xff after 8 bytes"),
         ("/system no text \udcff", "must be UTF-8 text, got the byte 0xff"),
         ("Ana " * 300, "(/clear forgets the conversation)"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_refused_line_is_one_error_and_changes_nothing(line, message, chat, capsys):
     say(chat, QUESTION)
@@ -197,6 +211,7 @@ def test_a_refused_line_is_one_error_and_changes_nothing(line, message, chat, ca
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+    assert len(captured.err) < 500
     assert (chat.session.messages, chat.settings, chat.system) == (before, settings, system)
     say(chat, MORE)
     assert roles(chat) == ["user", "assistant"] * 2
@@ -217,6 +232,11 @@ def test_save_writes_the_conversation_and_replaces_nothing(chat, tmp_path, capsy
     say(chat, QUESTION, f"/save {path}")
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved["messages"] == chat.session.messages
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    say(chat, f"/save {link}")
+    assert f"{link} exists: choose another name" in capsys.readouterr().err
+    link.unlink()
     say(chat, MORE, f"/save {path}")
     assert f"{path} exists: choose another name" in capsys.readouterr().err
     assert json.loads(path.read_text(encoding="utf-8")) == saved

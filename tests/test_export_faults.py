@@ -1,5 +1,6 @@
 """Bad checkpoints, an existing output, an interrupted export: one clear error, nothing left behind."""
 
+import errno
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
@@ -23,7 +25,7 @@ from melt_export.bundle import write_text_files
 from melt_export.cli import main
 from melt_export.source import checkpoint_source
 from melt_models import CheckpointError, load_checkpoint
-from melt_runtime import GenerationConfig
+from melt_runtime import GenerationConfig, read_manifest
 
 
 @pytest.fixture
@@ -161,6 +163,46 @@ def test_an_index_is_checked(checkpoint, index, message):
         load_checkpoint(checkpoint)
 
 
+OPTIONAL = (
+    *("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("evaluation.jsonl", "model.safetensors.index.json", "additional_chat_templates/more.jinja"),
+)
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(("kind", "said"), [("folder", "a folder"), ("pipe", "a pipe"), ("link", "a link to nothing")])
+def test_what_is_no_file_is_neither_read_nor_taken_as_absent(checkpoint, name, kind, said):
+    path = checkpoint / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}[kind]()
+    with pytest.raises((CheckpointError, ExportError), match=f"\n  {path.name} must be a file, got {said}"):
+        checkpoint_source(checkpoint)
+
+
+def test_a_file_may_be_a_link(checkpoint, tmp_path):
+    """As in the hub's cache."""
+    for path in sorted(checkpoint.iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert checkpoint_source(checkpoint).chat_template
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_evaluation_of_chats_needs_a_template(checkpoint, tmp_path, capsys, written):
+    """What is measured then is what is measured where there is no evaluation."""
+    (checkpoint / "chat_template.jinja").unlink()
+    if written:
+        (checkpoint / "chat_template.jinja").touch()
+    lines = (MELT_TINY / "evaluation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (checkpoint / "evaluation.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    assert main([str(checkpoint), "--out", str(tmp_path / "out")]) == 0
+    note = "note: evaluation.jsonl is passed over: its chats need a chat template, and there is none"
+    assert capsys.readouterr().err.count(note) == 1
+    quality = read_manifest(tmp_path / "out").quality
+    assert (quality.text, quality.examples) == ("seeded random tokens", 0)
+
+
 def write_generation(checkpoint, **values) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps(values))
 
@@ -258,6 +300,38 @@ def test_an_existing_output_is_kept(checkpoint, tmp_path, capsys):
     assert (out / "mine").read_text() == "keep"
 
 
+def test_an_output_that_is_a_link_to_nothing_is_refused_before_any_work(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    for more in ((), ("--format", "genai")):
+        assert main([str(checkpoint), "--out", str(tmp_path / "out"), *more]) == 1
+        assert (
+            capsys.readouterr().err == f"error: {tmp_path / 'out'} exists: choose another --out, or remove it first\n"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_another_export_made_meanwhile_is_one_error(checkpoint, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "made" / "out"
+
+    def finish_first(*_):
+        out.mkdir()
+        (out / "manifest.json").touch()
+
+    monkeypatch.setattr(bundle_module, "write_manifest", finish_first)
+    monkeypatch.setattr(bundle_module, "ExportOptions", lambda **values: ExportOptions(**{**values, "verified": False}))
+    assert main([str(checkpoint), "--out", str(out)]) == 1
+    assert f"error: {out} was made by another process meanwhile: it is left as it is" in capsys.readouterr().err
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_in_which_nothing_can_be_made_is_named(checkpoint, capsys):
+    assert main([str(checkpoint), "--out", "/proc/x"]) == 1
+    assert capsys.readouterr().err == f"error: the folder /proc cannot be written: {os.strerror(errno.ENOENT)}\n"
+
+
 def test_a_failed_verification_fails_the_export_and_names_the_place(checkpoint, tmp_path, monkeypatch):
     traced = bundle_module.trace_graph
 
@@ -309,6 +383,14 @@ def test_the_command_lines_defaults_are_those_of_the_options():
     parser = cli_module._parser()
     for name in ("precision", "block", "rounding", "activations"):
         assert parser.get_default(name) == getattr(ExportOptions, name)
+
+
+@pytest.mark.parametrize("name", ["precision", "rounding"])
+@pytest.mark.parametrize("value", [5, "x" * 100_000, np.array(["int8", "search"])], ids=["number", "long", "array"])
+def test_an_option_is_one_of_its_names(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be one of .*, got ") as raised:
+        ExportOptions(**{name: value})
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])

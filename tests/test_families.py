@@ -187,7 +187,11 @@ def test_older_files_of_llama_load(tmp_path):
         ({"model_type": "mamba"}, "model_type must be one of melt, ouro, llama, got 'mamba'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling must be none or 'default', got 'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "got 'llama3': this kind is not implemented"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor must be 1, got",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window must be none, got 4096"),
         (
@@ -209,6 +213,65 @@ def test_what_is_not_implemented_is_refused(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         export_bundle(folder, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
+PER_LAYER = {"full_attention": DEFAULT, "sliding_attention": DEFAULT}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "ouro", "melt"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": DEFAULT},
+            "rope_scaling must be none or 'default', got 'linear': this kind is not implemented",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": DEFAULT},
+            "rope_scaling must be none or 'default', got 'linear': this kind is not implemented",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "yarn"}},
+            "rope_scaling must be none or 'default', got 'yarn': this kind is not implemented",
+        ),
+        (
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {**DEFAULT, "type": "dynamic"}},
+            "rope_parameters must be none or 'default', got 'dynamic': this kind is not implemented",
+        ),
+        ({"rope_parameters": PER_LAYER}, "rope_parameters must have no 'full_attention', got {'rope_theta'"),
+        ({"rope_parameters": {**DEFAULT, "factor": 8.0}}, "rope_parameters must have no 'factor', got 8.0"),
+        ({"rope_parameters": {**DEFAULT, "theta": {"a": 1}}}, "rope_parameters must have no 'theta', got {'a': 1}"),
+        (
+            {"rope_theta": 1e4, "rope_parameters": DEFAULT},
+            "rope_theta must be the same wherever it stands, got 10000.0, 1000000.0",
+        ),
+    ],
+)
+def test_no_word_on_positions_is_dropped(model_type, changes, message):
+    """Older files and newer ones say it in other places; where both stand, neither hides the other."""
+    faults: list[str] = []
+    READERS[model_type]({**OURO, "rope_theta": 1e6, **changes}, "config.json", faults)
+    assert [fault for fault in faults if f"config.json: {message}" in fault]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rope_scaling": {"type": "default"}, "rope_theta": 1e6}, {"rope_scaling": DEFAULT}]
+)
+@pytest.mark.parametrize("model_type", ["llama", "ouro", "melt"])
+def test_the_same_word_on_positions_may_stand_twice(model_type, changes):
+    values = {name: value for name, value in OURO.items() if name != "rope_theta"}
+    parameters = {**DEFAULT, "type": "default", "partial_rotary_factor": 1.0}
+    faults: list[str] = []
+    read, _ = READERS[model_type]({**values, "rope_parameters": parameters, **changes}, "config.json", faults)
+    assert read["rope_parameters"] == DEFAULT
+    assert [fault for fault in faults if "rope" in fault] == []
+
+
+def test_a_configuration_made_in_code_drops_no_word_either():
+    with pytest.raises(ValueError, match="rope_parameters.full_attention must not be there"):
+        MeltConfig(rope_parameters=PER_LAYER)
+    assert MeltConfig(rope_scaling={"type": "default"}, rope_theta=5000.0).rope_theta == 5000.0
 
 
 def test_a_window_that_is_switched_off_is_none(tmp_path):

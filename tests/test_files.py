@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all; what a dead process left goes with the next one, and nothing else does."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from melt_files import partial_folder, partials, remove_dead, replace_text, staged
+from melt_files import partial_folder, partials, remove_dead, replace_text, require_absent, staged
 
 MAKER = """
 import sys, time
@@ -204,6 +206,62 @@ def test_a_text_is_replaced_whole(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"), staged(tmp_path / "file" / "out"):
+    with pytest.raises(NotADirectoryError, match="file"), staged(tmp_path / "file" / "out"):
         pytest.fail("something was made")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_in_which_nothing_can_be_made(tmp_path):
+    """It stands there, and the system says that there is no such file."""
+    with pytest.raises(FileNotFoundError) as raised, staged(Path("/proc/x")):
+        pytest.fail("something was made")
+    assert str(raised.value) == f"the folder /proc cannot be written: {os.strerror(errno.ENOENT)}"
+
+
+def test_a_refusal_names_the_folder(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("melt_files.partial.os.open", refuse)
+    with pytest.raises(PermissionError) as raised, staged(tmp_path / "out"):
+        pytest.fail("something was made")
+    assert str(raised.value) == f"the folder {tmp_path} cannot be written: {os.strerror(errno.EACCES)}"
+
+
+def test_a_folder_that_another_removes_each_time(tmp_path):
+    parent = tmp_path / "parent"
+    with (
+        pytest.raises(OSError, match=f"the folder {parent} is removed again and again while something is made in it"),
+        partial_folder(parent, "x", lambda: None),
+    ):
+        pytest.fail("something was made")
+
+
+def make(path, kind) -> None:
+    if kind == "folder":
+        path.mkdir()
+        (path / "theirs").touch()
+    elif kind == "file":
+        path.touch()
+    else:
+        path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_another_made_meanwhile_stays(tmp_path, kind):
+    out = tmp_path / "out"
+    message = f"{out} was made by another process meanwhile: it is left as it is"
+    with pytest.raises(FileExistsError, match=message), staged(out):
+        make(out, kind)
+    assert names(tmp_path) == ["out"]
+    assert out.is_symlink() or out.is_file() or names(out) == ["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_output_that_exists_is_refused(tmp_path, kind):
+    out = tmp_path / "out"
+    require_absent(out, ValueError)
+    make(out, kind)
+    with pytest.raises(ValueError, match=f"{out} exists: choose another --out"):
+        require_absent(out, ValueError)

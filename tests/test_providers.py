@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from melt_runtime import CudaOptions, MeltModel, ProviderError, cuda, doctor, model, opening
+from melt_runtime import CudaOptions, MeltModel, ProviderError, model
+from melt_runtime.device import cuda, doctor
 from melt_runtime.device.cuda import cuda_obstacle, driver_obstacle, missing_libraries
 from melt_runtime.device.providers import choose_provider
+from melt_runtime.loading import opening
 
 
 def pretend(

@@ -16,7 +16,7 @@ from melt_models.configuration import MeltConfig
 from melt_models.configuration_form import check_configuration
 from melt_models.errors import CheckpointError as CheckpointError
 from melt_models.families import READERS
-from melt_models.forms import STRICT, fitting, read_json, shown
+from melt_models.forms import STRICT, fitting, is_there, read_json, shown
 from melt_models.model_types import KNOWN_TYPES
 from melt_models.modeling import MeltCausalLM
 
@@ -129,10 +129,8 @@ def read_config(folder: Path) -> tuple[MeltConfig, list[str]]:
 def examine_config(folder: Path, faults: list[str]) -> tuple[MeltConfig | None, list[str]]:
     """As ``read_config``, but adds what is wrong to ``faults``; the configuration is None then."""
     path, notes = folder / CONFIG_NAME, list[str]()
-    if not path.is_file():
-        faults.append(f"{path} does not exist: a checkpoint folder holds {CONFIG_NAME} and {WEIGHTS_NAME}")
-        return None, notes
-    values = read_json(path, faults)
+    missing = f"{path} does not exist: a checkpoint folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+    values = read_json(path, faults) if is_there(path, faults, missing) else None
     if values is None:
         return None, notes
     model_type = values.get("model_type")
@@ -182,7 +180,7 @@ def _stored_tensors(folder: Path, faults: list[str]) -> tuple[dict[str, Stored],
     """Every tensor of a folder by name, from the headers alone; and whether all files could be read."""
     before = len(faults)
     index = folder / INDEX_NAME
-    names = _shards(index, faults) if index.is_file() else [WEIGHTS_NAME]
+    names = _shards(index, faults) if is_there(index, faults) else [WEIGHTS_NAME]
     missing = [name for name in names if not os.path.isfile(folder / name)]  # Path.is_file raises on odd names
     faults += [f"missing weight file {name}" for name in missing]
     found: dict[str, Stored] = {}

@@ -31,10 +31,12 @@ TokenIds = Annotated[
 """One token id, several, or none."""
 
 
-@with_config(STRICT)
+@with_config({**STRICT, "extra": "forbid"})
 class _Rope(TypedDict, total=False):
     rope_type: Literal["default"]
+    type: Literal["default"]  # its name in older files
     rope_theta: Annotated[float, Field(ge=1, le=1e15)]
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)]
 
 
 @with_config(STRICT)

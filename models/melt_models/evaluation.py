@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from melt_models.errors import list_faults
-from melt_models.forms import STRICT, fitting, parse_json, read_text
+from melt_models.forms import STRICT, fitting, is_there, parse_json, read_text
 
 EVALUATION_NAME = "evaluation.jsonl"
 
@@ -59,7 +59,7 @@ def read_examples(folder: Path) -> tuple[Example, ...]:
 def examine_examples(folder: Path, faults: list[str]) -> tuple[Example, ...]:
     """As ``read_examples``, but adds what is wrong to ``faults``."""
     path = folder / EVALUATION_NAME
-    text = read_text(path, faults) if path.is_file() else None
+    text = read_text(path, faults) if is_there(path, faults) else None
     examples = []
     for number, line in enumerate((text or "").splitlines(), start=1):
         before, where = len(faults), f"{EVALUATION_NAME}, line {number}"

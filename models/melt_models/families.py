@@ -27,7 +27,10 @@ _OPTIONAL = (
     *("num_key_value_heads", "head_dim", "hidden_act", "initializer_range", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-_FIXED = {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1}
+_FIXED = {
+    **{"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1},
+    "partial_rotary_factor": 1.0,
+}
 """Keys that may stand there with this value only."""
 _SILENT = frozenset(
     {
@@ -58,6 +61,9 @@ class _Checked(TypedDict, total=False):
 
 
 _CHECKED = TypeAdapter(_Checked)
+
+_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+"""Keys that ``rope_scaling`` and ``rope_parameters`` may have."""
 
 PUBLISHED_OURO_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 """What Ouro's files say: all three are ``<|endoftext|>``."""
@@ -130,17 +136,31 @@ def _common(
 
 
 def _rope(checked: Values, where: str, faults: list[str]) -> dict[str, Any]:
-    """Rotary parameters: ``rope_theta`` and ``rope_scaling`` of older files, ``rope_parameters`` of newer ones."""
-    stated = {**(checked.get("rope_scaling") or {}), **(checked.get("rope_parameters") or {})}
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    theta = stated.get("rope_theta", checked.get("rope_theta"))
-    if kind != "default":
-        faults.append(
-            f"{where}: rope_scaling must be none or 'default', got {shown(kind)}: this kind is not implemented"
-        )
-    if stated.get("partial_rotary_factor", 1.0) != 1.0:
-        faults.append(f"{where}: partial_rotary_factor must be 1, got {shown(stated['partial_rotary_factor'])}")
-    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": theta})
+    """Rotary parameters: ``rope_theta`` and ``rope_scaling`` of older files, ``rope_parameters`` of newer ones.
+
+    A file may have all three; none of them counts more than another, so what one says the others must not contradict.
+    """
+    thetas = [] if checked.get("rope_theta") is None else [checked["rope_theta"]]
+    for name in ("rope_scaling", "rope_parameters"):
+        stated = {key: value for key, value in (checked.get(name) or {}).items() if value is not None}
+        kinds = [stated[key] for key in ("rope_type", "type") if stated.get(key, "default") != "default"]
+        if kinds:  # whatever stands beside it belongs to that kind
+            faults.append(
+                f"{where}: {name} must be none or 'default', got {shown(kinds[0])}: this kind is not implemented"
+            )
+            continue
+        if stated.get("partial_rotary_factor", 1.0) != 1.0:
+            got = shown(stated["partial_rotary_factor"])
+            faults.append(f"{where}: {name}.partial_rotary_factor must be 1, got {got}: not implemented")
+        faults += [
+            f"{where}: {name} must have no {shown(key)}, got {shown(stated[key])}: the kind 'default' has "
+            f"{', '.join(_ROPE)}, and is the same for every layer"
+            for key in sorted(stated.keys() - {*_ROPE})
+        ]
+        thetas += [stated["rope_theta"]] if "rope_theta" in stated else []
+    if any(theta != thetas[0] for theta in thetas):
+        faults.append(f"{where}: rope_theta must be the same wherever it stands, got {', '.join(map(shown, thetas))}")
+    return {"rope_type": "default"} | ({"rope_theta": thetas[0]} if thetas else {})
 
 
 def _windows(checked: Values, where: str, faults: list[str]) -> None:

@@ -4,6 +4,7 @@ A form is a ``TypedDict`` whose types carry their ranges; pydantic checks it str
 text, nor a truth value for a number.
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ _WORDS = (
     (r" after validation, not \d+$", ""),
     (r"greater than or equal to", "at least"),
     (r"less than or equal to", "at most"),
+    (r"^Extra inputs are not permitted$", "must not be there"),
 )
 """pydantic's words for a rule, and this project's."""
 
@@ -30,6 +32,29 @@ _WORDS = (
 def shown(value: Any) -> str:
     """A value of a file in a message, not at its full length."""
     return _REPR.repr(value)
+
+
+def is_there(path: Path, faults: list[str], missing: str = "") -> bool:
+    """Whether there is such a file.
+
+    Args:
+        path: the file.
+        faults: is added to where another thing has its name: reading that could fail, or wait without end.
+        missing: the fault where nothing has; default: none, the file may be absent.
+    """
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        faults.append(f"{path.name} must be a file, got {_kind(path)}: put the file in its place")
+    elif missing:
+        faults.append(missing)
+    return False
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return "a link to nothing" if path.is_symlink() and not path.exists() else "a pipe or a device"
 
 
 def read_text(path: Path, faults: list[str]) -> str | None:

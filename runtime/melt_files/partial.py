@@ -10,6 +10,7 @@ machines share a lock may not be seen by all of them: each removes only what was
 at all nothing is removed.
 """
 
+import errno
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ def partial_folder(parent: Path, name: str, make_parent: Callable[[], None] | No
         OSError: ``parent`` cannot be written.
     """
     remove_dead(parent)
-    mark, descriptor = _make_mark(parent, name, make_parent or partial(parent.mkdir, parents=True, exist_ok=True))
+    mark, descriptor = _make_mark(parent, name, make_parent or partial(_make_parent, parent))
     folder = mark.with_suffix(_PARTIAL)
     try:
         folder.mkdir(0o700)
@@ -91,22 +92,44 @@ def partials(parent: Path) -> list[Partial]:
 
 
 def _make_mark(parent: Path, name: str, make_parent: Callable[[], None]) -> tuple[Path, int]:
+    refusal, removed = None, False
     for _ in range(_TRIES):
         make_parent()
         mark = parent / f".{name}.{secrets.token_hex(4)}{_OWNER}"
-        with suppress(FileExistsError, FileNotFoundError):  # the name is taken; another process removed the parent
+        try:
             descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                locked = lock(descriptor, wait=True) is True
-                if mark.exists():  # else one who cleans up came between
-                    os.write(descriptor, _describe_owner(locked))
-                    return mark, descriptor
-            except BaseException:
-                os.close(descriptor)
-                _remove_mark(mark)
-                raise
+        except FileExistsError:  # the name is taken
+            continue
+        except FileNotFoundError as error:  # another process removed the parent, or nothing can be made in it: /proc
+            refusal, removed = error, removed or not parent.is_dir()
+            continue
+        except OSError as error:
+            raise _unwritable(parent, error) from error
+        try:
+            locked = lock(descriptor, wait=True) is True
+            if mark.exists():  # else one who cleans up came between
+                os.write(descriptor, _describe_owner(locked))
+                return mark, descriptor
+        except BaseException:
             os.close(descriptor)
-    raise OSError(f"{parent} is removed again and again while something is made in it")
+            _remove_mark(mark)
+            raise
+        os.close(descriptor)
+    if refusal is not None and not removed:
+        raise _unwritable(parent, refusal) from refusal
+    raise OSError(f"the folder {parent} is removed again and again while something is made in it")
+
+
+def _make_parent(parent: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent)) from error
+
+
+def _unwritable(parent: Path, error: OSError) -> OSError:
+    """The system's refusal, of the folder: the name that was tried in it is ours, and says nothing to anybody."""
+    return type(error)(f"the folder {parent} cannot be written: {error.strerror}")
 
 
 def _remove_mark(mark: Path) -> None:

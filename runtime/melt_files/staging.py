@@ -10,7 +10,7 @@ from melt_files.partial import partial_folder
 
 def require_absent(out: Path, error: type[Exception]) -> None:
     """Refuses an output that exists, with the caller's kind of error."""
-    if out.exists():
+    if os.path.lexists(out):  # a link to nothing too, which no folder could replace
         raise error(f"{out} exists: choose another --out, or remove it first")
 
 
@@ -19,11 +19,23 @@ def staged(out: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``out``, which must not exist, at the end; or disappears.
 
     What killed processes left beside ``out`` is removed first.
+
+    Raises:
+        FileExistsError: at the end, another process made ``out`` meanwhile; that stays, the sibling is gone.
+        OSError: the folder of ``out`` cannot be written.
     """
     with partial_folder(out.parent, out.name) as staging:
         yield staging
         staging.chmod(0o755)
-        staging.rename(out)
+        try:
+            staging.rename(out)
+        except OSError as error:
+            if not os.path.lexists(out):
+                raise
+            raise FileExistsError(
+                f"{out} was made by another process meanwhile: it is left as it is, and what was to take its place is "
+                "removed; choose another place, or remove it and begin anew"
+            ) from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object], make_parent: Callable[[], None] | None = None) -> None:

@@ -1,7 +1,9 @@
 """Checks of what callers give: each raises ``ValueError`` with field, rule and value. Knows nothing of models."""
 
+import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,14 @@ class _Repr(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = 80
+        self.maxlevel = 2  # six elements each: six levels would be 46,656
+
+    def repr1(self, value: object, level: int) -> str:
+        """As reprlib does, which takes a type by its name for one of Python's, and then fails where it is another."""
+        try:
+            return super().repr1(value, level)
+        except Exception:
+            return f"an object of type {type(value).__name__[:80]}"
 
     def repr_int(self, value: int, level: int) -> str:
         """As Python prints it, unless it is very long."""
@@ -24,6 +34,11 @@ class _Repr(reprlib.Repr):
 def shown(value: object) -> str:
     """``value`` as a message shows it, whatever its length."""
     return _Repr().repr(value)
+
+
+def shown_name(text: str) -> str:
+    """A word in a message as it stands, without quotation marks, unless it is very long or cannot be printed."""
+    return shown(str.__str__(text))[1:-1]
 
 
 def is_whole(value: object) -> bool:
@@ -80,6 +95,38 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str)
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be {rule}, got {shown(value)}")
     return value
+
+
+def one_of(name: str, value: object, known: Sequence[str], why: str = "") -> str:
+    """``value`` as one of ``known``; ``why`` is said after them.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}{why}, got {shown(value)}")
+    return value
+
+
+def path_of(name: str, value: object, what: str = "a folder") -> Path:
+    """``value`` as the path of ``what``, which need not exist.
+
+    Raises:
+        ValueError: no path, or one that no file system takes.
+    """
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]
+    except TypeError:  # what offers a path may give another thing
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be the path of {what}, got {shown(value)}")
+    try:
+        taken = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        taken = False
+    if not taken:
+        raise ValueError(f"{name} must be a path without null characters and half characters, got {shown(text)}")
+    return Path(text)
 
 
 def function_or_none(name: str, value: object) -> None:

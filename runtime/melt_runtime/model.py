@@ -3,10 +3,9 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Unpack
 
-from melt_runtime.arguments import function_or_none, instance, whole_number
+from melt_runtime.arguments import function_or_none, instance, path_of, whole_number
 from melt_runtime.batch import Batch, BatchAsk, BatchStream
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
@@ -109,7 +108,7 @@ class MeltModel:
             CapacityError: the machine has too little memory for the state; nothing was allocated.
             ValueError: an argument of a wrong type or outside its rule.
         """
-        folder = Path(instance("bundle", bundle, (str, os.PathLike), "the path of a folder"))
+        folder = path_of("bundle", bundle)
         check_threads(threads)
         instance("cache", cache, (LoadCache, type(None)), "a LoadCache or None")
         function_or_none("progress", progress)

@@ -5,12 +5,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Unpack, cast
 
 from pydantic import TypeAdapter
 
-from melt_runtime.arguments import function_or_none, instance
+from melt_runtime.arguments import function_or_none, instance, path_of
 from melt_runtime.engine import Engine
 from melt_runtime.execute.saved import load_slot, save_slot
 from melt_runtime.execute.slots import Slot
@@ -126,10 +125,12 @@ class Session:
         Raises:
             BusyError: the session is at work.
             OSError: the file cannot be written.
+            ValueError: ``path`` is none.
         """
+        file = path_of("path", path, "a file")
         more = {"messages": self.messages, "holds_raw": self._holds_raw}
         with self._hold.taken():
-            save_slot(Path(path), self._engine.executor.state, self._slot, self._desk.identity, more)
+            save_slot(file, self._engine.executor.state, self._slot, self._desk.identity, more)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Makes this the conversation of a file that ``save`` wrote; nothing of it is computed again.
@@ -137,10 +138,12 @@ class Session:
         Raises:
             BusyError: the session is at work.
             SavedError: no such file, one of another model or KV cache, or a damaged one.
-            CapacityError: more tokens than the session has room for. The session is unchanged by any of these.
+            CapacityError: more tokens than the session has room for.
+            ValueError: ``path`` is none. The session is unchanged by any of these.
         """
+        file = path_of("path", path, "a file")
         with self._hold.taken():
-            more = load_slot(Path(path), self._engine.executor.state, self._slot, self._desk.identity, _KEPT)
+            more = load_slot(file, self._engine.executor.state, self._slot, self._desk.identity, _KEPT)
             self.messages, self._holds_raw = cast(list[Message], more.messages), more.holds_raw
 
     def reset(self) -> None:

@@ -108,12 +108,14 @@ def _damage(checkpoint: Path, chance: random.Random) -> str:
 
 
 def _replace(path: Path, chance: random.Random) -> str:
-    how = chance.choice(("missing", "folder", "link"))
+    how = chance.choice(("missing", "folder", "link", "pipe"))
     shutil.rmtree(path) if path.is_dir() else path.unlink()  # damaged before, or not
     if how == "folder":
         path.mkdir()
     elif how == "link":
         path.symlink_to(path.name)
+    elif how == "pipe":
+        os.mkfifo(path)
     return how
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval, Len
 
-from melt_runtime.arguments import instance, shown
+from melt_runtime.arguments import path_of, shown
 from melt_runtime.bundle.contract import (
     KV_CACHES,
     PROVIDERS,
@@ -167,14 +166,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             that leaves the bundle.
         ValueError: ``folder`` is no path.
     """
-    path = Path(instance("folder", folder, (str, os.PathLike), "the path of a folder")) / MANIFEST_NAME
+    folder = path_of("folder", folder)
+    path = folder / MANIFEST_NAME
     try:
         found = path.is_file()
     except OSError as error:
         raise BundleError(f"{shown(str(folder))} cannot be read: {error.strerror}") from error
     if not found:
         for name, (owner, loader) in _OTHERS.items():
-            if (Path(folder) / name).is_file():
+            if (folder / name).is_file():
                 raise BundleError(
                     f"{folder} is a model for {owner}, whose number of loops is fixed: load it with {loader}, "
                     f"or for this runtime {REMAKE}"
@@ -245,7 +245,7 @@ def _parse(path: Path, faults: list[str]) -> Manifest | None:
             raise ValueError("not an object")
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION or type(version) is not int:
-            faults.append(f"schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}")
+            faults.append(f"schema_version must be {SCHEMA_VERSION}, got {shown(version)}")
             return None
         return _reader().validate_json(json.dumps(values))
     except ValidationError as error:
@@ -274,14 +274,14 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _describe(fault: "ErrorDetails") -> str:
     """One fault: field, rule, value."""
-    place = ".".join(reprlib.repr(part).strip("'") for part in fault["loc"]) or "the manifest"
+    place = ".".join(shown(part).strip("'") for part in fault["loc"]) or "the manifest"
     if fault["type"] == "missing":
         return f"{place} is missing"
     if fault["type"] == "unexpected_keyword_argument":
         return f"{place} is unknown"
     rule = fault["msg"].replace(" should ", " must ").removeprefix("Input ")
     rule = rule if rule.startswith("must") else f"is wrong: {rule}"
-    return f"{place} {rule}, got {reprlib.repr(fault['input'])}"
+    return f"{place} {rule}, got {shown(fault['input'])}"
 
 
 def _check_values(manifest: Manifest) -> list[str]:
@@ -303,7 +303,7 @@ def _check_values(manifest: Manifest) -> list[str]:
     ]
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name):
-            faults.append(f"files: a name must be of letters, digits, '.', '_' and '-', got {reprlib.repr(name)}")
+            faults.append(f"files: a name must be of letters, digits, '.', '_' and '-', got {shown(name)}")
     strangers = [name for name in manifest.files if name.endswith(".onnx") and name[:-5] not in manifest.graphs]
     faults += [f"files.{name} must belong to one of graphs" for name in strangers]
     needed = [f"{name}.onnx" for name in expected]

@@ -4,13 +4,15 @@ It knows a ``Session`` and lines of text; where lines come from is the caller's.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from melt_files import replace_text
+from melt_runtime.arguments import path_of, shown, shown_name
+from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.cli.streams import require_utf8
 from melt_runtime.errors import CapacityError, MeltError
 from melt_runtime.progress import PROMPT_DELAY, Line
@@ -29,6 +31,10 @@ HELP = """\
   /quit           leave (so do Ctrl-D, and Ctrl-C twice)
 Ctrl-C stops an answer; what it said so far stays in the conversation. A message that begins with / needs a space first.
 """
+
+_ALONE = ("/retry", "/clear", "/reset", "/help", "/quit")
+"""Commands that nothing may follow: it would be passed over without a word."""
+_MOST_DIGITS = 20
 
 ReadLine = Callable[[], str]
 """Gives the next line, without its end; ``EOFError`` at the end, ``KeyboardInterrupt`` for Ctrl-C."""
@@ -127,11 +133,7 @@ class Chat:
         try:
             line = require_utf8(line, "a message")
             if line.startswith("/"):
-                name, *rest = line.split(maxsplit=1)
-                if name not in self._commands:
-                    known = ", ".join([*self._commands, "/quit"])
-                    raise ValueError(f"{name} is no command: {known}; a message that begins with / needs a space first")
-                self._commands[name]("".join(rest).strip())
+                self._command(*line.split(maxsplit=1))
             else:
                 self._answer([*self._spoken(), {"role": "user", "content": line.strip()}])
         except KeyboardInterrupt:
@@ -142,6 +144,18 @@ class Chat:
         except (MeltError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
         return True
+
+    def _command(self, name: str, text: str = "") -> None:
+        """Does what a command says; ``/quit`` alone is where the lines are read."""
+        text = text.strip()
+        if text and name in _ALONE:
+            raise ValueError(f"{name} takes nothing after it, got {shown(text)}")
+        if name not in self._commands:
+            known = ", ".join([*self._commands, "/quit"])
+            raise ValueError(
+                f"{shown_name(name)} is no command: {known}; a message that begins with / needs a space first"
+            )
+        self._commands[name](text)
 
     def _spoken(self) -> list[Message]:
         """The conversation so far, without instructions."""
@@ -174,8 +188,9 @@ class Chat:
 
     def _loops(self, text: str) -> None:
         if text:
-            if text != "auto" and not text.isdecimal():
-                raise ValueError(f"loops must be a whole number of at least 1, or auto, got {text!r}")
+            whole = text.isdecimal() and len(text) <= _MOST_DIGITS  # Python reads no number of thousands of digits
+            if text != "auto" and not whole:
+                raise ValueError(f"loops must be auto or a whole number from 1 to {MAX_LOOPS}, got {shown(text)}")
             self.settings["loops"] = GenerationConfig(loops="auto" if text == "auto" else int(text)).loops
         print(f"loops {self.settings.get('loops', 'as many as the model was trained with')}")
 
@@ -198,11 +213,13 @@ class Chat:
             raise ValueError("give a file: /save chat.json")
         messages = self._with_system(self._spoken())
         values = {"saved": time.strftime("%Y-%m-%d %H:%M:%S"), "messages": messages}
+        path = path_of("the file", text, "a file")
         try:
-            path = Path(text).expanduser()
-            if path.exists():
+            path = path.expanduser()
+            if os.path.lexists(path):
                 raise ValueError(f"{path} exists: choose another name")
             replace_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         except (OSError, RuntimeError) as error:  # the latter where there is no such user
-            raise ValueError(f"{text} cannot be written: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ValueError(f"{shown_name(text)} cannot be written: {reason}") from error
         print(f"wrote {path}")

@@ -14,6 +14,7 @@ from melt_runtime.errors import BundleError, ProviderError
 
 DeviceKind = Literal["cpu", "cuda"]
 DEVICES = ("cpu", "cuda", "auto")
+_MOST_DIGITS = 9  # of a device's number; CUDA counts in 32 bits
 
 ORT_TYPES = {
     "float32": "tensor(float)",
@@ -71,7 +72,8 @@ def choose_provider(device: str, activations: str, cuda: CudaOptions | None = No
         ProviderError: the bundle was made for another device, or ``cuda`` was asked for and cannot run here.
     """
     kind, colon, number = instance("device", device, str, f"one of {', '.join(DEVICES)}, or cuda:N").partition(":")
-    if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdecimal())):
+    numbered = kind == "cuda" and number.isdecimal() and len(number) <= _MOST_DIGITS
+    if kind not in DEVICES or (colon and not numbered):
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, or cuda:N, got {shown(device)}")
     device_id, made_for = int(number or 0), PROVIDERS[activations]
     if kind == "cpu":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from melt_files import Partial, partial_folder, partials, remove_dead, replace_text
-from melt_runtime.arguments import instance, shown, whole_number
+from melt_runtime.arguments import instance, path_of, shown, whole_number
 from melt_runtime.bundle.manifest import Manifest
 
 DEFAULT_LIMIT = 16 << 30
@@ -30,6 +30,7 @@ DEFAULT_LIMIT = 16 << 30
 MIN_BYTES = 64 << 20
 """Bundles with fewer bytes of weights load as quickly without help."""
 
+_MOST_GB = 9e9  # not yet 2^63 bytes
 _STAMP = "entry.json"
 _CHECKED = "checked"
 _TAG = "CACHEDIR.TAG"
@@ -84,9 +85,7 @@ class LoadCache:
         Raises:
             ValueError: an argument, ``MELT_CACHE_GB`` or ``MELT_CACHE_DIR`` is outside its rule.
         """
-        if folder is not None:
-            instance("folder", folder, (str, os.PathLike), "the path of a folder")
-        self.folder = _default_folder() if folder is None else Path(folder)
+        self.folder = _default_folder() if folder is None else path_of("folder", folder)
         try:
             self.folder.exists()
         except OSError as error:
@@ -194,8 +193,13 @@ class LoadCache:
                         replace_text(tag, _TAG_TEXT)
         return Cleared(before - folder_bytes(self.folder), left)
 
-    def unchanged(self, bundle: Path, manifest: Manifest) -> frozenset[str]:
-        """Files of a bundle that were found undamaged before and have had the same size, time and place since."""
+    def unchanged(self, bundle: str | os.PathLike[str], manifest: Manifest) -> frozenset[str]:
+        """Files of a bundle that were found undamaged before and have had the same size, time and place since.
+
+        Raises:
+            ValueError: an argument of a wrong type.
+        """
+        bundle, manifest = _bundle(bundle, manifest)
         note = _read_own(self._checked(bundle))
         known = None if note is None else note.get("files")
         if not isinstance(known, dict):
@@ -206,12 +210,14 @@ class LoadCache:
             if (bundle / name).is_file() and known.get(name) == [entry.sha256, *_signature(bundle / name)]
         )
 
-    def remember(self, bundle: Path, manifest: Manifest) -> None:
+    def remember(self, bundle: str | os.PathLike[str], manifest: Manifest) -> None:
         """Notes that every file of a bundle was just found undamaged.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or a file of the bundle not be found.
+            ValueError: an argument of a wrong type.
         """
+        bundle, manifest = _bundle(bundle, manifest)
         files = {name: [entry.sha256, *_signature(bundle / name)] for name, entry in manifest.files.items()}
         text = json.dumps({"made_by": _MAKER, "source": str(bundle), "files": files})
         replace_text(self._checked(bundle), text, self._make_checked)
@@ -238,7 +244,7 @@ class LoadCache:
         return self.folder / key
 
     def _checked(self, bundle: Path) -> Path:
-        name = hashlib.sha256(str(bundle.resolve()).encode()).hexdigest()[:32]
+        name = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:32]
         return self.folder / _CHECKED / f"{name}.json"
 
     def _prune(self, keep: str) -> None:
@@ -251,6 +257,15 @@ class LoadCache:
             if entry.folder.name != keep:
                 self.remove(entry.folder.name)
                 total -= entry.nbytes
+
+
+def _bundle(bundle: object, manifest: object) -> tuple[Path, Manifest]:
+    """A bundle as a caller names it.
+
+    Raises:
+        ValueError: an argument of a wrong type.
+    """
+    return path_of("bundle", bundle), instance("manifest", manifest, Manifest, "a Manifest")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -315,6 +330,6 @@ def _default_limit() -> int:
         gigabytes = float(chosen)
     except ValueError:
         gigabytes = math.nan
-    if not 0 <= gigabytes < math.inf:
-        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes, at least 0, got {chosen!r}")
+    if not 0 <= gigabytes <= _MOST_GB:
+        raise ValueError(f"MELT_CACHE_GB must be a number of gigabytes from 0 to {_MOST_GB:.0f}, got {shown(chosen)}")
     return int(gigabytes * 1e9)

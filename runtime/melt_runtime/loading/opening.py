@@ -1,12 +1,12 @@
 """Opens a bundle on a device: its files checked, its memory found to suffice, its graphs as the manifest says."""
 
 import json
-import reprlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from melt_runtime.arguments import shown
 from melt_runtime.bundle.contract import METADATA_KEY, KVCacheKind, ModelShape, graph_metadata, loop_graph
 from melt_runtime.bundle.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.device.cuda import free_memory
@@ -50,9 +50,9 @@ def check_vocabulary(codec: TextCodec, shape: ModelShape) -> None:
     size = shape.vocab_size
     unknown = {token: text for text, token in codec.tokenizer.get_vocab().items() if token >= size}
     if unknown:
-        shown = ", ".join(f"{token} {unknown[token][:40]!r}" for token in sorted(unknown)[:_SHOWN])
+        some = ", ".join(f"{token} {shown(unknown[token])}" for token in sorted(unknown)[:_SHOWN])
         raise BundleError(
-            f"{TOKENIZER_NAME}: {len(unknown)} token ids must be below vocab_size ({size}), such as {shown}; {REMAKE}"
+            f"{TOKENIZER_NAME}: {len(unknown)} token ids must be below vocab_size ({size}), such as {some}; {REMAKE}"
         )
 
 
@@ -165,6 +165,6 @@ def _check_graph(name: str, session: Any, manifest: Manifest) -> None:
     for field, value in graph_metadata(manifest.model, manifest.precision, manifest.activations).items():
         theirs = said.get(field) if isinstance(said, dict) else None
         if theirs != value or type(theirs) is not type(value):
-            faults.append(f"{field} is {reprlib.repr(value)} in the manifest, {reprlib.repr(theirs)} in the graph")
+            faults.append(f"{field} is {shown(value)} in the manifest, {shown(theirs)} in the graph")
     if faults:
         raise BundleError("\n  ".join((f"{name}.onnx is not what the manifest says:", *faults)) + f"\n{REMAKE}")

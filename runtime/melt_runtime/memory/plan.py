@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melt_runtime.arguments import instance, shown, whole_number
+from melt_runtime.arguments import instance, one_of, whole_number
 from melt_runtime.bundle.contract import KV_CACHES, MAX_LOOPS, KVCacheKind, ModelShape, cache_tensor
 from melt_runtime.bundle.manifest import Manifest
 from melt_runtime.errors import CapacityError
@@ -63,8 +63,7 @@ class StatePlan:
             ValueError: a size that is no whole number, below 1 or above its bound (the model's positions for a
                 capacity, the capacity for a chunk), or an unknown kind of KV cache.
         """
-        if self.kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {shown(self.kv_cache)}")
+        one_of("kv_cache", self.kv_cache, KV_CACHES)
         positions = self.shape.max_positions
         capacity = whole_number("capacity", self.capacity, 1, positions, " (max_positions)")
         sizes = {
@@ -195,11 +194,7 @@ def plan_state(
         ValueError: a size outside its rule, or a kind of KV cache that the bundle has no loop for.
     """
     shape = instance("manifest", manifest, Manifest, "a Manifest").model
-    if kv_cache not in manifest.kv_caches:
-        offered = ", ".join(manifest.kv_caches)
-        raise ValueError(
-            f"kv_cache must be one of {offered}, which this {manifest.precision} bundle has, got {shown(kv_cache)}"
-        )
+    one_of("kv_cache", kv_cache, manifest.kv_caches, f", which this {manifest.precision} bundle has")
     most = shape.max_positions
     capacity = (
         min(DEFAULT_CAPACITY, most)

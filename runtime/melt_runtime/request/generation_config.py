@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from melt_runtime.arguments import is_whole, real_number, shown, whole_number
+from melt_runtime.arguments import instance, is_whole, real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import BundleError
 from melt_runtime.schedule.depth import EXIT_RULES, Depth, ExitRule
@@ -119,7 +119,11 @@ class GenerationConfig:
         """What is said here, and where nothing is, what ``other`` says.
 
         A number of loops said here ends what ``other`` says of ``auto``, and plain decoding what it says of a wave.
+
+        Raises:
+            ValueError: ``other`` is no ``GenerationConfig``.
         """
+        instance("other", other, GenerationConfig, "a GenerationConfig")
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         idle = _OF_AUTO if is_whole(self.loops) else ()
         other = replace(other, **dict.fromkeys(idle), **({"lag": None} if self.decode == "plain" else {}))
@@ -133,7 +137,7 @@ class GenerationConfig:
         """
         unknown = sorted(changes.keys() - _CHECKS.keys())
         if unknown:
-            raise ValueError(f"unknown generation options {unknown}; known: {', '.join(_CHECKS)}")
+            raise ValueError(f"unknown generation options {shown(unknown)}; known: {', '.join(_CHECKS)}")
         return GenerationConfig(**changes).over(self)
 
 

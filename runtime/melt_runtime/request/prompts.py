@@ -93,8 +93,6 @@ def as_chat(prompt: Prompt, raw: bool) -> list[Message] | None:
         return None
     if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
         raise ValueError(f"prompt must be text, messages or token ids, got {shown(prompt)}")
-    if not prompt:
-        raise TokenError("prompt must hold at least one message or token id")
-    if isinstance(prompt[0], Mapping):
-        return list(cast(Sequence[Message], prompt))
-    return None
+    for first in prompt:  # its length may say another thing than what is in it
+        return list(cast(Sequence[Message], prompt)) if isinstance(first, Mapping) else None
+    raise TokenError("prompt must hold at least one message or token id")

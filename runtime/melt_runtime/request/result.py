@@ -24,13 +24,13 @@ class Timings:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prefill_tokens / self.prefill_seconds
+        """Prompt tokens per second; 0 where none was computed, and no time taken."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
         """Tokens per second in decode; 0 where the answer was a single token."""
-        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)

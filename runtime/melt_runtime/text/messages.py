@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from melt_runtime.arguments import shown, shown_name
 from melt_runtime.errors import TokenError
 
 _MAX_DEPTH = 50
@@ -25,9 +26,10 @@ def check_messages(messages: Sequence[Any], takes_parts: bool) -> list[dict[str,
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise TokenError(f"messages must be a list of messages, got {type(messages).__name__}")
-    if not messages:
+    checked = [_check(message, f"messages[{number}]", takes_parts) for number, message in enumerate(messages)]
+    if not checked:
         raise TokenError("messages must hold at least one message")
-    return [_check(message, f"messages[{number}]", takes_parts) for number, message in enumerate(messages)]
+    return checked
 
 
 def require_text(text: str, place: str) -> str:
@@ -71,7 +73,7 @@ def _check_parts(parts: list[Any], place: str, takes_parts: bool) -> None:
         if kind != "text" or not isinstance(part.get("text"), str):
             raise TokenError(
                 f"{place}.content[{number}] must be {{'type': 'text', 'text': ...}}, got "
-                f"{_got(part) if kind is None else f'type {kind!r}'}: the model reads text only"
+                f"{_got(part) if kind is None else f'type {shown(kind)}'}: the model reads text only"
             )
     if not takes_parts:
         raise TokenError(f"{place}.content must be text, got a list, which this chat template does not read: join it")
@@ -101,9 +103,9 @@ def _plain(value: Any, place: str, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TokenError(f"{place} must have names as keys, got {key!r}")
+                raise TokenError(f"{place} must have names as keys, got {shown(key)}")
             require_text(key, f"a key of {place}")
-        return {str.__str__(key): _plain(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
+        return {str.__str__(key): _plain(item, f"{place}.{shown_name(key)}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{place}[{number}]", depth + 1) for number, item in enumerate(value)]
     raise TokenError(f"{place} must be a plain value as JSON has them, got {type(value).__name__}")
