@@ -4,7 +4,7 @@
 
 The bundles are those of ``melt bench --shape melt-1.6b:4 --precision int8``. Sizes of one position alternate within
 each round, so that a slow moment of the machine meets all of them; a row is a median. The cache is filled without
-computing it: speed depends on how many rows attention reads.
+computing it: speed depends on how many rows attention reads. What memory does not hold is left out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.plan import plan_state
-from melt_runtime.memory.process import resident_bytes
+from melt_runtime.memory.process import available_bytes, resident_bytes
 from melt_runtime.schedule.span import Span
 
 LOOPS = 4
@@ -98,6 +98,8 @@ def measure(bundle: Path, position: int, batches: tuple[int, ...], rounds: int) 
     most = model.manifest.model.max_positions
     position = min(position, most - rounds - 3)
     plans = {batch: plan_state(model.manifest, position + rounds + 2, batch, chunk=1, loops=LOOPS) for batch in batches}
+    free = available_bytes()
+    batches = tuple(batch for batch in batches if free is None or plans[batch].total_bytes < 0.9 * free)
     executor = Executor(model.new_runner().sessions, State(plans[max(batches)], "cpu"))
     fill_cache(executor.state, position)
     for slot in executor.slots:
