@@ -74,11 +74,11 @@ fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz/run.py checkpoints --count $(CHECKPOINTS)
 	$(BIN)/python tests/fuzz/run.py calls --count $(CALLS)
 
-## soak: 100,000 tokens and 1,000 loads in one process, one load cache made and removed by several (half an hour)
+## soak: 100,000 tokens and 1,000 loads in one process, one load cache made and removed by several (2 minutes)
 soak: $(VENV)/ready
 	$(BIN)/python tests/soak.py
 
-## kills: kill -9 at random moments of exports, cache makings, trainings and sessions (half an hour)
+## kills: kill -9 at random moments of exports, cache makings, trainings and sessions (2 minutes)
 kills: $(VENV)/ready
 	$(BIN)/python tests/kills.py
 

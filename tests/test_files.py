@@ -18,9 +18,11 @@ import pytest
 from melt_files import partial_folder, partials, remove_dead, replace_text, require_absent, staged
 
 MAKER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from melt_files import staged
+for number in (signal.SIGHUP, signal.SIGTERM):  # who started the tests may ignore them, as nohup does
+    signal.signal(number, signal.SIG_DFL)
 while True:
     with staged(Path(sys.argv[1])) as folder:
         (folder / "half").write_text("x" * 1000)
