@@ -37,7 +37,7 @@ def look(session: Session) -> tuple:
 def next_turn(session: Session, prompt="Who is Ben?") -> tuple:
     """A turn's answer and the last logits behind it."""
     result = session.generate(prompt, max_new_tokens=6, **FREE)
-    return result.token_ids, result.text, session._engine.executor.state.logits.read().tobytes()
+    return result.token_ids, result.text, session._engine.executor.state.logits.read()[0].tobytes()
 
 
 def test_nothing_moves_before_the_first_piece(model, session):
@@ -286,7 +286,7 @@ def test_sessions_of_one_model_answer_side_by_side_as_they_do_alone(model):
         for turn, loops in zip(turns, (4, 2), strict=True):
             settings = {"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": turn[0], "loops": loops}
             found.append(session.generate(turn, **settings, **FREE).token_ids)
-        return [*found, session._engine.executor.state.logits.read().tobytes()]
+        return [*found, session._engine.executor.state.logits.read()[0].tobytes()]
 
     serial = [answer(turns) for turns in prompts]
     found: list = [None] * len(prompts)

@@ -7,11 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Unpack, cast
 
-from pydantic import TypeAdapter
-
 from melt_runtime.arguments import function_or_none, instance, path_of
 from melt_runtime.engine import Engine
-from melt_runtime.execute.saved import load_slot, save_slot
 from melt_runtime.execute.slots import Slot
 from melt_runtime.hold import Hold
 from melt_runtime.memory.plan import StatePlan
@@ -35,9 +32,6 @@ class _Kept:
 
     messages: list[dict[str, str]]
     holds_raw: bool
-
-
-_KEPT = TypeAdapter(_Kept)
 
 
 class DepthNotice:
@@ -128,6 +122,8 @@ class Session:
             ValueError: ``path`` is none.
         """
         file = path_of("path", path, "a file")
+        from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
+
         more = {"messages": self.messages, "holds_raw": self._holds_raw}
         with self._hold.taken():
             save_slot(file, self._engine.executor.state, self._slot, self._desk.identity, more)
@@ -142,8 +138,10 @@ class Session:
             ValueError: ``path`` is none. The session is unchanged by any of these.
         """
         file = path_of("path", path, "a file")
+        from melt_runtime.execute.saved import load_slot
+
         with self._hold.taken():
-            more = load_slot(file, self._engine.executor.state, self._slot, self._desk.identity, _KEPT)
+            more = load_slot(file, self._engine.executor.state, self._slot, self._desk.identity, _Kept)
             self.messages, self._holds_raw = cast(list[Message], more.messages), more.holds_raw
 
     def reset(self) -> None:

@@ -49,7 +49,7 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
     replace_file(path, lambda new: save_file(tensors, new, {"melt": json.dumps(header)}))
 
 
-def load_slot(path: Path, state: State, slot: Slot, identity: str, more: TypeAdapter[T]) -> T:
+def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]) -> T:
     """Makes ``slot`` the sequence of a file.
 
     Args:
@@ -74,7 +74,7 @@ def load_slot(path: Path, state: State, slot: Slot, identity: str, more: TypeAda
             other = [name for name, value in _about(state, identity).items() if header.get(name) != value]
             if other:
                 raise SavedError(f"{path} was saved by another model, or over another KV cache: its {other} differ")
-            kept = more.validate_json(json.dumps(header.get("more")), strict=True)
+            kept = TypeAdapter(more).validate_json(json.dumps(header.get("more")), strict=True)
             length = _LENGTH.validate_python(header.get("length"), strict=True)
             depth = _DEPTH.validate_python(header.get("depth"), strict=True)
             _require_fit(path, state, length, depth)
