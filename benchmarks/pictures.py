@@ -3,7 +3,7 @@
     python benchmarks/pictures.py
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
-``bench-kv.json``), ``benchmarks/memory.py --json`` and ``benchmarks/training.py --json``.
+``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py`` and ``decoding.py``.
 """
 
 import json
@@ -93,11 +93,48 @@ def draw_depths(accuracy: dict[str, dict[str, dict[str, float]]], path: Path) ->
             axis.tick_params(length=0)
 
 
+def draw_batches(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second of all sequences together, beside one alone, by how many share a pass; a panel a position."""
+    rows = [row for row in rows if row["bundle"] != "melt-tiny"]
+    positions = sorted({row["position"] for row in rows})
+    title = "Sequences that share a pass: tokens a second beside one alone (4 layers, 4 loops)"
+    with picture(path, title, 1, len(positions), width=9, height=4, sharey=True) as (figure, axes):
+        for axis, position in zip(axes[0], positions, strict=True):
+            for bundle in sorted({row["bundle"] for row in rows}):
+                line = [(r["batch"], r["ratio"]) for r in rows if (r["bundle"], r["position"]) == (bundle, position)]
+                axis.plot(*zip(*line, strict=True), "o-", label=bundle.replace("-4-", ", "))
+            axis.set(title=f"at position {position:,}", xlabel="sequences", xticks=[1, 2, 4, 8, 16], ylim=(0, None))
+        axes[0, 0].set_ylabel("times the tokens of one")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
+
+
+def draw_waves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second of a wave of lag 1 beside plain decoding, by the share of drafts that hold."""
+    title = "Waves of lag 1: tokens a second beside plain decoding (MELT, 4 layers, 4 loops)"
+    with picture(path, title, width=7, height=4) as (_, axes):
+        axis = axes[0, 0]
+        for colour, bundle in enumerate(sorted({row["bundle"] for row in rows})):
+            for position, style in zip(sorted({row["position"] for row in rows}), ("o-", "s--"), strict=True):
+                own = [row for row in rows if (row["bundle"], row["position"]) == (bundle, position)]
+                line = [
+                    (int(row["way"].split(", ")[2].split("%")[0]), row["ratio"])
+                    for row in own
+                    if row["way"].startswith("wave, lag 1")
+                ]
+                label = f"{bundle.split('-')[-1]}, position {position:,}"
+                axis.plot(*zip(*line, strict=True), style, color=f"C{colour}", label=label)
+        axis.axhline(1, color="#888888", linewidth=1)
+        axis.set(xlabel="drafts that hold, %", ylabel="times the tokens of plain", ylim=(0, None))
+        axis.legend(loc="upper left")
+
+
 def main() -> int:
     """Draws them all."""
     for name in ("bench-full", "bench-kv"):
         plot_rows([Row(**row) for row in read(f"{name}.json")["rows"]], DOCS / f"{name}.png")
     draw_memory(read("memory.json")["points"], DOCS / "memory.png")
+    draw_batches(read("batches.json")["rows"], DOCS / "batches.png")
+    draw_waves(read("decoding.json")["rows"], DOCS / "decoding.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

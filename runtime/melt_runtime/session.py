@@ -119,7 +119,7 @@ class Session:
         Raises:
             BusyError: the session is at work.
             OSError: the file cannot be written.
-            ValueError: ``path`` is none.
+            ValueError: ``path`` is no path.
         """
         file = path_of("path", path, "a file")
         from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
@@ -135,7 +135,7 @@ class Session:
             BusyError: the session is at work.
             SavedError: no such file, one of another model or KV cache, or a damaged one.
             CapacityError: more tokens than the session has room for.
-            ValueError: ``path`` is none. The session is unchanged by any of these.
+            ValueError: ``path`` is no path. The session is unchanged by any of these.
         """
         file = path_of("path", path, "a file")
         from melt_runtime.execute.saved import load_slot

@@ -8,7 +8,7 @@ import os
 import random
 import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import numpy as np
 from fuzz.bundles import MOST_MEMORY
 from fuzz.edits import ODD_VALUES, edit_json
 from fuzz.pool import ANSWERED, FINDING, REFUSED, Case, Outcome, Tell
-from melt_runtime import CudaOptions, GenerationConfig, LoadCache, MeltError, MeltModel, plan_state, read_manifest
+from melt_runtime import (
+    BatchError,
+    CudaOptions,
+    GenerationConfig,
+    LoadCache,
+    MeltError,
+    MeltModel,
+    plan_state,
+    read_manifest,
+)
 from melt_runtime.arguments import is_whole, shown
 
 CAPACITY = 64
@@ -133,6 +142,7 @@ class Calls:
         self.base, self.manifest = base, read_manifest(base)
         self.model = MeltModel.load(base, device="cpu", threads=1, capacity=CAPACITY)
         self.runner = self.model.new_runner(batch=2)
+        self.slots = MeltModel.load(base, device="cpu", threads=1, capacity=CAPACITY, slots=3)
         self.expected = self._valid()
         self.before = self.model.new_session()
         self.before.generate("Who?", max_new_tokens=3)
@@ -206,6 +216,50 @@ class Calls:
         elif use == "result":
             next(stream, None)
             _ = stream.result
+        return ANSWERED
+
+    def _batch(self, chance: random.Random, tell: Tell) -> str:
+        """Several prompts, some of them odd, over several slots; what is sound is answered all the same."""
+        prompts: Any = [odd_prompt(chance) for _ in range(chance.choice((0, 1, 3, 5)))]
+        place = chance.randint(0, len(prompts))
+        prompts.insert(place, IDS)
+        if chance.random() < 0.1 and isinstance(strange := odd(chance), Sized):  # others may never end
+            prompts = strange
+        options = self._options(chance) if chance.random() < 0.3 else {"max_new_tokens": 3, "loops": 2}
+        if chance.random() < 0.2:
+            configs: Any = [GenerationConfig(max_new_tokens=3) for _ in prompts] if isinstance(prompts, list) else []
+            options = {"config": chance.choice((configs, configs[1:], odd(chance)))}
+        tell(prompts, options)
+        try:
+            results = self.slots.generate_batch(prompts, **options)
+            return ANSWERED if all(result.token_ids for result in results) else FINDING
+        except BatchError as error:
+            sound = isinstance(prompts, list) and options == {"max_new_tokens": 3, "loops": 2}
+            return FINDING if sound and place not in error.results else REFUSED
+
+    def _saved(self, chance: random.Random, tell: Tell) -> str:
+        """A session written and read again, with bytes of the file changed."""
+        session = self.model.new_session()
+        session.generate("Who?", max_new_tokens=3)
+        path = Path("saved") if chance.random() < 0.8 else odd(chance)
+        tell(path)
+        try:
+            session.save(path)
+            if path == Path("saved"):
+                data = bytearray(path.read_bytes())
+                for _ in range(chance.choice((0, 1, 3))):
+                    data[chance.randrange(min(len(data), chance.choice((64, 3000, len(data)))))] = chance.randrange(256)
+                path.write_bytes(data[: chance.choice((len(data), len(data), chance.randrange(len(data))))])
+            before = session.token_ids, session.messages
+            try:
+                session.restore(path)
+            except MeltError:
+                if (session.token_ids, session.messages) != before:
+                    raise AssertionError("a refused file changed the conversation") from None
+                raise
+            session.generate("Why?", max_new_tokens=2)
+        except OSError:
+            return REFUSED
         return ANSWERED
 
     def _session(self, chance: random.Random, tell: Tell) -> str:
@@ -318,6 +372,8 @@ KINDS = (
     *("stream",) * 5,
     *("session",) * 4,
     *("driver",) * 4,
+    *("batch",) * 3,
+    *("saved",) * 2,
     *("load",) * 3,
     *("config", "text", "cache", "plan", "manifest"),
 )

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from melt_runtime.arguments import instance, is_whole, real_number, shown, whole_number
+from melt_runtime.arguments import instance, is_whole, one_of, real_number, shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import BundleError
 from melt_runtime.schedule.depth import EXIT_RULES, Depth, ExitRule
@@ -329,13 +329,8 @@ def _loops(name: str, value: object) -> object:
     return value if isinstance(value, str) and value == "auto" else whole_number(name, value, 1, MAX_LOOPS)
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        if not isinstance(value, str) or value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}")
-        return value
-
-    return check
+def _one_of(names: tuple[str, ...]) -> Callable[[str, object], str]:
+    return partial(one_of, known=names)
 
 
 _CHECKS: dict[str, Callable[[str, object], object]] = {
