@@ -14,13 +14,17 @@ LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
 .PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny train-smoke clean
 
-## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops
+## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops, as deep as needed, in a wave
 demo: $(VENV)/ready
 	rm -rf build/melt-tiny
 	$(BIN)/python export.py models/melt-tiny --out build/melt-tiny
 	@for loops in 1 2 3 4; do \
 		echo; echo "loops $$loops: $(strip $(QUESTION))"; \
 		$(BIN)/melt generate build/melt-tiny "$(strip $(QUESTION))" --loops $$loops --device cpu || exit 1; \
+	done
+	@for way in "--loops auto" "--loops 4 --decode wave"; do \
+		echo; echo "$$way:"; \
+		$(BIN)/melt generate build/melt-tiny "$(strip $(QUESTION))" $$way --show-depth --device cpu || exit 1; \
 	done
 	@echo; $(BIN)/melt plan build/melt-tiny
 
