@@ -20,9 +20,12 @@ from melt_models.tiny.data import ANSWER_TOKENS, Encoder
 from melt_models.tiny.task import MAX_HOPS, Problem, make_problem
 
 Prompt = Literal["apart", "whole", "leaving"]
-"""How a prompt is read. ``apart``: in chunks at full depth, but its last token, which gives the answer's first one, is
-by itself and leaves as generated tokens do. ``whole``: every token at full depth. ``leaving``: in chunks that leave
-when each token of them would."""
+"""How a prompt is read; its last token is the one that gives the answer's first."""
+PROMPTS: dict[Prompt, str] = {
+    "apart": "in chunks at full depth, the last token by itself, which leaves as generated ones do",
+    "leaving": "in chunks, which leave when each token of them would",
+    "whole": "in chunks at full depth",
+}
 _AT_ONCE = 64
 
 
@@ -166,11 +169,15 @@ def _encode(encoder: Encoder, problem: Problem) -> tuple[list[int], list[int], i
 
 
 def format_measures(measures: dict[str, Measure]) -> str:
-    """A Markdown table, one line a measure: exact match in percent and loops on the name by hops, loops elsewhere."""
+    """A Markdown table, a line for each measure.
+
+    Exact match in percent by hops; loops on the answer's name by hops, on its other tokens, and on the prompt's tokens
+    before the last.
+    """
     hops = range(1, MAX_HOPS + 1)
     words = [f"{hop} hop{'s' * (hop > 1)}" for hop in hops]
-    head = ["", *(f"exact, {word}" for word in words), "all", *(f"loops, {word}" for word in words), "rest", "prompt"]
-    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
+    head = ["threshold", *words, "all", *(f"loops, {word}" for word in words), "other tokens", "prompt"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in measures.items():
         cells = [f"{100 * value:.1f}" for value in (*row.exact.values(), _mean(row.exact))]
         cells += [f"{value:.2f}" for value in (*row.on_name.values(), _mean(row.on_rest), _mean(row.on_prompt))]
