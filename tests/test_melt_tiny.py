@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import MELT_TINY, ROOT
 from tolerances import GOLDEN_LOGITS, assert_close, assert_greedy
+from transformers import AutoTokenizer
 
 from melt_models.modeling import KVCache
+from melt_models.tiny.data import Encoder
+from melt_models.tiny.depth import measure_depth
 from melt_models.tiny.evaluate import exact_match
 from melt_models.tiny.task import MAX_HOPS, make_problem
 from melt_runtime import MeltModel, read_manifest
@@ -107,13 +110,35 @@ def test_turns_of_a_chat(model):
 
 
 def test_the_evaluation_counts_what_it_says(tiny_model):
-    from transformers import AutoTokenizer
-
-    from melt_models.tiny.data import Encoder
-
     encoder = Encoder(AutoTokenizer.from_pretrained(MELT_TINY))
     table = exact_match(tiny_model, encoder, problems=64, loops=(1, 4))
     assert table[4][4] > 0.85 > 0.3 > table[1][4]
+
+
+@pytest.fixture(scope="module")
+def depths(tiny_model) -> dict:
+    """Measures over a small held-out set, at every loop and by the shipped gate with the threshold beside it."""
+    encoder, threshold = Encoder(AutoTokenizer.from_pretrained(MELT_TINY)), tiny_model.config.early_exit_threshold
+    cases = {"every loop": (None, "apart"), "apart": (threshold, "apart"), "leaving": (threshold, "leaving")}
+    return {name: measure_depth(tiny_model, encoder, *case, problems=128) for name, case in cases.items()}
+
+
+def test_the_shipped_gate_takes_as_many_loops_as_a_question_has_hops(tiny_model, depths):
+    """As its card says, and no answer is lost by it; limits that hold on any processor."""
+    assert 0 < tiny_model.config.early_exit_threshold < 1
+    gated, full = depths["apart"], depths["every loop"]
+    assert set(full.on_name.values()) == set(full.on_prompt.values()) == {4.0}
+    for hops in DEPTHS:
+        assert abs(gated.on_name[hops] - hops) < 0.4, gated
+        assert gated.on_rest[hops] < 1.5, gated
+        assert gated.exact[hops] >= full.exact[hops] - 0.05, (gated, full)
+    assert set(gated.on_prompt.values()) == {4.0}
+
+
+def test_chunks_of_a_prompt_may_leave_too(depths):
+    leaving, full = depths["leaving"], depths["every loop"]
+    assert sum(leaving.on_prompt.values()) / 4 < 3.5
+    assert sum(leaving.exact.values()) / 4 >= sum(full.exact.values()) / 4 - 0.05, (leaving, full)
 
 
 def test_the_repository_stays_small():

@@ -9,6 +9,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from conftest import MELT_TINY, random_model, save_checkpoint
 
 from melt_models import progress
 from melt_models.tiny import evaluate, teacher, write_data
@@ -108,6 +109,22 @@ def test_odd_numbers_of_the_evaluation_are_refused(tmp_path, capsys, arguments):
         evaluate.main([str(tmp_path), *arguments])
     assert end.value.code == 2
     assert f"{arguments[0]} must be at least 1, got {arguments[1]}" in capsys.readouterr().err
+
+
+def test_the_evaluation_prints_a_table_for_each_way_to_read_a_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "THRESHOLDS", (None, 0.9))
+    assert evaluate.main([str(MELT_TINY), "--exit-gate", "--problems", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("prompt: in chunks") for line in lines) == 3
+    rows = [line.split(" | ") for line in lines if line.startswith(("| every loop", "| 0.9"))]
+    assert [len(row) for row in rows] == [12] * 6
+    assert all(row[6:10] == ["4.00"] * 4 for row in rows if row[0] == "| every loop")
+
+
+def test_a_model_without_an_exit_gate_has_no_such_table(tmp_path, capsys):
+    folder = save_checkpoint(random_model(exit_gate=False), tmp_path / "gateless")
+    assert evaluate.main([str(folder), "--exit-gate"]) == 1
+    assert "has no exit gate: leave --exit-gate out" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):

@@ -1,9 +1,11 @@
 """Exact match of melt-tiny on held-out problems, by loops and hops.
 
     python -m melt_models.tiny.evaluate models/melt-tiny
+    python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate
     python -m melt_models.tiny.evaluate models/melt-tiny --write-examples 16
 
-The second command writes ``evaluation.jsonl``, the examples that an export measures a bundle by. An answer counts when
+The second command lets tokens leave the loop by the exit gate instead, at several thresholds (``tiny/depth.py``). The
+third writes ``evaluation.jsonl``, the examples that an export measures a bundle by. An answer counts when
 each of its tokens, the end-of-text token included, is the model's greedy choice.
 """
 
@@ -21,7 +23,11 @@ from melt_models.evaluation import Example, write_examples
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.tiny.data import ANSWER_TOKENS, Encoder
+from melt_models.tiny.depth import PROMPTS, format_measures, measure_depth
 from melt_models.tiny.task import MAX_HOPS, make_problem
+
+THRESHOLDS = (None, 0.5, 0.7, 0.9, 0.95, 0.98)
+"""Of the exit gate; with None every token takes every loop."""
 
 
 @torch.no_grad()
@@ -96,14 +102,33 @@ def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
     return tuple(examples)
 
 
+def exit_tables(model: MeltCausalLM, encoder: Encoder, problems: int, chunk_size: int) -> str:
+    """What leaving by the exit gate costs and saves, a table for each way to read a prompt."""
+    tables = []
+    for prompt, meaning in PROMPTS.items():
+        measures = {
+            "every loop" if threshold is None else f"{threshold:g}": measure_depth(
+                model, encoder, threshold, prompt, problems, model.config.total_ut_steps, chunk_size
+            )
+            for threshold in THRESHOLDS
+        }
+        tables.append(f"prompt: {meaning}\n{format_measures(measures)}")
+    return "\n\n".join(tables)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m melt_models.tiny.evaluate", description=__doc__)
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m melt_models.tiny.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path, help="folder of melt-tiny")
     parser.add_argument("--problems", type=int, default=2048, help="held-out contexts (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=1, help="questions a context (default: %(default)s)")
     parser.add_argument("--chunk", type=int, help="tokens in parallel (default: the trained chunk)")
     parser.add_argument("--max-loops", type=int, default=6, help="depths 1 to this (default: %(default)s)")
+    parser.add_argument("--exit-gate", action="store_true", help="depth by the exit gate, one question a context")
     parser.add_argument("--write-examples", type=int, metavar="N", help="write N questions of each number of hops")
     args = parser.parse_args(argv)
     for name in ("problems", "questions", "chunk", "max_loops", "write_examples"):
@@ -119,6 +144,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     chunk = args.chunk or model.config.chunk_size
+    if args.exit_gate:
+        if model.model.early_exit_gate is None:
+            print(f"error: {args.checkpoint} has no exit gate: leave --exit-gate out", file=sys.stderr)
+            return 1
+        print(f"{args.problems} held-out contexts, one question each, chunk {chunk}; exact match in percent")
+        print(exit_tables(model, encoder, args.problems, chunk))
+        return 0
     depths = tuple(range(1, args.max_loops + 1))
     print(f"exact match in percent, {args.problems} held-out contexts, {args.questions} questions each, chunk {chunk}")
     print(format_table(exact_match(model, encoder, args.problems, args.questions, depths, chunk)))

@@ -1,4 +1,4 @@
-"""Post-training a LoopLM into MELT by the paper's two phases (arXiv 2605.07721).
+"""Post-training a LoopLM into MELT by the paper's two phases (arXiv 2605.07721), and the exit gate of either.
 
 A name is imported when it is asked for: ``melt-train --help`` needs no torch.
 """
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from melt_models.training.errors import TrainingError
 
 if TYPE_CHECKING:
-    from melt_models.training.recipe import Phase, Recipe, read_recipe
+    from melt_models.training.recipe import Exit, Phase, Recipe, read_recipe
     from melt_models.training.trainer import train
 
-__all__ = ["Phase", "Recipe", "TrainingError", "read_recipe", "train"]
+__all__ = ["Exit", "Phase", "Recipe", "TrainingError", "read_recipe", "train"]
 
-_HOMES = {"Phase": "recipe", "Recipe": "recipe", "read_recipe": "recipe", "train": "trainer"}
+_HOMES = {"Exit": "recipe", "Phase": "recipe", "Recipe": "recipe", "read_recipe": "recipe", "train": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,12 @@
 """``melt-train``: makes a MELT model out of a LoopLM.
 
     melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run
+    melt-train melt-tiny-exit --student models/melt-tiny --data tokens --out build/gate
 
 Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
-outputs included. Stopped at any point, the same command goes on from the last checkpoint. The model is OUT/model; the
-next step is: melt-export OUT/model --out BUNDLE
+outputs included. A recipe with a table [exit] trains the exit gate after that, the model frozen; with that table alone
+it does so for a finished model, MELT or LoopLM, and needs no teacher. Stopped at any point, the same command goes on
+from the last checkpoint. The model is OUT/model; the next step is: melt-export OUT/model --out BUNDLE
 """
 
 import argparse
@@ -23,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="melt-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="one that ships, such as ouro-1.4b, or a TOML file with every number of a run")
-    parser.add_argument("--teacher", required=True, help="LoopLM checkpoint: a folder, or a name on the hub")
+    parser.add_argument("--teacher", help="LoopLM checkpoint: a folder, or a name on the hub")
     parser.add_argument("--data", type=Path, required=True, help="data set on disk (see melt_models.training.prepare)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: log, checkpoints, model")
-    parser.add_argument("--student", type=Path, help="MELT checkpoint to start from (default: the teacher, new gates)")
+    parser.add_argument("--student", help="model to start from (default: the teacher, new gates)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default: %(default)s)")
     parser.add_argument(
         "--plot", action="store_true", help="draw OUT/log.png at the end; after a finished run, only that"
@@ -66,4 +68,6 @@ def _train(args: argparse.Namespace) -> Path:
 
     logging.disable_progress_bar()
     recipe = read_recipe(recipe_path(args.recipe))
-    return train(recipe, checkpoint_folder(args.teacher), args.data, args.out, args.student, args.device)
+    teacher = None if args.teacher is None else checkpoint_folder(args.teacher)
+    student = None if args.student is None else checkpoint_folder(args.student)
+    return train(recipe, teacher, args.data, args.out, student, args.device)

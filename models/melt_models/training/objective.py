@@ -1,4 +1,4 @@
-"""The losses of both phases, chunk by chunk, so that no tensor is as large as a whole sequence's logits."""
+"""The losses of all phases, chunk by chunk, so that no tensor is as large as a whole sequence's logits."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from melt_models.exits import exit_probabilities
 from melt_models.modeling import MeltCausalLM
+from melt_models.training.exit_gate import continue_targets, gate_loss
 from melt_models.training.forward import ChunkPass, TrainingCache, forward_chunk
-from melt_models.training.recipe import Phase
+from melt_models.training.recipe import Exit, Phase
 
 IGNORED = -100
 
@@ -37,23 +39,26 @@ class TokenBatch:
 class Step:
     """What a step's loss is made of: phase, depth, chunk size (0: whole sequences), alpha (None outside phase 1)."""
 
-    phase: Phase
+    phase: Phase | Exit
     loops: int
     chunk_size: int
     alpha: float | None
 
 
 class Objective(nn.Module):
-    """Student and frozen teacher, and the loss that both give.
+    """Student and frozen teacher, and the loss that both give; the exit gate's phase needs no teacher.
 
     The teacher runs over the whole sequence at once: a LoopLM's numbers do not depend on chunks.
     """
 
-    def __init__(self, student: MeltCausalLM, teacher: MeltCausalLM, every_loop: bool = False, recompute: bool = False):
+    def __init__(
+        self, student: MeltCausalLM, teacher: MeltCausalLM | None, every_loop: bool = False, recompute: bool = False
+    ):
         super().__init__()
         self.student = student
         self.every_loop, self.recompute = every_loop, recompute
-        self._teacher = [teacher.requires_grad_(False)]  # in a list: no part of this module's parameters
+        # In a list: no part of this module's parameters.
+        self._teacher = [] if teacher is None else [teacher.requires_grad_(False)]
 
     @property
     def teacher(self) -> MeltCausalLM:
@@ -65,9 +70,12 @@ class Objective(nn.Module):
 
         Returns:
             Scalars: ``loss`` and its unweighted terms with a weight above 0: ``cross_entropy``, ``distillation``
-            (nats), ``attention``.
+            (nats), ``attention``. In the exit gate's phase ``loss`` is ``exit``, its binary cross entropy (nats), and
+            ``expected_loops`` the mean over tokens of how many the gate's probabilities make them take.
         """
         phase, length = step.phase, batch.input_ids.shape[1]
+        if isinstance(phase, Exit):
+            return self._exit(batch, step, phase)
         chunk_size = step.chunk_size or length
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
         sums: dict[str, Tensor] = {}
@@ -85,6 +93,26 @@ class Objective(nn.Module):
         counts = {"cross_entropy": counted, "distillation": counted * loops, "attention": tokens * outputs}
         terms = {name: value / counts[name] for name, value in sums.items()}
         return {"loss": sum(getattr(phase, name) * value for name, value in terms.items()), **terms}
+
+    def _exit(self, batch: TokenBatch, step: Step, phase: Exit) -> dict[str, Tensor]:
+        """The exit gate's loss over supervised tokens, mean over them and every loop but the last."""
+        gate, cache = self.student.model.early_exit_gate, TrainingCache()
+        assert gate is not None, "a model without one was refused"
+        size = step.chunk_size or batch.input_ids.shape[1]
+        losses, expected = [], []
+        for ids, targets in zip(batch.input_ids.split(size, dim=1), batch.targets.split(size, dim=1), strict=True):
+            counted = targets != IGNORED
+            with torch.no_grad():
+                states = [state[counted] for state in forward_chunk(self.student.model, ids, step.loops, cache).states]
+                entropies = [_cross_entropy(self.student, state, targets[counted], "none") for state in states]
+            said = torch.stack([gate(state)[:, 0].float() for state in states])
+            wanted = continue_targets(torch.stack(entropies), phase.margin, phase.sharpness)
+            losses.append(gate_loss(said[:-1], wanted))
+            loops = torch.arange(1, step.loops + 1, device=said.device)
+            expected.append((exit_probabilities(said.detach().T) * loops).sum())
+        tokens = (batch.targets != IGNORED).sum().clamp(min=1)
+        loss = torch.stack(losses).sum() / (tokens * (step.loops - 1))
+        return {"loss": loss, "exit": loss.detach(), "expected_loops": torch.stack(expected).sum() / tokens}
 
     @torch.no_grad()
     def _teach(self, batch: TokenBatch, loops: int) -> ChunkPass:
@@ -121,8 +149,8 @@ class Objective(nn.Module):
         return function(*arguments)
 
 
-def _cross_entropy(student: MeltCausalLM, states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(student.lm_head(states).float(), targets, reduction="sum")
+def _cross_entropy(student: MeltCausalLM, states: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(student.lm_head(states).float(), targets, reduction=reduction)
 
 
 def _divergence(student: MeltCausalLM, teacher: MeltCausalLM, states: Tensor, goals: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Draws a run's log: its loss terms by step, with the end of phase 1 marked."""
+"""Draws a run's log: its loss terms by step, with the ends of phases marked."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,13 @@ from melt_models.training.saving import read_log
 from melt_plots import picture
 
 PLOT_NAME = "log.png"
-_TERMS = {"cross_entropy": "cross entropy, nats", "distillation": "distillation, nats", "attention": "attention"}
+_TERMS = {
+    "cross_entropy": "cross entropy, nats",
+    "distillation": "distillation, nats",
+    "attention": "attention",
+    "exit": "exit gate, nats",
+    "expected_loops": "expected loops",
+}
 _WIDE = 5
 """Ratio of the largest value to the smallest from which an axis is logarithmic."""
 _SHOWN = 1e3
@@ -25,7 +32,8 @@ def plot_log(out: Path) -> Path:
     terms = [name for name in _TERMS if any(name in record for record in records)]
     if not terms:
         raise TrainingError(f"the log of {out} has no losses to draw")
-    boundary = sum(record["phase"] == "transition" for record in records)
+    phases = [record["phase"] for record in records]
+    ends = [place for place in range(1, len(phases)) if phases[place] != phases[place - 1]]
     size = {"width": 8, "height": 0.8 + 2.2 * len(terms)}
     try:
         with picture(out / PLOT_NAME, f"Training, {len(records)} steps", len(terms), **size, sharex=True) as (_, axes):
@@ -34,12 +42,12 @@ def plot_log(out: Path) -> Path:
                 axis.plot(*zip(*points, strict=True), linewidth=1)
                 axis.set_ylabel(_TERMS[name])
                 choose_scale(axis, [value for _, value in points if value > 0])
-                if 0 < boundary < len(records):
-                    axis.axvline(boundary + 0.5, color="#555555", linestyle="--", linewidth=1)
-            if 0 < boundary < len(records):
-                top = axes[0, 0].get_xaxis_transform()
-                for text, side in (("transition ", "right"), (" distillation", "left")):
-                    axes[0, 0].text(boundary + 0.5, 1.02, text, transform=top, ha=side, fontsize=9)
+                for end in ends:
+                    axis.axvline(end + 0.5, color="#555555", linestyle="--", linewidth=1)
+            top = axes[0, 0].get_xaxis_transform()
+            for start, end in pairwise([0, *ends, len(phases)]) if ends else ():
+                place = (start + end + 1) / 2
+                axes[0, 0].text(place, 1.02, phases[start], transform=top, ha="center", fontsize=9)
             axes[-1, 0].set_xlabel("step")
             axes[-1, 0].locator_params("x", integer=True)
     except ValueError as error:

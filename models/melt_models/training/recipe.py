@@ -45,19 +45,41 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """The exit gate's phase: the model is frozen, the gate learns where a token may leave (``training/exit_gate.py``).
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: AdamW, for the gate.
+        margin: nats that each further loop must save of a token's cross entropy to be worth it.
+        sharpness: how fast the target turns from leaving to going on around that, in 1 / nats.
+        threshold: cumulated exit probability at which a token leaves; goes into the model's configuration.
+    """
+
+    steps: int
+    learning_rate: float
+    margin: float
+    sharpness: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run of two phases (arXiv 2605.07721): interpolated transition, then attention-aligned distillation.
 
-    Where the paper is silent, and the choice is ours: the loss of phase 1, the attention output (after the norm that
+    A third one, or the only one of a recipe that has no other, trains the exit gate (arXiv 2510.25741).
+
+    Where the papers are silent, and the choice is ours: the loss of phase 1, the attention output (after the norm that
     closes the branch: without it, its scale means nothing), ``supervised_loops``, warm-up and decay, weight decay.
 
     Attributes:
-        transition: phase 1; its alpha goes linearly from 0 in its first step to 1 in its last.
-        distillation: phase 2.
         chunk_sizes: tokens in parallel; each step draws one. No sequence may be shorter than the largest. 0: whole
             sequences, which is training without chunks.
         batch_size: sequences a step, over all processes.
         micro_batch_size: sequences that one process computes at once.
+        transition: phase 1; its alpha goes linearly from 0 in its first step to 1 in its last.
+        distillation: phase 2.
+        exit: the exit gate's phase; None leaves the gate as it is.
         base_learning_rate: AdamW, for the LoopLM's weights.
         gate_learning_rate: AdamW, for the gates.
         gate_kind: how the latent state is updated, for a student made from the teacher.
@@ -65,8 +87,8 @@ class Recipe:
         supervised_loops: the loops whose distributions are distilled, ``last`` or ``every``.
         shallow_steps: fraction of steps at a depth drawn below the teacher's, so that the student learns to work at
             fewer loops too; 0 trains one depth, as the paper does.
-        warmup_steps: steps over which both rates rise from 0.
-        decay_steps: steps at the end over which both rates fall to 0.
+        warmup_steps: steps over which the rates rise from 0, anew for the exit gate.
+        decay_steps: steps at the end over which they fall to 0, of phases 1 and 2 and of the exit gate's each.
         weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
         gradient_clip: largest norm of the gradient.
         precision: ``float32``, or ``bfloat16`` for autocast (weights and optimizer stay float32).
@@ -75,13 +97,14 @@ class Recipe:
         seed: of the gates, the order of the data, and the draws of chunk and depth.
     """
 
-    transition: Phase
-    distillation: Phase
     chunk_sizes: tuple[int, ...]
     batch_size: int
     micro_batch_size: int
-    base_learning_rate: float
-    gate_learning_rate: float
+    transition: Phase = Phase(0)
+    distillation: Phase = Phase(0)
+    exit: Exit | None = None
+    base_learning_rate: float = 0.0
+    gate_learning_rate: float = 0.0
     gate_kind: str = "elementwise"
     gate_bias_init: float = -4.0
     supervised_loops: str = "last"
@@ -102,24 +125,38 @@ class Recipe:
             raise TrainingError("; ".join(faults))
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of both phases."""
+    def model_steps(self) -> int:
+        """Optimizer steps of phases 1 and 2, which train the model."""
         return self.transition.steps + self.distillation.steps
 
-    def phase_of(self, step: int) -> Phase:
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return self.model_steps + (self.exit.steps if self.exit else 0)
+
+    def phase_of(self, step: int) -> Phase | Exit:
         """The phase of a step, counted from 0."""
+        if self.exit is not None and step >= self.model_steps:
+            return self.exit
         return self.transition if step < self.transition.steps else self.distillation
 
+    def name_of(self, step: int) -> str:
+        """That phase's name."""
+        if step >= self.model_steps:
+            return "exit"
+        return "transition" if step < self.transition.steps else "distillation"
+
     def alpha_of(self, step: int) -> float | None:
-        """MELT's share of keys and values at a step; None in phase 2, which has nothing to mix."""
+        """MELT's share of keys and values at a step; None later, which has nothing to mix."""
         if step >= self.transition.steps:
             return None
         return step / (self.transition.steps - 1) if self.transition.steps > 1 else 1.0
 
     def rate_of(self, step: int) -> float:
         """The fraction of the learning rates at a step."""
-        rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
-        fall = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
+        first, end = (0, self.model_steps) if step < self.model_steps else (self.model_steps, self.steps)
+        rise = (step - first + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        fall = (end - step) / self.decay_steps if self.decay_steps else 1.0
         return min(1.0, rise, fall)
 
 
@@ -140,6 +177,10 @@ def read_recipe(path: Path) -> Recipe:
         if isinstance(values.get(name), dict):
             checked = _checked(Phase, values[name], f"{name}.", faults)
             values[name] = Phase(**{"steps": 0, **checked})  # where steps are missing, that is a fault already
+    if isinstance(values.get("exit"), dict):
+        checked = _checked(Exit, values["exit"], "exit.", faults)
+        absent = {field.name: 0 for field in fields(Exit)}
+        values["exit"] = Exit(**{**absent, **checked})  # the same here
     checked = _checked(Recipe, values, "", faults)
     if faults:
         raise TrainingError(f"recipe {path}: {'; '.join(faults)}")
@@ -183,6 +224,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: type(value) is str,
     tuple[int, ...]: lambda value: type(value) is tuple and all(map(_is_int, value)),
     Phase: lambda value: type(value) is Phase,
+    Exit | None: lambda value: type(value) is Exit,
 }
 _WORDS: dict[Any, str] = {
     int: f"int of at most {_MOST}",
@@ -191,6 +233,7 @@ _WORDS: dict[Any, str] = {
     str: "a text",
     tuple[int, ...]: "a list of int",
     Phase: "a table",
+    Exit | None: "a table",
 }
 """What a field of a type may hold, and how to say it."""
 
@@ -204,8 +247,10 @@ def _broken_rules(recipe: Recipe) -> list[str]:
 
     for name in ("batch_size", "micro_batch_size", "checkpoint_every"):
         require(getattr(recipe, name) >= 1, name, "at least 1", getattr(recipe, name))
-    for name in ("base_learning_rate", "gate_learning_rate", "gradient_clip"):
-        require(getattr(recipe, name) > 0, name, "above 0", getattr(recipe, name))
+    require(recipe.gradient_clip > 0, "gradient_clip", "above 0", recipe.gradient_clip)
+    for name in ("base_learning_rate", "gate_learning_rate"):
+        rate = getattr(recipe, name)
+        require(rate > 0 if recipe.model_steps else rate == 0, name, _rate_rule(recipe), rate)
     for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
         require(getattr(recipe, name) >= 0, name, "at least 0", getattr(recipe, name))
     for name, values in (
@@ -226,5 +271,16 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         weights = (phase.cross_entropy, phase.distillation, phase.attention)
         require(all(weight >= 0 for weight in weights), name, "made of weights of at least 0", weights)
         require(not phase.steps or max(weights) > 0, name, "given a term with a weight above 0", weights)
-    require(recipe.steps >= 1, "transition.steps + distillation.steps", "at least 1", recipe.steps)
+    if recipe.exit is None:
+        require(recipe.steps >= 1, "transition.steps + distillation.steps", "at least 1", recipe.steps)
+    else:
+        require(recipe.exit.steps >= 1, "exit.steps", "at least 1", recipe.exit.steps)
+        for name in ("learning_rate", "sharpness"):
+            require(getattr(recipe.exit, name) > 0, f"exit.{name}", "above 0", getattr(recipe.exit, name))
+        require(recipe.exit.margin >= 0, "exit.margin", "at least 0", recipe.exit.margin)
+        require(0 < recipe.exit.threshold < 1, "exit.threshold", "above 0 and below 1", recipe.exit.threshold)
     return faults
+
+
+def _rate_rule(recipe: Recipe) -> str:
+    return "above 0" if recipe.model_steps else "left out where only the exit gate is trained"

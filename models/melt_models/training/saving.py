@@ -148,12 +148,12 @@ class RunFolder:
         with self._writing("the log"), (self.out / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
-    def finish(self, student: MeltCausalLM, teacher: Path) -> Path:
-        """Writes the trained model, with the teacher's tokenizer and other texts beside it."""
+    def finish(self, student: MeltCausalLM, source: Path) -> Path:
+        """Writes the trained model, with the tokenizer and other texts of ``source`` beside it."""
         if self._processes.is_first and not self.model.exists():
             with self._writing("the trained model"), staged(self.model) as new:
                 student.save_pretrained(new)
-                for path in sorted(teacher.iterdir()):
+                for path in sorted(source.iterdir()):
                     if path.is_file() and any(path.match(pattern) for pattern in _TEXTS):
                         shutil.copyfile(path, new / path.name)
         self._processes.wait()

@@ -1,4 +1,4 @@
-"""The two models of a run: a frozen LoopLM, and the MELT model that starts as its copy."""
+"""The models of a run: a frozen LoopLM and the MELT model that starts as its copy, or one that gets its exit gate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,42 +14,54 @@ from melt_models.training.errors import TrainingError
 from melt_models.training.recipe import Recipe
 
 _NAMES = ("_name_or_path", "architectures", "transformers_version")
-_OWN = ("gate_kind", "gate_bias_init", "gate_ema", "chunk_size", "dtype")
+_OWN = ("gate_kind", "gate_bias_init", "gate_ema", "chunk_size", "dtype", "early_exit_threshold")
 """What may differ between a student and its teacher."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student, and the type in which the teacher's weights are stored."""
+    """Teacher and student.
 
-    teacher: MeltCausalLM
+    Attributes:
+        teacher: a LoopLM; None where the exit gate alone is trained.
+        student: in float32.
+        stored: the type in which the weights were stored, and are to be in the end.
+        folder: whose tokenizer and other texts belong to the student.
+    """
+
+    teacher: MeltCausalLM | None
     student: MeltCausalLM
     stored: torch.dtype
+    folder: Path
 
 
-def load_pair(teacher_folder: Path, student_folder: Path | None, recipe: Recipe) -> Pair:
-    """Loads the teacher, and makes the student from it or loads one; the student's weights are float32.
+def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: Recipe) -> Pair:
+    """Loads the teacher, and makes the student from it or loads one; for the exit gate alone, only the student.
 
     Args:
-        teacher_folder: a LoopLM checkpoint.
+        teacher_folder: a LoopLM checkpoint; None where the recipe trains the exit gate alone.
         student_folder: a MELT checkpoint of the teacher's shape to go on from; None: the teacher with new gates.
 
     Raises:
-        TrainingError: a checkpoint that cannot be loaded, a teacher that is no LoopLM, or a student of another shape
-            or gate kind.
+        TrainingError: a checkpoint that cannot be loaded or is missing, a teacher that is no LoopLM or is not needed, a
+            student of another shape or gate kind, or one without loops or exit gate where the gate is to be trained.
     """
-    try:
-        teacher = load_checkpoint(teacher_folder)
-        given = None if student_folder is None else load_checkpoint(student_folder)
-    except CheckpointError as error:
-        raise TrainingError(str(error)) from error
+    if not recipe.model_steps:
+        return _load_alone(teacher_folder, student_folder)
+    if teacher_folder is None:
+        raise TrainingError(
+            "--teacher is missing: this recipe has phases that learn from a LoopLM, give its checkpoint"
+        )
+    teacher, given = _load(teacher_folder), None if student_folder is None else _load(student_folder)
+    if recipe.exit:
+        _require_exit_gate(teacher_folder, teacher.config)
     if teacher.config.gate_kind != "none" or teacher.config.total_ut_steps < 2:
         raise TrainingError(
             f"teacher {teacher_folder} must be a LoopLM, got gate_kind {teacher.config.gate_kind!r} and total_ut_steps "
             f"{teacher.config.total_ut_steps}: give a LoopLM checkpoint such as Ouro"
         )
     if given is None:
-        return Pair(teacher, _from_teacher(teacher, recipe), teacher.dtype)
+        return Pair(teacher, _from_teacher(teacher, recipe), teacher.dtype, teacher_folder)
     faults = _differences(teacher.config, given.config)
     if given.config.gate_kind != recipe.gate_kind:
         faults.append(f"gate_kind {given.config.gate_kind!r}, recipe {recipe.gate_kind!r}")
@@ -58,7 +70,37 @@ def load_pair(teacher_folder: Path, student_folder: Path | None, recipe: Recipe)
             f"student {student_folder} does not fit teacher {teacher_folder}: {'; '.join(faults)}. Give a student "
             "that was made from this teacher, or none to have one made"
         )
-    return Pair(teacher, given.float(), teacher.dtype)
+    return Pair(teacher, given.float(), teacher.dtype, teacher_folder)
+
+
+def _load_alone(teacher_folder: Path | None, student_folder: Path | None) -> Pair:
+    """A finished model, MELT or LoopLM, whose exit gate is to be trained."""
+    if student_folder is None:
+        raise TrainingError("--student is missing: this recipe trains the exit gate alone, give the model that has it")
+    if teacher_folder is not None:
+        raise TrainingError(
+            f"--teacher must be left out where the exit gate alone is trained, got {teacher_folder}: give the model "
+            "that has the gate as --student"
+        )
+    student = _load(student_folder)
+    _require_exit_gate(student_folder, student.config)
+    stored = student.dtype
+    return Pair(None, student.float(), stored, student_folder)
+
+
+def _load(folder: Path) -> MeltCausalLM:
+    try:
+        return load_checkpoint(folder)
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from error
+
+
+def _require_exit_gate(folder: Path, config: MeltConfig) -> None:
+    if not config.exit_gate or config.total_ut_steps < 2:
+        raise TrainingError(
+            f"{folder} must have an exit gate and several loops, got exit_gate {config.exit_gate} and total_ut_steps "
+            f"{config.total_ut_steps}: take [exit] out of the recipe, or give a model with both"
+        )
 
 
 def _from_teacher(teacher: MeltCausalLM, recipe: Recipe) -> MeltCausalLM:

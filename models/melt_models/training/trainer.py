@@ -1,4 +1,4 @@
-"""The loop of a run: from a recipe, a teacher and data to a MELT checkpoint, resumable at any checkpoint."""
+"""The loop of a run: from a recipe, models and data to a trained checkpoint, resumable at any checkpoint."""
 
 import math
 import random
@@ -19,7 +19,7 @@ from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
 from melt_models.training.processes import Processes, joined
-from melt_models.training.recipe import Recipe
+from melt_models.training.recipe import Exit, Recipe
 from melt_models.training.saving import RunFolder
 from melt_models.training.student import load_pair, values_of
 
@@ -28,7 +28,7 @@ _BETAS = (0.9, 0.95)
 
 def train(
     recipe: Recipe,
-    teacher: Path,
+    teacher: Path | None,
     data: Path,
     out: Path,
     student: Path | None = None,
@@ -37,10 +37,11 @@ def train(
     """Trains, or goes on where a run in ``out`` stopped; on the CPU both give the same weights bit for bit.
 
     Args:
-        teacher: checkpoint of a LoopLM, frozen.
+        teacher: checkpoint of a LoopLM, frozen; None where the recipe trains the exit gate alone.
         data: data set on disk, see ``melt_models.training.data``.
         out: the run's folder; made, or that of the same run.
-        student: MELT checkpoint to start from; default: the teacher with new gates.
+        student: checkpoint to start from, MELT; for the exit gate alone a LoopLM, too. Default: the teacher with new
+            gates.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for CUDA where there is one.
 
     Returns:
@@ -55,7 +56,7 @@ def train(
 
 def _train(
     recipe: Recipe,
-    teacher: Path,
+    teacher: Path | None,
     data: Path,
     out: Path,
     student: Path | None,
@@ -68,10 +69,10 @@ def _train(
             f"{processes.count}), got {recipe.batch_size}: start another number of processes"
         )
     pair = load_pair(teacher, student, recipe)
-    tokens = TokenData(data, pair.teacher.config, max(recipe.chunk_sizes), recipe.seed, not processes.is_first)
+    tokens = TokenData(data, pair.student.config, max(recipe.chunk_sizes), recipe.seed, not processes.is_first)
     settings = {
         "recipe": asdict(recipe),
-        "teacher": _identity(pair.teacher),
+        "teacher": None if pair.teacher is None else _identity(pair.teacher),
         "student": None if student is None else _identity(pair.student),
         "data": {"rows": tokens.rows, "tokens": tokens.tokens},
     }
@@ -80,14 +81,17 @@ def _train(
             return folder.model
         objective = Objective(
             pair.student.to(place).train(),
-            pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
+            pair.teacher
+            and pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
             recipe.supervised_loops == "every",
             recipe.gradient_checkpointing,
         )
         optimizer = make_optimizer(objective.student, recipe)
         done = folder.restore(objective.student, optimizer, place)
         _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
-        return folder.finish(objective.student.to("cpu", pair.stored), teacher)
+        # Below 1 it says that the gate was trained, for these very weights.
+        pair.student.config.early_exit_threshold = recipe.exit.threshold if recipe.exit else 1.0
+        return folder.finish(pair.student.to("cpu", pair.stored), pair.folder)
 
 
 def choose_device(device: str) -> torch.device:
@@ -111,21 +115,36 @@ def choose_device(device: str) -> torch.device:
 
 
 def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the base's and the gates' own rates; the exit gate, which no loss reads, stays as it is."""
-    if student.model.early_exit_gate is not None:
-        student.model.early_exit_gate.requires_grad_(False)
+    """AdamW with rates of their own for the base, MELT's gates and the exit gate, of which it has those to be trained.
+
+    What has no gradient in a phase it leaves as it is.
+    """
+    leaving = _exit_gate(student)
+    if recipe.exit and not recipe.model_steps:
+        return _adamw([(leaving, recipe.exit.learning_rate, 0.0)])
     gates = [p for module in student.modules() if isinstance(module, GateLinear) for p in module.parameters()]
-    known = {id(parameter) for parameter in gates}
-    base = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
-    groups = (
+    known = {id(parameter) for parameter in (*gates, *leaving)}
+    base = [p for p in student.parameters() if id(p) not in known]
+    groups = [
         ([p for p in base if p.ndim > 1], recipe.base_learning_rate, recipe.weight_decay),
         ([p for p in base if p.ndim == 1], recipe.base_learning_rate, 0.0),
         (gates, recipe.gate_learning_rate, 0.0),
-    )
+    ]
+    if recipe.exit:
+        groups.append((leaving, recipe.exit.learning_rate, 0.0))
+    return _adamw(groups)
+
+
+def _adamw(groups: list[tuple[list[nn.Parameter], float, float]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [{"params": p, "lr": rate, "full_rate": rate, "weight_decay": decay} for p, rate, decay in groups if p],
         betas=_BETAS,
     )
+
+
+def _exit_gate(student: MeltCausalLM) -> list[nn.Parameter]:
+    gate = student.model.early_exit_gate
+    return [] if gate is None else list(gate.parameters())
 
 
 def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
@@ -133,7 +152,8 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     rng = random.Random(f"{recipe.seed}/{step}")
     chunk = rng.choice(recipe.chunk_sizes)
     depth = rng.randrange(1, loops) if rng.random() < recipe.shallow_steps else loops
-    return Step(recipe.phase_of(step), depth, chunk, recipe.alpha_of(step))
+    phase = recipe.phase_of(step)
+    return Step(phase, loops if isinstance(phase, Exit) else depth, chunk, recipe.alpha_of(step))
 
 
 class _Loop:
@@ -151,7 +171,19 @@ class _Loop:
     ):
         self.recipe, self.student, self.optimizer = recipe, objective.student, optimizer
         self.data, self.folder, self.device, self.processes = data, folder, device, processes
-        self.objective = processes.wrap(objective)
+        self._alone = objective
+        self.objective: nn.Module = objective
+        self._trains: bool | None = None
+
+    def _choose_weights(self, trains_exit_gate: bool) -> None:
+        """Gradients for the exit gate alone, or for all but it: the rest stays as it is, bit for bit."""
+        if trains_exit_gate == self._trains:
+            return
+        self._trains = trains_exit_gate
+        self.student.requires_grad_(not trains_exit_gate)
+        for parameter in _exit_gate(self.student):
+            parameter.requires_grad_(trains_exit_gate)
+        self.objective = self.processes.wrap(self._alone)
 
     def run(self, steps: range) -> None:
         """Takes ``steps``, with progress, log and checkpoints."""
@@ -174,6 +206,7 @@ class _Loop:
             TrainingError: the loss is not finite, or the device's memory is full.
         """
         recipe = self.recipe
+        self._choose_weights(step >= recipe.model_steps)
         try:
             terms, tokens = self.accumulate(step, drawn)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -192,7 +225,7 @@ class _Loop:
             group["lr"] = rate * group["full_rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        name = "transition" if step < recipe.transition.steps else "distillation"
+        name = recipe.name_of(step)
         record = {"step": step + 1, "phase": name, **terms, "gradient_norm": norm, "rate": rate, "alpha": drawn.alpha}
         return record | {"loops": drawn.loops, "chunk": drawn.chunk_size, "tokens": tokens}
 
