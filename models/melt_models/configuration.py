@@ -28,7 +28,8 @@ class MeltConfig(PreTrainedConfig):
         gate_bias_init: initial value of ``b_z``. The paper does not fix it: a negative value starts a converted
             LoopLM near ``z = 0``.
         gate_ema: the fixed ``z`` of gate kind ``ema``.
-        early_exit_threshold: cumulative exit probability at which a LoopLM may stop.
+        early_exit_threshold: cumulated exit probability at which a token may leave the loop; below 1 it says that the
+            exit gate was trained.
         norm_placement: where a layer has norms, ``sandwich`` or ``pre``.
         exit_gate: whether the model has an exit gate; a model without loops has none.
 
