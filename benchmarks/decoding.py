@@ -38,6 +38,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "wave, lag 1": {"loops": 4, "decode": "wave", "lag": 1},
     "wave, lag 2": {"loops": 4, "decode": "wave", "lag": 2},
     "wave, lag 3": {"loops": 4, "decode": "wave", "lag": 3},
+    "auto, gate 0.9": {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.9},
+    "auto, gate 0.5": {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.5},
     "auto, settled 0.05": {"loops": "auto", "exit_rule": "settled"},
     "auto, settled 0.01": {"loops": "auto", "exit_rule": "settled", "exit_threshold": 0.01},
 }
@@ -174,7 +176,8 @@ def print_answers(bundle: Path) -> None:
     from melt_models.tiny.task import make_problem
 
     model = MeltModel.load(bundle, device="cpu")
-    print("\n| way | hops | right | passes a token | loops of a token | drafts kept |\n|---|---|---|---|---|---|")
+    print("\n| way | hops | right | loops of the name | of the rest | passes a token of the rest | drafts kept |")
+    print(f"{'|---' * 7}|")
     for way, settings in ANSWERS.items():
         for hops in (1, 2, 3, 4):
             random = Random(hops)
@@ -184,10 +187,12 @@ def print_answers(bundle: Path) -> None:
             right = sum(result.text == chat[1]["content"] for result, chat in zip(results, chats, strict=True))
             tokens = sum(len(result.token_ids) - 1 for result in results)
             passes = sum(result.passes for result in results) / tokens
+            first = sum(result.loops_per_token[0] for result in results) / QUESTIONS
             loops = sum(sum(result.loops_per_token[1:]) for result in results) / tokens
             drafts = [result.drafts for result in results if result.drafts is not None]
             kept = f"{sum(d.kept for d in drafts)} of {sum(d.made for d in drafts)}" if drafts else ""
-            print(f"| {way} | {hops} | {right / QUESTIONS:.1%} | {passes:.2f} | {loops:.2f} | {kept} |", flush=True)
+            shares = f"{right / QUESTIONS:.1%} | {first:.2f} | {loops:.2f} | {passes:.2f}"
+            print(f"| {way} | {hops} | {shares} | {kept} |", flush=True)
 
 
 if __name__ == "__main__":

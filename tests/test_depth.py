@@ -33,18 +33,12 @@ def load(random_bundle, slots: int = 1, **changes) -> MeltModel:
 @given(st.lists(st.floats(-900, 900), min_size=1, max_size=6), st.floats(0.05, 0.95))
 def test_the_gate_cumulates_as_ouro_does(logits, threshold):
     """Beside the sum of p_t = lambda_t * prod (1 - lambda_s)."""
-    rule, lambdas = GateExit(Depth(9, 2, "gate", threshold), 1), [1 / (1 + np.exp(-np.clip(logits, -700, 700)))]
+    rule, lambdas = GateExit(Depth(9, 2, "gate", threshold)), [1 / (1 + np.exp(-np.clip(logits, -700, 700)))]
     for loops in range(1, len(logits) + 1):
         total = sum(lambdas[0][t] * np.prod(1 - lambdas[0][:t]) for t in range(loops))
         leaves = rule.leaves(loops, np.array(logits[loops - 1 : loops]))
         if abs(total - threshold) > 1 / 512:
             assert leaves == (loops >= 2 and total >= threshold)
-
-
-def test_a_chunk_leaves_when_every_token_of_it_would():
-    sure, unsure = np.full(3, 9.0), np.array([9.0, -9.0, 9.0])
-    rule = GateExit(Depth(4, 1, "gate", 0.5), 3)
-    assert [rule.leaves(1, unsure), rule.leaves(2, unsure), rule.leaves(3, sure)] == [False, False, True]
 
 
 def test_settled_means_neither_choice_nor_probability_moved():
@@ -83,15 +77,17 @@ def test_every_token_takes_the_loops_that_the_rule_says(random_bundle, kind, rul
     assert result.loops == most
     assert set(result.loops_per_token) <= set(range(least, most + 1))
     slot, state = model.session._slot, model.session._engine.executor.state
-    chunks = [abs(int(slot.depths[start])) for start in range(0, 21, CHUNK)]
-    assert rule.startswith("gate") or chunks == [4, 4, 4]
+    starts = [0, CHUNK, 2 * CHUNK, 20]  # the prompt's last token leaves on its own
+    chunks = [abs(int(slot.depths[start])) for start in starts]
+    assert chunks[:3] == [most] * 3
     if kind == "LoopLM":
         check_filled(state, slot, most)
         return
     runner, depth = model.new_runner(), Depth(most, least, settings["exit_rule"], settings["exit_threshold"])
-    for place, start in enumerate(range(0, 21, CHUNK)):
-        taken, logits = step(runner, prompt[start : start + CHUNK], depth)
+    for place, (start, end) in enumerate(pairwise([*starts, 21])):
+        taken, logits = step(runner, prompt[start:end], depth if end == 21 else Depth.fixed(most))
         assert taken == chunks[place]
+    assert result.loops_per_token[0] == chunks[-1]
     for token, loops, after in zip(result.token_ids, result.loops_per_token[1:], result.token_ids[1:], strict=False):
         assert token == int(logits.argmax())
         taken, logits = step(runner, [token], depth)
@@ -166,22 +162,19 @@ def test_a_batch_decides_as_each_would_alone(random_bundle, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["gate", "settled"])
-def test_conversations_reuse_only_what_the_same_rule_decided(random_bundle, kind, rule):
+def test_conversations_reuse_a_prompts_chunks_by_any_rule(random_bundle, kind, rule):
+    """They take the most loops, whatever lets the answer's tokens leave; at another depth they are computed anew."""
     model, settings = load(random_bundle, **KINDS[kind]), {"loops": "auto", **RULES[rule], **FREE, "max_new_tokens": 4}
     chat = [{"role": "user", "content": "Ana reports to Ben. Ben reports to Cleo. Who is above Ana?"}]
-    fresh = model.generate(chat, **settings)
-    session = model.new_session()
-    first = session.generate(chat, **settings)
-    again = session.generate(chat, **settings)
-    assert (first.cached_tokens, again.cached_tokens > 0) == (0, True)
-    assert first.token_ids == again.token_ids == fresh.token_ids
-    other = session.generate(chat, **{**settings, "exit_threshold": 0.3})
-    assert other.cached_tokens == 0
-    assert other.token_ids == model.generate(chat, **{**settings, "exit_threshold": 0.3}).token_ids
-    fixed = session.generate(chat, loops=4, max_new_tokens=4, **FREE)
-    assert fixed.token_ids == model.generate(chat, loops=4, max_new_tokens=4, **FREE).token_ids
-    if kind == "LoopLM":  # what was filled with copies is not what four loops give
-        assert fixed.cached_tokens == 0 or rule == "settled"
+    session, cached = model.new_session(), []
+    for said in (settings, settings, {**settings, "exit_threshold": 0.3}, {"loops": 4, "max_new_tokens": 4, **FREE}):
+        result, fresh = session.generate(chat, **said), model.generate(chat, **said)
+        assert result.token_ids == fresh.token_ids
+        assert result.loops_per_token == fresh.loops_per_token
+        cached.append(result.cached_tokens)
+    assert cached[0] == 0 < cached[1]
+    assert set(cached[1:]) == {cached[1]}
+    assert session.generate(chat, **{**settings, "max_loops": 2}).cached_tokens == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

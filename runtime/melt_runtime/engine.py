@@ -172,7 +172,7 @@ class Engine:
         if seen:
             self.executor.compute_logits(seen)
         for span, leave in asked:
-            reads = self.executor.logits(span.slot) if leave.reads == "logits" else self.executor.exit_logits(span)
+            reads = self.executor.logits(span.slot) if leave.reads == "logits" else self.executor.exit_logit(span)
             if leave.leaves(span.loop, reads):
                 span.leave()
         for span in spans:

@@ -183,22 +183,22 @@ class Executor:
         """Logits of a slot's last token, [V] float32: a view that any later pass may overwrite."""
         return self.state.logits.value.numpy()[slot]  # type: ignore[no-any-return]
 
-    def exit_logits(self, span: Span) -> Array:
-        """What the exit gate says of each token of a span after its last pass, before the sigmoid, [C] float64."""
-        rows = self.state.chunk if span.is_chunk else self.state.step
-        assert rows.exit_logit is not None
-        first = 0 if span.is_chunk else span.slot
-        values = rows.exit_logit.value.numpy()[first : first + len(span.ids)]
-        if rows.exit_logit.element_type == BFLOAT16:
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float64)  # type: ignore[no-any-return]
+    def exit_logit(self, span: Span) -> Array:
+        """What the exit gate says of a single token after its last pass, before the sigmoid, [1] float64."""
+        buffer = self.state.step.exit_logit
+        assert buffer is not None
+        assert not span.is_chunk
+        value = buffer.value.numpy()[span.slot : span.slot + 1]
+        if buffer.element_type == BFLOAT16:
+            value = (value.astype(np.uint32) << 16).view(np.float32)
+        return value.astype(np.float64)  # type: ignore[no-any-return]
 
     def fill_caches(self, span: Span) -> None:
         """Copies a LoopLM's keys and values of the last loop that a span took to the caches of those that it did not.
 
         As Ouro does (arXiv 2510.25741): later tokens find at every loop what the token had when it left.
         """
-        slot, rows = span.slot, slice(span.start, span.start + len(span.ids))
+        slot, rows = span.slot, slice(span.start, span.start + 1)
         for layer, pair in enumerate(self.state.caches[span.depth - 1]):
             for place, source in enumerate(pair):
                 values = source.value.numpy()[slot, :, rows]

@@ -26,13 +26,11 @@ class Snapshot:
         ids: its tokens.
         depths: of those that were run, as ``Slot.depths``; [n] int16.
         caches: of a LoopLM, how many hold them.
-        policy: the rule that decided on the first tokens, and on how many.
     """
 
     ids: list[int]
     depths: Array
     caches: int
-    policy: tuple[Depth | None, int] = (None, 0)
 
 
 class Slot:
@@ -58,7 +56,6 @@ class Slot:
         self._depths: Array = np.zeros(plan.capacity, dtype=np.int16)
         self._lost: Array = np.zeros(0, dtype=np.int16)
         self._caches = 0
-        self._policy: tuple[Depth | None, int] = (None, 0)  # the rule that decided on the first tokens, on how many
         self.depths = self._depths.view()
         self.depths.setflags(write=False)
         self.ids: list[int] = []
@@ -133,23 +130,20 @@ class Slot:
             size = int(later[0]) + 1 if later.size else len(self._lost)
             loops = abs(int(self._lost[0]))
             return Span(self.number, start, self.ids[start : start + size], loops, caches=self._caches)
-        size = min(self._plan.chunk, len(self.ids) - start)
-        policy = depth if depth.rule else None
-        return Span(
-            self.number, start, self.ids[start : start + size], depth.most, exit=depth.exit(size), policy=policy
-        )
+        left = len(self.ids) - start
+        # A prompt's last token gives the answer's first: where a rule decides, it leaves on its own.
+        size = min(self._plan.chunk, left - 1 if depth.rule and left > 1 else left)
+        ids = self.ids[start : start + size]
+        return Span(self.number, start, ids, depth.most, exit=depth.exit() if size == left else None)
 
     def commit(self) -> None:
         """Counts what is in flight as final."""
         span, self.flight = self.flight, None
         assert span is not None
         assert span.is_done
-        follows = self._length == 0 or self._policy == (span.policy, self._length)
         left_early = self._plan.shape.cache_kind == "per_loop" and span.caches > span.depth
         self._count(len(span.ids), -span.depth if left_early else span.depth, span.caches)
         self._lost = self._lost[len(span.ids) :]
-        if follows:
-            self._policy = (span.policy, self._length)
 
     def advance(self, tokens: int, loops: int) -> None:
         """Counts ``tokens``, one chunk that went through ``loops`` loops, as final.
@@ -174,39 +168,29 @@ class Slot:
     def reusable(self, prompt: Sequence[int], depth: Depth) -> int:
         """Cached tokens that an empty slot would hold just so after ``prompt`` at this depth.
 
-        The prompt's last token never counts, since its logits are needed. What a rule decided stands for the same rule,
-        where it decided all before as well; a MELT chunk that left after some loops is one of so many loops, too.
+        The prompt's last token never counts, since its logits are needed. Whatever rule lets tokens of an answer leave,
+        chunks of a prompt take the most loops.
         """
         limit = min(self._length, len(prompt) - 1, len(self.ids))
         shared = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
-        if depth.rule is None:
-            return self.full_chunks(shared, depth.most)
-        policy, length = self._policy
-        return self.full_chunks(min(shared, length)) if policy == depth else 0
+        return self.full_chunks(shared, depth.most)
 
-    def full_chunks(self, tokens: int, loops: int | None = None) -> int:
+    def full_chunks(self, tokens: int, loops: int) -> int:
         """Most cached tokens, up to ``tokens``, that a prompt run from the start through ``loops`` loops makes again.
 
         They stand in full chunks from the start on, each of this depth, so that keeping them changes no number.
-
-        Args:
-            tokens: at most.
-            loops: depth of each; None: whatever it was.
         """
         chunk, depths, kept = self._plan.chunk, self._depths, 0
         while (end := kept + chunk) <= min(tokens, self._length):
             ends_whole = end == self._length or depths[end] != 0
-            is_other = loops is not None and depths[kept] != loops
-            if is_other or depths[kept + 1 : end].any() or not ends_whole:
+            if depths[kept] != loops or depths[kept + 1 : end].any() or not ends_whole:
                 break
             kept = end
         return kept
 
     def snapshot(self) -> Snapshot:
         """The sequence as it is."""
-        return Snapshot(
-            self.ids, np.concatenate((self._depths[: self._length], self._lost)), self._caches, self._policy
-        )
+        return Snapshot(self.ids, np.concatenate((self._depths[: self._length], self._lost)), self._caches)
 
     def begin(self, prompt: Sequence[int], kept: int | None) -> None:
         """Makes ``prompt`` the sequence.
@@ -248,7 +232,6 @@ class Slot:
         self.flight = None
         self._length = tokens
         self._depths[tokens:] = 0
-        self._policy = (self._policy[0], min(self._policy[1], tokens))
 
     def forget(self) -> None:
         """Makes the sequence empty; the memory stays allocated."""
@@ -263,7 +246,6 @@ class Slot:
         self.ids = snapshot.ids
         self._depths[:length], self._lost = snapshot.depths[:length], snapshot.depths[length:]
         self._length, self._caches = length, snapshot.caches
-        self._policy = (snapshot.policy[0], min(snapshot.policy[1], length))
 
 
 class Slots:

@@ -35,53 +35,53 @@ class Depth:
         """Always the same number."""
         return cls(loops, loops)
 
-    def exit(self, tokens: int) -> "Exit | None":
-        """What decides for a span of ``tokens`` tokens; None: it takes ``most``.
+    def exit(self) -> "Exit | None":
+        """What decides for a token whose prediction counts; None: it takes ``most``.
 
-        A chunk of a prompt predicts nothing that could settle, so that it is the gate alone that lets one leave.
+        The tokens of a prompt before its last predict nothing that could settle, and an exit gate learns on answers:
+        they take ``most``.
         """
         if self.rule == "gate":
-            return GateExit(self, tokens)
-        return SettledExit(self) if self.rule == "settled" and tokens == 1 else None
+            return GateExit(self)
+        return SettledExit(self) if self.rule == "settled" else None
 
 
 class Exit(Protocol):
-    """Decides when a span leaves.
+    """Decides when a token leaves.
 
     Attributes:
-        reads: what it looks at after a loop: ``exit logits`` of every token, or ``logits`` of the last one.
+        reads: what it looks at after a loop.
     """
 
-    reads: Literal["exit logits", "logits"]
+    reads: Literal["exit logit", "logits"]
 
     def wants(self, loops: int) -> bool:
         """Whether it must see what the last of ``loops`` loops left."""
 
     def leaves(self, loops: int, values: Array) -> bool:
-        """Whether the span leaves after ``loops`` loops; asked once after each that it wants."""
+        """Whether the token leaves after ``loops`` loops; asked once after each that it wants."""
 
 
 class GateExit:
     """Ouro's rule (arXiv 2510.25741): leave when the cumulated exit probability reaches the threshold.
 
     lambda_t = sigmoid(exit logit), p_t = lambda_t * prod_{s<t} (1 - lambda_s); their sum is 1 - prod (1 - lambda).
-    A chunk leaves when every token of it would.
     """
 
-    reads: Literal["exit logits", "logits"] = "exit logits"
+    reads: Literal["exit logit", "logits"] = "exit logit"
 
-    def __init__(self, depth: Depth, tokens: int):
+    def __init__(self, depth: Depth):
         self._depth = depth
-        self._stays: Array = np.ones(tokens)
+        self._stays = 1.0
 
     def wants(self, loops: int) -> bool:
         """Every loop counts."""
         return True
 
     def leaves(self, loops: int, values: Array) -> bool:
-        """``values``: exit logits, [C]."""
-        self._stays = self._stays / (1 + np.exp(np.minimum(values, 700.0)))  # 1 - sigmoid, which never overflows
-        return loops >= self._depth.least and bool((1 - self._stays >= self._depth.threshold).all())
+        """``values``: the exit logit, [1]."""
+        self._stays /= 1 + math.exp(min(float(values[0]), 700.0))  # 1 - sigmoid, which never overflows
+        return loops >= self._depth.least and 1 - self._stays >= self._depth.threshold
 
 
 class SettledExit:
@@ -90,7 +90,7 @@ class SettledExit:
     Needs no training, and two loops at least. The head runs after every loop that is looked at.
     """
 
-    reads: Literal["exit logits", "logits"] = "logits"
+    reads: Literal["exit logit", "logits"] = "logits"
 
     def __init__(self, depth: Depth):
         self._depth = depth

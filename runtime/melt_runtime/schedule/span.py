@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from melt_runtime.schedule.depth import Depth, Exit
+from melt_runtime.schedule.depth import Exit
 
 
 @dataclass(slots=True, eq=False)
@@ -17,7 +17,6 @@ class Span:
         depth: loops T that they are to take; fewer once ``exit`` has let them leave.
         loop: the next one, counted from 0; ``depth`` when they have taken all.
         exit: lets them leave before; None: nothing does.
-        policy: what ``exit`` came from, whether or not it has a say here.
         row: where its first token lies among the rows of a wave; -1: in none.
         caches: of a LoopLM, the caches that hold them in the end: where they leave early, the last one is copied.
     """
@@ -28,7 +27,6 @@ class Span:
     depth: int
     loop: int = 0
     exit: Exit | None = None
-    policy: Depth | None = None
     caches: int = 0
     row: int = -1
 
