@@ -110,7 +110,7 @@ def draw_batches(rows: list[dict[str, Any]], path: Path) -> None:
 
 def draw_waves(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens a second of a wave of lag 1 beside plain decoding, by the share of drafts that hold."""
-    title = "Waves of lag 1: tokens a second beside plain decoding (MELT, 4 layers, 4 loops)"
+    title = "Waves of lag 1 beside plain decoding (MELT, 4 layers, 4 loops)"
     with picture(path, title, width=7, height=4) as (_, axes):
         axis = axes[0, 0]
         for colour, bundle in enumerate(sorted({row["bundle"] for row in rows})):
@@ -124,7 +124,7 @@ def draw_waves(rows: list[dict[str, Any]], path: Path) -> None:
                 label = f"{bundle.split('-')[-1]}, position {position:,}"
                 axis.plot(*zip(*line, strict=True), style, color=f"C{colour}", label=label)
         axis.axhline(1, color="#888888", linewidth=1)
-        axis.set(xlabel="drafts that hold, %", ylabel="times the tokens of plain", ylim=(0, None))
+        axis.set(xlabel="drafts that hold, %", ylabel="tokens a second, times plain", ylim=(0, None))
         axis.legend(loc="upper left")
 
 

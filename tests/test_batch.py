@@ -250,6 +250,7 @@ def test_a_state_has_room_for_every_slot(random_bundle):
     [
         ({"prompts": "Ana?"}, "prompts must be several prompts, one after another, got 'Ana\\?'"),
         ({"prompts": 5}, "prompts must be several prompts"),
+        ({"prompts": np.array(3)}, r"prompts must be several prompts, one after another, got array\(3\)"),
         ({"raw": 1}, "raw must be True or False"),
         ({"config": 5}, "config must be a GenerationConfig, or a sequence of them"),
         ({"config": [GenerationConfig()]}, "config must be one, or one for each of 2 prompts, got 1"),

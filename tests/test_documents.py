@@ -81,6 +81,12 @@ NOT_RUN = {
     "melt bench --shape melt-1.6b:4 --kv-cache float,int8,int4 --loops 4 --positions 100,1000,4000,16000 "
     "--chunks 128,512": _FULL_SIZE,
     "melt bench --shape melt-1.6b:4 --kv-cache float,int8,int4 --positions 16000 --json bench.json": _FULL_SIZE,
+    "melt bench --shape melt-1.6b:4 --shape ouro-1.4b:4 --precision int8": _FULL_SIZE,
+    "python benchmarks/batches.py build/bench/melt-1.6b-4-int4 build/bench/melt-1.6b-4-int8 "
+    "build/bench/ouro-1.4b-4-int4 build/bench/ouro-1.4b-4-int8 build/melt-tiny --rounds 7": _FULL_SIZE,
+    "python benchmarks/decoding.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --rounds 3 "
+    "--tokens 16": _FULL_SIZE,
+    "python benchmarks/decoding.py runtime/melt_runtime/demo/melt-tiny --answers": _MINUTES,
     "melt-export --shape melt-1.6b --out build/bench --precision int4": _FULL_SIZE,
     "python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/data/memory.json": _FULL_SIZE,
 }

@@ -59,7 +59,12 @@ class BatchAsk:
         """
         instance("raw", raw, bool, "True or False")
         function_or_none("progress", progress)
-        if isinstance(prompts, str | bytes | bytearray) or not isinstance(prompts, Iterable):
+        try:
+            iter(prompts)
+            several = not isinstance(prompts, str | bytes | bytearray)
+        except TypeError:  # an array of no dimension, too, though it calls itself iterable
+            several = False
+        if not several:
             raise ValueError(f"prompts must be several prompts, one after another, got {shown(prompts)}")
         if config is None or isinstance(config, GenerationConfig):
             said = say(config, changes)
