@@ -272,6 +272,31 @@ def test_bad_arguments_are_refused_before_anything_moves(model, arguments, messa
     assert session.token_ids == before
 
 
+def test_what_can_be_iterated_once_reaches_every_prompt(model):
+    free = model.generate([1, 2], max_new_tokens=9, **FREE)
+    config, stop = GenerationConfig(max_new_tokens=9, **FREE), free.text[3:5]
+    results = model.generate_batch([[1, 2]] * 3, [config] * 3, stop=(text for text in [stop]))
+    assert {result.text for result in results} == {free.text[: free.text.index(stop)]}
+
+
+def test_slots_that_an_interrupt_left_behind_are_free_again(model, monkeypatch):
+    slots = model.session._engine.executor.slots
+    acquire = slots.acquire
+
+    def interrupted():
+        acquire()
+        monkeypatch.setattr(slots, "acquire", acquire)
+        raise KeyboardInterrupt
+
+    for _ in range(SLOTS + 1):
+        stream = model.stream_batch([[5, 6], [7]], max_new_tokens=1, **FREE)
+        monkeypatch.setattr(slots, "acquire", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert slots.free == SLOTS - 1
+    assert model.generate([1], max_new_tokens=1, **FREE).token_ids
+
+
 def test_too_few_configs_for_prompts_that_are_made_one_by_one(model):
     with pytest.raises(BatchError, match="prompt 1: config must be one for each prompt: there are 1"):
         model.generate_batch((prompt for prompt in [[1], [2]]), [GenerationConfig(max_new_tokens=1)])

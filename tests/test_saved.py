@@ -1,6 +1,7 @@
 """Slots and files: sequences that are copied, written and read again go on as if nothing had happened."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from melt_runtime import BusyError, CapacityError, MeltModel, SavedError, Session
+from melt_runtime.execute.saved import _digest
 
 CAPACITY, CHUNK = 90, 8
 FREE = {"stop_ids": ()}
@@ -80,11 +82,14 @@ def test_a_session_that_lost_rows_and_an_empty_one_are_saved_too(model, tmp_path
     assert restored.generate("Who?", max_new_tokens=3).text == model.generate("Who?", max_new_tokens=3).text
 
 
-def edit(path, change) -> None:
+def edit(path, change, digested: bool = True) -> None:
+    """Changes a file; ``digested``: as if it had been written so."""
     with safe_open(path, "np") as file:
         header = json.loads(file.metadata()["melt"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     change(header, tensors)
+    if digested:
+        header["sha256"] = _digest(header, tensors)
     save_file(tensors, path, {"melt": json.dumps(header)})
 
 
@@ -122,6 +127,37 @@ def test_a_damaged_file_is_refused_and_changes_nothing(model, tmp_path, damage):
     assert look(session) == before
 
 
+def test_a_flipped_bit_is_found(model, tmp_path):
+    path = tmp_path / "talk"
+    talk(model.new_session()).save(path)
+    edit(path, lambda header, tensors: tensors["keys.0.0"].reshape(-1).__setitem__(3, 0.5), digested=False)
+    with pytest.raises(SavedError, match="is damaged: its content is not what was saved"):
+        model.new_session().restore(path)
+
+
+def test_whatever_a_message_holds_is_kept(model, tmp_path):
+    session = model.new_session()
+    session.generate([{"role": "user", "content": "Who?", "n": 3, "tools": [1]}], max_new_tokens=2, **FREE)
+    session.save(tmp_path / "talk")
+    restored = model.new_session()
+    restored.restore(tmp_path / "talk")
+    assert restored.messages == session.messages
+
+
+def test_lost_chunks_need_a_state_that_can_run_them(random_bundle, tmp_path):
+    session = talk(load(random_bundle).new_session())
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.generate([{"role": "user", "content": "x" * 50}], progress=fail)
+    session.save(tmp_path / "talk")
+    small = MeltModel.load(random_bundle(), device="cpu", capacity=CAPACITY, chunk=4).new_session()
+    with pytest.raises(CapacityError, match="has chunks of 8 tokens to run again: load with chunk=8 or more"):
+        small.restore(tmp_path / "talk")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff" * 100, b"[" * 100_000])
 def test_what_is_no_such_file_is_refused(model, tmp_path, content):
     path = tmp_path / "talk"
@@ -155,9 +191,13 @@ def test_saving_replaces_in_one_step_and_waits_for_nobody(model, tmp_path):
     stream.close()
     session.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["talk"]
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        session.save(tmp_path / "folder")
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "link", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="path must be a file that may be replaced"):
+            session.save(other)
+    with pytest.raises(ValueError, match="path must lie in a folder that exists"):
+        session.save(tmp_path / "missing" / "talk")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,7 +71,9 @@ class BatchAsk:
             desk.settle(replace(said, max_new_tokens=None), 1)
             return cls(prompts, said, raw, progress)
         instance("config", config, Sequence, "a GenerationConfig, or a sequence of them, one for each prompt")
-        configs = [say(one, changes) for one in config]
+        more = say(None, changes)  # once: what can be iterated once is iterated here
+        rule = "a GenerationConfig"
+        configs = [more.over(instance("config", one, GenerationConfig, rule)) for one in config]
         if isinstance(prompts, Sized) and len(prompts) != len(configs):
             raise ValueError(f"config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}")
         return cls(prompts, configs, raw, progress)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Unpack, cast
 
-from melt_runtime.arguments import function_or_none, instance, path_of
+from melt_runtime.arguments import function_or_none, instance, path_of, shown
 from melt_runtime.engine import Engine
 from melt_runtime.execute.slots import Slot
 from melt_runtime.hold import Hold
@@ -30,7 +30,7 @@ _BUSY = (
 class _Kept:
     """What a saved session keeps beside its slot."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     holds_raw: bool
 
 
@@ -119,9 +119,13 @@ class Session:
         Raises:
             BusyError: the session is at work.
             OSError: the file cannot be written.
-            ValueError: ``path`` is no path.
+            ValueError: ``path`` is no path, lies in no folder, or is a folder, a link or a device.
         """
         file = path_of("path", path, "a file")
+        if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+            raise ValueError(f"path must be a file that may be replaced, got {shown(str(path))}: it is something else")
+        if not file.parent.is_dir():
+            raise ValueError(f"path must lie in a folder that exists, got {shown(str(path))}: make it first")
         from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
 
         more = {"messages": self.messages, "holds_raw": self._holds_raw}
@@ -251,10 +255,13 @@ class Session:
             slots.release(self._slot)
             yield
         finally:
-            if self._hold.owner is owner:
-                self._slot = slots.acquire()
-                self._forget()
-            self._hold.free(owner)
+            try:
+                if self._hold.owner is owner:
+                    slots.release_all()  # an interrupt may have left some behind
+                    self._slot = slots.acquire()
+                    self._forget()
+            finally:
+                self._hold.free(owner)
 
     def _forget(self) -> None:
         self._slot.forget()

@@ -3,8 +3,10 @@
 A file is read only by the model that wrote it, over the same kind of KV cache: elsewhere its rows mean nothing.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from melt_files import replace_file
-from melt_runtime.bundle.contract import Depth
+from melt_runtime.bundle.contract import MAX_LOOPS, Depth
 from melt_runtime.errors import CapacityError, SavedError
 from melt_runtime.execute.slots import Slot, Snapshot
 from melt_runtime.memory.buffers import Buffer, State
@@ -46,6 +48,7 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
     for name, buffer in _rows(state, slot.depth):
         tensors[name] = np.ascontiguousarray(buffer.value.numpy()[slot.number, :, :length])
     header = {**_about(state, identity), "length": length, "depth": slot.depth, "more": more}
+    header["sha256"] = _digest(header, tensors)
     replace_file(path, lambda new: save_file(tensors, new, {"melt": json.dumps(header)}))
 
 
@@ -78,9 +81,11 @@ def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]
             length = _LENGTH.validate_python(header.get("length"), strict=True)
             depth = _DEPTH.validate_python(header.get("depth"), strict=True)
             _require_fit(path, state, length, depth)
-            ids, depths = file.get_tensor(_IDS), file.get_tensor(_DEPTHS)
-            snapshot = _snapshot(path, state, ids, depths, length, depth)
-            rows = [(buffer, file.get_tensor(name)) for name, buffer in _rows(state, depth)]
+            tensors = {name: file.get_tensor(name) for name in (_IDS, _DEPTHS, *(n for n, _ in _rows(state, depth)))}
+            if header.get("sha256") != _digest(header, tensors):
+                raise SavedError(f"{path} is damaged: its content is not what was saved")
+            snapshot = _snapshot(path, state, tensors[_IDS], tensors[_DEPTHS], length, depth)
+            rows = [(buffer, tensors[name]) for name, buffer in _rows(state, depth)]
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise SavedError(f"{path} cannot be read as a saved session: {error}") from error
     shape = (state.plan.cache_shape[1], length, state.plan.cache_shape[3])
@@ -92,6 +97,16 @@ def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]
             host[slot.number, :, :length] = values
     slot.take(snapshot, length)
     return kept
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Of all that a file holds but this number itself."""
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def _about(state: State, identity: str) -> dict[str, Any]:
@@ -132,9 +147,15 @@ def _snapshot(path: Path, state: State, ids: Any, depths: Any, length: int, dept
         and ((ids >= 0) & (ids < vocabulary)).all()
         and (not _shares(state) or (depths >= 0).all())
         and (not len(depths) or depths[0] != 0)
+        and (length == len(depths) or depths[length] != 0)
+        and np.abs(depths.astype(np.int32)).max(initial=0) <= MAX_LOOPS
         and (depth is None) == (_shares(state) or not len(depths))
         and (_shares(state) or not len(depths) or np.abs(depths.astype(np.int32)).max() <= depth)
     )
     if not good:
         raise SavedError(f"{path} is damaged: its tokens and their chunks do not fit each other")
+    begins = [*(length + np.flatnonzero(depths[length:])).tolist(), len(depths)]
+    longest = max((later - earlier for earlier, later in pairwise(begins)), default=0)
+    if longest > state.plan.chunk:  # tokens that a failed turn took are run again, in the chunks that they had
+        raise CapacityError(f"{path} has chunks of {longest} tokens to run again: load with chunk={longest} or more")
     return Snapshot(ids.tolist(), depths, depth or 0)

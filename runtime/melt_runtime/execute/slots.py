@@ -305,6 +305,11 @@ class Slots:
         slot.truncate(slot.length)
         self._free[slot.number] = True
 
+    def release_all(self) -> None:
+        """Ends every ownership, however the owners were left."""
+        for slot in self._slots:
+            self.release(slot)
+
     def fork(self, source: Slot, tokens: int | None = None) -> Slot:
         """A slot with the first cached tokens of another, copied.
 

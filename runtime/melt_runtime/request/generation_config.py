@@ -66,7 +66,8 @@ class GenerationConfig:
         min_loops: with ``auto``, loops that every token takes; not said: 1.
         max_loops: with ``auto``, loops after which every token leaves; not said: as many as were trained.
         decode: ``plain``, or ``wave``: the next token starts from a draft while this one still takes its loops. Its
-            numbers are not those of plain decoding, but for ``lag`` of one less than the loops. Not said: plain.
+            numbers are not those of plain decoding, but in float32 for ``lag`` of one less than the loops. Not said:
+            plain.
         lag: of a wave, loops of a token after which the next one starts; not said: 1.
         temperature: 0 is greedy; else logits are divided by it, in [1e-6, 1e6]; not said: 0.
         top_k: keep the k most probable tokens; 0, where not said: all.
@@ -125,8 +126,11 @@ class GenerationConfig:
         """
         instance("other", other, GenerationConfig, "a GenerationConfig")
         said = {field.name: getattr(self, field.name) for field in fields(self)}
-        idle = _OF_AUTO if is_whole(self.loops) else ()
-        other = replace(other, **dict.fromkeys(idle), **({"lag": None} if self.decode == "plain" else {}))
+        idle: tuple[str, ...] = _OF_AUTO if is_whole(self.loops) else ()
+        idle += ("lag",) if self.decode == "plain" else ()
+        # A threshold is its rule's.
+        idle += ("exit_threshold",) if self.exit_rule and other.exit_rule not in (None, self.exit_rule) else ()
+        other = replace(other, **dict.fromkeys(idle))
         return replace(other, **{name: value for name, value in said.items() if value is not None})
 
     def with_changes(self, **changes: Unpack[GenerationChanges]) -> "GenerationConfig":
