@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, save_checkpoint
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
+from test_training_run import write_data
 from tolerances import TORCH, assert_close
 
 from melt_models import MeltCausalLM, load_checkpoint
@@ -169,10 +170,7 @@ def student(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("data") / "tokens", torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(703, (14 + index % 5,), generator=draw).tolist()} for index in range(30)]
-    Dataset.from_list(rows).save_to_disk(str(folder))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data") / "tokens")
 
 
 @pytest.fixture

@@ -67,8 +67,9 @@ class Job:
         self.request.accept(token, loops)
         if self.request.is_finished:
             return
-        self.span = self._next_span()
-        if self.wave is not None and not self.wave.spans:
+        if self.wave is None:
+            self.span = self._next_span()
+        elif not self.wave.spans:
             self.wave.start(self.slot.length, token)
 
     def _next_span(self) -> Span:

@@ -135,13 +135,10 @@ class Executor:
         Raises:
             RunError: ONNX Runtime could not.
         """
-        rows = self.state.chunk
         for place, span in enumerate(spans):
             if span.row < 0:
                 self._enter(spans[:place], span)
-        last = spans[-1].start
-        rows.last_row.write(np.array([last], dtype=np.int32))
-        rows.total_length.write(np.array([last + 1], dtype=np.int32))
+        self._place_chunk(spans[-1].start)
         self._bindings.wave(spans[0].row, len(spans), spans[0].slot)[0].run()
         for span in spans:
             span.loop += 1
@@ -163,9 +160,7 @@ class Executor:
                         values[..., :count, :] = values[..., first : first + count, :].copy()
             for place, other in enumerate((*before, span)):
                 other.row = place
-        staged: Array = np.zeros(rows.ids.shape, dtype=np.int64)
-        staged[0, span.row] = span.ids[0]
-        rows.ids.write(staged)
+        self._write_chunk_ids(span.row, span.ids)
         self._bindings.wave_embed(span.row).run()
         if rows.latent is not None:
             with rows.latent.on_host() as latent:
@@ -219,16 +214,25 @@ class Executor:
         return self._drawn
 
     def _run_chunk(self, span: Span) -> None:
-        rows, tokens, end = self.state.chunk, len(span.ids), span.start + len(span.ids)
+        tokens = len(span.ids)
         if span.loop == 0:
             self._begin(span)
-            staged: Array = np.zeros(rows.ids.shape, dtype=np.int64)
-            staged[0, :tokens] = span.ids
-            rows.ids.write(staged)
-            rows.last_row.write(np.array([end - 1], dtype=np.int32))
-            rows.total_length.write(np.array([end], dtype=np.int32))
+            self._write_chunk_ids(0, span.ids)
+            self._place_chunk(span.start + tokens - 1)
             self._bindings.embed_chunk(tokens).run()
         self._bindings.chunk(tokens, span.slot)[self.state.plan.cache_set(span.loop)].run()
+
+    def _write_chunk_ids(self, first: int, ids: Sequence[int]) -> None:
+        """Writes token ids where a chunk's, or a wave's, are read, from the row ``first`` on."""
+        buffer = self.state.chunk.ids
+        staged: Array = np.zeros(buffer.shape, dtype=np.int64)
+        staged[0, first : first + len(ids)] = ids
+        buffer.write(staged)
+
+    def _place_chunk(self, last: int) -> None:
+        """Says at which row of the cache the last token of a chunk, or of a wave, is."""
+        self.state.chunk.last_row.write(np.array([last], dtype=np.int32))
+        self.state.chunk.total_length.write(np.array([last + 1], dtype=np.int32))
 
     def _run_steps(self, spans: Sequence[Span], cache_set: int) -> None:
         starting = [span for span in spans if span.loop == 0]

@@ -335,10 +335,9 @@ class Slots:
         Returns:
             Tokens of the prompt that ``slot`` holds now.
         """
-        sources = self._slots if self._state.device == "cpu" else [slot]  # elsewhere a copy goes through the host
+        others = self._slots if self._state.device == "cpu" else []  # elsewhere a copy goes through the host
+        sources = [slot, *(other for other in others if other is not slot)]  # of equal ones the first: without a copy
         tokens, source = max(((other.reusable(prompt, depth), other) for other in sources), key=lambda pair: pair[0])
-        if tokens == slot.reusable(prompt, depth):
-            source = slot
         self.copy(source, slot, tokens)
         return tokens
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from melt_runtime.memory.plan import Array
 
 ExitRule = Literal["gate", "settled"]
 """``gate``: the model's exit gate says so; ``settled``: the choice and its probability stopped moving."""
