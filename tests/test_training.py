@@ -19,7 +19,7 @@ from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
 from melt_models.training.recipe_files import RECIPES, recipe_path
 from melt_models.training.trainer import draw_step
 
-LENGTH, CHUNK, LOOPS = 24, 8, 4
+LENGTH, CHUNK, LOOPS, MOST_LOOPS = 24, 8, 4, 6
 DISTILLED = Phase(1, distillation=1.0, attention=0.1)
 TRAINED_KINDS = ("elementwise", "scalar", "ema", "mean", "last")
 
@@ -40,29 +40,31 @@ def batch_of(ids: torch.Tensor) -> TokenBatch:
     return TokenBatch(ids, targets, torch.ones_like(ids, dtype=torch.bool))
 
 
-def states_of(model: MeltCausalLM, ids: torch.Tensor, alpha: float | None, recompute: bool = False) -> torch.Tensor:
+def states_of(model: MeltCausalLM, ids: torch.Tensor, alpha: float | None, loops: int = LOOPS) -> torch.Tensor:
     """Normed values of every loop, chunk by chunk, [T, B, L, D]."""
     cache = TrainingCache()
-    passes = [forward_chunk(model.model, part, LOOPS, cache, alpha, recompute) for part in ids.split(CHUNK, dim=1)]
+    passes = [forward_chunk(model.model, part, loops, cache, alpha) for part in ids.split(CHUNK, dim=1)]
     return torch.stack([torch.cat(parts, dim=1) for parts in zip(*(p.states for p in passes), strict=True)])
 
 
-def reference(model: MeltCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    return torch.stack(model.model(ids, LOOPS, CHUNK, KVCache(model.config))[0])
+def reference(model: MeltCausalLM, ids: torch.Tensor, loops: int) -> torch.Tensor:
+    return torch.stack(model.model(ids, loops, CHUNK, KVCache(model.config))[0])
 
 
+@pytest.mark.parametrize("loops", [LOOPS, MOST_LOOPS])
 @pytest.mark.parametrize("gate_kind", TRAINED_KINDS)
 @torch.no_grad()
-def test_alpha_0_is_the_looplm_and_alpha_1_is_melt_exactly(gate_kind):
+def test_alpha_0_is_the_looplm_and_alpha_1_is_melt_exactly(gate_kind, loops):
+    """At as many loops as the models were made for, and at more."""
     teacher, ids = random_model(gate_kind="none"), tokens()
     student = student_of(teacher, gate_kind)
-    looplm, melt = reference(teacher, ids), reference(student, ids)
+    looplm, melt = reference(teacher, ids, loops), reference(student, ids, loops)
     assert_far(looplm, melt, TORCH)
-    assert torch.equal(states_of(student, ids, alpha=0.0), looplm)
-    assert torch.equal(states_of(student, ids, alpha=1.0), melt)
-    assert torch.equal(states_of(student, ids, alpha=None), melt)
-    assert torch.equal(states_of(teacher, ids, alpha=None), looplm)
-    between = states_of(student, ids, alpha=0.5)
+    assert torch.equal(states_of(student, ids, 0.0, loops), looplm)
+    assert torch.equal(states_of(student, ids, 1.0, loops), melt)
+    assert torch.equal(states_of(student, ids, None, loops), melt)
+    assert torch.equal(states_of(teacher, ids, None, loops), looplm)
+    between = states_of(student, ids, 0.5, loops)
     assert_far(between, looplm, TORCH)
     assert_far(between, melt, TORCH)
 
@@ -127,8 +129,9 @@ def test_distillation_is_zero_for_a_student_equal_to_its_teacher_and_not_for_ano
     assert other["attention"].item() > 0
 
 
+@pytest.mark.parametrize("loops", [LOOPS - 1, MOST_LOOPS])
 @torch.no_grad()
-def test_the_terms_are_what_their_names_say():
+def test_the_terms_are_what_their_names_say(loops):
     """Written out with torch's own functions, padding and unlabelled tokens left out."""
     teacher, ids = random_model(gate_kind="none"), tokens()
     student = student_of(teacher)
@@ -138,9 +141,9 @@ def test_the_terms_are_what_their_names_say():
     batch.targets[0, :5] = IGNORED
     counted = batch.targets != IGNORED
     got = Objective(student, teacher, every_loop=True)(
-        batch, Step(Phase(1, cross_entropy=0.5, distillation=2.0, attention=0.1), 3, CHUNK, None)
+        batch, Step(Phase(1, cross_entropy=0.5, distillation=2.0, attention=0.1), loops, CHUNK, None)
     )
-    ours, theirs = (m.model(ids, 3, CHUNK, KVCache(m.config))[0] for m in (student, teacher))
+    ours, theirs = (m.model(ids, loops, CHUNK, KVCache(m.config))[0] for m in (student, teacher))
     logits = [(student.lm_head(o)[counted], teacher.lm_head(t)[counted]) for o, t in zip(ours, theirs, strict=True)]
     divergence = torch.stack([(t.softmax(-1) * (t.log_softmax(-1) - o.log_softmax(-1))).sum(-1) for o, t in logits])
     entropy = torch.nn.functional.cross_entropy(logits[-1][0], batch.targets[counted])
@@ -149,7 +152,7 @@ def test_the_terms_are_what_their_names_say():
     outputs = []
     for model in (student, teacher):
         cache = TrainingCache()
-        parts = [forward_chunk(model.model, part, 3, cache).attended for part in ids.split(CHUNK, dim=1)]
+        parts = [forward_chunk(model.model, part, loops, cache).attended for part in ids.split(CHUNK, dim=1)]
         outputs.append(torch.stack([torch.cat(p, dim=1) for p in zip(*parts, strict=True)]))
     distance = (outputs[0] - outputs[1]).square().sum(-1)[:, batch.real].mean()
     assert_close(got["attention"], distance, TORCH)
@@ -206,6 +209,14 @@ def test_steps_are_drawn_from_recipe_and_number_alone():
     assert 60 < sum(step.loops == 4 for step in drawn) < 140
     fixed = dataclasses.replace(recipe, shallow_steps=0.0)
     assert {draw_step(fixed, step, LOOPS).loops for step in range(50)} == {4}
+    deep = [draw_step(dataclasses.replace(recipe, deep_steps=0.3, most_loops=6), step, LOOPS) for step in range(200)]
+    assert {step.loops for step in deep} == {1, 2, 3, 4, 5, 6}
+    assert 30 < sum(step.loops > 4 for step in deep) < 90
+    for one, other in zip(drawn, deep, strict=True):  # what is drawn without deep steps stays
+        assert other.chunk_size == one.chunk_size
+        assert other.loops == one.loops or (one.loops == 4 and other.loops > 4)
+    first = ((8, 2), (8, 4), (8, 4), (4, 2), (8, 4), (8, 3))  # as recipes without them always drew
+    assert tuple((step.chunk_size, step.loops) for step in drawn[:6]) == first
 
 
 def test_the_papers_recipe_has_the_papers_numbers():
@@ -260,6 +271,18 @@ def write(path: Path, text: str) -> Path:
         ("chunk_sizes", "precision = 'float16'\nchunk_sizes", "precision must be one of float32, bfloat16"),
         ("chunk_sizes", "warmup = 3\nchunk_sizes", "unknown key warmup: remove it or correct its spelling"),
         ("chunk_sizes", "shallow_steps = 2\nchunk_sizes", r"shallow_steps must be in \[0, 1\], got 2.0"),
+        ("chunk_sizes", "deep_steps = -1\nchunk_sizes", r"deep_steps must be in \[0, 1\], got -1.0"),
+        (
+            "chunk_sizes",
+            "deep_steps = 0.5\nchunk_sizes",
+            "most_loops must be given where deep_steps is above 0, .* got 0",
+        ),
+        ("chunk_sizes", "most_loops = 6\nchunk_sizes", "most_loops must be left out where deep_steps is 0, got 6"),
+        (
+            "chunk_sizes",
+            "shallow_steps = 0.75\ndeep_steps = 0.5\nmost_loops = 6\nchunk_sizes",
+            r"shallow_steps \+ deep_steps must be at most 1, got 1.25",
+        ),
         ("1e-3", "0", "base_learning_rate must be above 0, got 0.0"),
         ("cross_entropy = 1", "cross = 1", "unknown key transition.cross"),
         ("cross_entropy = 1", "", "transition must be given a term with a weight above 0"),

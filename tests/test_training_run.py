@@ -35,7 +35,9 @@ batch_size = 4
 micro_batch_size = 2
 base_learning_rate = 1e-3
 gate_learning_rate = 1e-2
-shallow_steps = 0.5
+shallow_steps = 0.4
+deep_steps = 0.3
+most_loops = 6
 warmup_steps = 2
 weight_decay = 0.1
 checkpoint_every = 10
@@ -141,6 +143,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(recipe, teacher, d
     assert records[11]["alpha"] == 1.0
     assert records[12]["alpha"] is None
     assert {record["phase"] for record in records[12:]} == {"distillation"}
+    assert {record["loops"] for record in records} >= {4, 5, 6}  # of a model of four
     start_state = load_checkpoint(teacher).state_dict()
     assert not torch.equal(expected["model.norm.weight"], start_state["model.norm.weight"])
     assert torch.equal(expected["model.early_exit_gate.weight"], start_state["model.early_exit_gate.weight"])
@@ -254,6 +257,9 @@ def test_teacher_and_student_must_fit(recipe, teacher, data, tmp_path, capsys):
     refuse(capsys, arguments, "gate_kind 'mean', recipe 'elementwise'")
     refuse(capsys, command(recipe, mean, data, tmp_path / "run"), "must be a LoopLM, got gate_kind 'mean'")
     refuse(capsys, command(recipe, tmp_path / "no", data, tmp_path / "run"), "config.json does not exist")
+    recipe.write_text(RECIPE.replace("most_loops = 6", "most_loops = 4"))
+    message = "most_loops must be above the model's total_ut_steps 4 where deep_steps is above 0, got 4: raise it"
+    refuse(capsys, command(recipe, teacher, data, tmp_path / "run"), message)
     assert not (tmp_path / "run").exists()
 
 

@@ -87,6 +87,9 @@ class Recipe:
         supervised_loops: the loops whose distributions are distilled, ``last`` or ``every``.
         shallow_steps: fraction of steps at a depth drawn below the teacher's, so that the student learns to work at
             fewer loops too; 0 trains one depth, as the paper does.
+        deep_steps: fraction of steps of phases 1 and 2 at a depth drawn from the teacher's + 1 to ``most_loops``, which
+            the teacher runs, too, so that a loop too many does not walk past the answer.
+        most_loops: the deepest of those; 0 where there are none.
         warmup_steps: steps over which the rates rise from 0, anew for the exit gate.
         decay_steps: steps at the end over which they fall to 0, of phases 1 and 2 and of the exit gate's each.
         weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
@@ -109,6 +112,8 @@ class Recipe:
     gate_bias_init: float = -4.0
     supervised_loops: str = "last"
     shallow_steps: float = 0.0
+    deep_steps: float = 0.0
+    most_loops: int = 0
     warmup_steps: int = 0
     decay_steps: int = 0
     weight_decay: float = 0.0
@@ -261,7 +266,15 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         require(getattr(recipe, name) in values, name, f"one of {', '.join(values)}", getattr(recipe, name))
     sizes = recipe.chunk_sizes
     require(bool(sizes) and min(sizes) >= 0, "chunk_sizes", "one or more numbers of at least 0", list(sizes))
-    require(0 <= recipe.shallow_steps <= 1, "shallow_steps", "in [0, 1]", recipe.shallow_steps)
+    for name in ("shallow_steps", "deep_steps"):
+        require(0 <= getattr(recipe, name) <= 1, name, "in [0, 1]", getattr(recipe, name))
+    depths = recipe.shallow_steps + recipe.deep_steps
+    require(depths <= 1, "shallow_steps + deep_steps", "at most 1", depths)
+    if recipe.deep_steps > 0:
+        rule = "given where deep_steps is above 0, above the model's loops"
+        require(recipe.most_loops > 0, "most_loops", rule, recipe.most_loops)
+    else:
+        require(recipe.most_loops == 0, "most_loops", "left out where deep_steps is 0", recipe.most_loops)
     if recipe.micro_batch_size >= 1:
         whole = recipe.batch_size % recipe.micro_batch_size == 0
         require(whole, "batch_size", f"a multiple of micro_batch_size {recipe.micro_batch_size}", recipe.batch_size)

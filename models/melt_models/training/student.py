@@ -44,7 +44,8 @@ def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: 
 
     Raises:
         TrainingError: a checkpoint that cannot be loaded or is missing, a teacher that is no LoopLM or is not needed, a
-            student of another shape or gate kind, or one without loops or exit gate where the gate is to be trained.
+            student of another shape or gate kind, or one without loops or exit gate where the gate is to be trained,
+            or a recipe whose ``most_loops`` are not more than the teacher's loops.
     """
     if not recipe.model_steps:
         return _load_alone(teacher_folder, student_folder)
@@ -59,6 +60,11 @@ def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: 
         raise TrainingError(
             f"teacher {teacher_folder} must be a LoopLM, got gate_kind {teacher.config.gate_kind!r} and total_ut_steps "
             f"{teacher.config.total_ut_steps}: give a LoopLM checkpoint such as Ouro"
+        )
+    if recipe.deep_steps and recipe.most_loops <= teacher.config.total_ut_steps:
+        raise TrainingError(
+            f"most_loops must be above the model's total_ut_steps {teacher.config.total_ut_steps} where deep_steps is "
+            f"above 0, got {recipe.most_loops}: raise it, or take both out of the recipe"
         )
     if given is None:
         return Pair(teacher, _from_teacher(teacher, recipe), teacher.dtype, teacher_folder)

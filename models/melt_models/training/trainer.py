@@ -151,7 +151,11 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     """What is drawn at a step: it depends on nothing but recipe and step."""
     rng = random.Random(f"{recipe.seed}/{step}")
     chunk = rng.choice(recipe.chunk_sizes)
-    depth = rng.randrange(1, loops) if rng.random() < recipe.shallow_steps else loops
+    depth, drawn = loops, rng.random()
+    if drawn < recipe.shallow_steps:
+        depth = rng.randrange(1, loops)
+    elif drawn < recipe.shallow_steps + recipe.deep_steps:
+        depth = rng.randrange(loops + 1, recipe.most_loops + 1)
     phase = recipe.phase_of(step)
     return Step(phase, loops if isinstance(phase, Exit) else depth, chunk, recipe.alpha_of(step))
 
