@@ -17,17 +17,18 @@ from test_training_run import write_data
 from tolerances import TORCH, assert_close
 
 from melt_models import MeltCausalLM, load_checkpoint
-from melt_models.exits import exit_loops, exit_probabilities
+from melt_models.exits import exit_log_probabilities, exit_loops, exit_probabilities
 from melt_models.modeling import KVCache
 from melt_models.tiny.depth import answer, run_chunk
-from melt_models.training import Exit, TrainingError, cli, plot, read_recipe, train
-from melt_models.training.exit_gate import continue_targets, gate_loss
+from melt_models.training import Exit, Joint, TrainingError, cli, plot, read_recipe, train
+from melt_models.training.exit_gate import continue_targets, gate_loss, joint_terms
 from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
 
 disable_progress_bars()  # they would stand between the errors
 
 LOOPS, CHUNK, LENGTH = 4, 8, 24
 PHASE = Exit(steps=1, learning_rate=0.1, margin=0.05, sharpness=20.0, threshold=0.6)
+JOINT = Joint(steps=1, learning_rate=0.1, entropy=0.05)
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=6), st.floats(0.01, 0.99))
@@ -56,6 +57,22 @@ def test_tokens_leave_on_their_own_and_the_last_loop_takes_the_rest():
     assert exit_loops(logits, 0.75).tolist() == [1, 2, 3, 2]
     assert exit_loops(logits[:, None], 0.5).tolist() == [[1], [2], [3], [1]]
     assert exit_loops(logits, 1.0).tolist() == [3, 3, 3, 3]
+
+
+def test_a_gate_that_is_sure_has_no_entropy_and_finite_gradients():
+    """Probabilities that round to 0 have logarithms all the same."""
+    logits = torch.tensor([[200.0, -200.0, 0.0], [200.0, 0.0, 3.0], [-200.0, -200.0, 7.0]], requires_grad=True)
+    losses = torch.tensor([[3.0, 2.0, 1.0]] * 3).T
+    terms = joint_terms(losses, logits.T)
+    half = torch.tensor(2.0).log()
+    assert_close(terms["entropy"], 0.0, TORCH)
+    assert_close(terms["expected_cross_entropy"], 3.0 + 3.0 + 1.0, TORCH)
+    (terms["expected_cross_entropy"] - terms["entropy"]).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(exit_log_probabilities(logits)).all()
+    even = joint_terms(losses[:2], torch.zeros(2, 3))
+    assert_close(even["entropy"], 3 * half, TORCH)
+    assert_close(even["expected_cross_entropy"], 3 * 2.5, TORCH)
 
 
 def targets_of(*losses: float, margin: float = 0.1, sharpness: float = 1000.0) -> list[float]:
@@ -138,6 +155,39 @@ def test_the_loss_is_what_its_name_says(gate_kind):
     }
 
 
+@pytest.mark.parametrize("gate_kind", ["elementwise", "none"])
+def test_the_joint_loss_is_what_its_name_says_and_reaches_model_and_gate(gate_kind):
+    """Written out over the model's own forward pass, tokens without a label left out."""
+    model, batch = leaving_model(gate_kind), gated_batch()
+    got = Objective(model, None)(batch, Step(JOINT, LOOPS, CHUNK, None))
+    got["loss"].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()} == set()
+    kept = Objective(model, None, recompute=True)(batch, Step(JOINT, LOOPS, CHUNK, None))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    kept["loss"].backward()
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    model.zero_grad()
+    states, said = model.model(batch.input_ids, LOOPS, CHUNK, KVCache(model.config))
+    cross, entropy, loops, count = torch.zeros(()), torch.zeros(()), 0.0, 0
+    for row, place in (batch.targets != IGNORED).nonzero().tolist():
+        still = torch.ones(())
+        for loop, state in enumerate(states):
+            leaves = said[row, place, loop].sigmoid() if loop < LOOPS - 1 else 1.0
+            chance, still = still * leaves, still * (1 - leaves)
+            loss = -model.lm_head(state[row, place]).log_softmax(-1)[batch.targets[row, place]]
+            cross, entropy = cross + chance * loss, entropy - chance * chance.log()
+            loops += (loop + 1) * chance.item()
+        count += 1
+    assert_close(got["expected_cross_entropy"], cross / count, TORCH)
+    assert_close(got["entropy"], entropy / count, TORCH)
+    assert_close(got["expected_loops"], loops / count, TORCH)
+    ((cross - JOINT.entropy * entropy) / count).backward()
+    assert_close(got["loss"], (cross - JOINT.entropy * entropy) / count, TORCH)
+    for name, parameter in model.named_parameters():
+        assert_close(gradients[name], parameter.grad, TORCH)
+
+
 RECIPE = """
 chunk_sizes = [8, 12]
 batch_size = 4
@@ -159,6 +209,13 @@ cross_entropy = 1
 steps = 3
 distillation = 1.0
 """
+JOINT_PHASE = """
+[joint]
+steps = 3
+learning_rate = 0.05
+entropy = 0.05
+"""
+RATES = "base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n"
 
 
 @pytest.fixture(scope="module")
@@ -201,18 +258,38 @@ def test_the_phase_changes_the_gate_and_nothing_else(recipe, student, data, tmp_
     assert (out / plot.PLOT_NAME).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("gate_kind", ["elementwise", "none"])
+def test_the_joint_phase_trains_the_whole_model_and_leaves_no_threshold(recipe, data, tmp_path, gate_kind):
+    given = random_model(num_hidden_layers=1, gate_kind=gate_kind, early_exit_threshold=0.5)
+    folder = save_checkpoint(given, tmp_path / "given")
+    recipe.write_text(RATES + RECIPE.partition("[exit]")[0] + JOINT_PHASE.replace("steps = 3", "steps = 20"))
+    out = tmp_path / "run"
+    assert cli.main(command(recipe, data, out, "--student", str(folder), "--plot")) == 0
+    trained = load_checkpoint(out / "model")
+    assert trained.config.early_exit_threshold == 1.0
+    before, after = given.state_dict(), trained.state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(record["phase"], record["loops"]) for record in records] == [("joint", 4)] * 20
+    for record in records:
+        assert_close(record["loss"], record["expected_cross_entropy"] - 0.05 * record["entropy"], TORCH)
+        assert 1 <= record["expected_loops"] <= 4
+    assert records[-1]["expected_cross_entropy"] < records[0]["expected_cross_entropy"]
+    assert (out / plot.PLOT_NAME).stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_killed_run_goes_on_to_the_same_gate_bit_for_bit(recipe, student, data, tmp_path, alone):
-    """Alone, and after the phases that train the model, which leave the gate as it is."""
+    """Alone, and after the phases that train the model, of which the last one trains the gate, too."""
     if alone:
         models, moments = {"student": student}, ("step:3", "checkpoint", "step:7", "random:0:9", "model")
     else:
         looplm = random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3)
         models, moments = (
             {"teacher": save_checkpoint(looplm, tmp_path / "looplm")},
-            ("step:2", "step:7", "step:9", "model"),
+            ("step:2", "step:7", "step:9", "step:10", "model"),
         )
-        recipe.write_text("base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n" + RECIPE + MODEL_PHASES)
+        recipe.write_text(RATES + RECIPE + MODEL_PHASES + JOINT_PHASE)
     straight = train(
         read_recipe(recipe), models.get("teacher"), data, tmp_path / "straight", models.get("student"), "cpu"
     )
@@ -229,15 +306,15 @@ def test_a_killed_run_goes_on_to_the_same_gate_bit_for_bit(recipe, student, data
     gate = "model.early_exit_gate.weight"
     assert not torch.equal(expected[gate], start[gate])
     phases = [json.loads(line)["phase"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert phases == ([] if alone else ["transition"] * 3 + ["distillation"] * 3) + ["exit"] * 10
+    earlier = [name for name in ("transition", "distillation", "joint") for _ in range(3)]
+    assert phases == ([] if alone else earlier) + ["exit"] * 10
 
 
 def test_the_last_phase_leaves_the_model_as_the_others_made_it(recipe, data, tmp_path):
     teacher = save_checkpoint(random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3), tmp_path / "looplm")
-    rates = "base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n"
     results = {}
     for name, text in (("two", RECIPE.partition("[exit]")[0]), ("three", RECIPE)):
-        recipe.write_text(rates + text + MODEL_PHASES)
+        recipe.write_text(RATES + text + MODEL_PHASES)
         results[name] = load_checkpoint(train(read_recipe(recipe), teacher, data, tmp_path / name, device="cpu"))
     assert [results[name].config.early_exit_threshold for name in ("two", "three")] == [1.0, 0.6]
     two, three = (results[name].state_dict() for name in ("two", "three"))
@@ -248,9 +325,9 @@ def test_the_last_phase_leaves_the_model_as_the_others_made_it(recipe, data, tmp
 
 
 def test_two_processes_share_every_phase(recipe, data, tmp_path):
-    """As on two GPUs: first the model's weights are theirs to average, then the gate's alone."""
+    """As on two GPUs: first the model's weights are theirs to average, then the gate's, too, then the gate's alone."""
     teacher = save_checkpoint(random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3), tmp_path / "looplm")
-    recipe.write_text("base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n" + RECIPE + MODEL_PHASES)
+    recipe.write_text(RATES + RECIPE + MODEL_PHASES + JOINT_PHASE)
     alone = train(read_recipe(recipe), teacher, data, tmp_path / "alone", device="cpu")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = command(recipe, data, tmp_path / "two", "--teacher", str(teacher))
@@ -265,8 +342,7 @@ def test_a_model_that_learns_on_loses_its_gates_threshold(recipe, student, data,
     """A gate that was trained for other weights is not a trained gate; its threshold is no fault of a student's."""
     gated = train(read_recipe(recipe), None, data, tmp_path / "gated", student, "cpu")
     teacher = save_checkpoint(random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3), tmp_path / "looplm")
-    rates = "base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n"
-    recipe.write_text(rates + RECIPE.partition("[exit]")[0] + MODEL_PHASES)
+    recipe.write_text(RATES + RECIPE.partition("[exit]")[0] + MODEL_PHASES)
     again = train(read_recipe(recipe), teacher, data, tmp_path / "again", gated, "cpu")
     assert load_checkpoint(again).config.early_exit_threshold == 1.0
 
@@ -281,19 +357,21 @@ def refuse(capsys, arguments: list[str], *fragments: str) -> None:
 
 def test_models_that_do_not_fit_are_refused(recipe, student, data, tmp_path, capsys):
     run = command(recipe, data, tmp_path / "run")
-    refuse(capsys, run, "--student is missing: this recipe trains the exit gate alone")
+    refuse(capsys, run, "--student is missing: no phase of this recipe learns from a LoopLM")
     both = [*run, "--student", str(student), "--teacher", str(student)]
-    refuse(capsys, both, "--teacher must be left out where the exit gate alone is trained")
+    refuse(capsys, both, "--teacher must be left out where no phase learns from a LoopLM")
     gateless = save_checkpoint(random_model(num_hidden_layers=1, exit_gate=False), tmp_path / "gateless")
     refuse(capsys, [*run, "--student", str(gateless)], "must have an exit gate and several loops, got exit_gate False")
     single = save_checkpoint(random_model(num_hidden_layers=1, total_ut_steps=1), tmp_path / "single")
-    refuse(capsys, [*run, "--student", str(single)], "total_ut_steps 1: take [exit] out of the recipe")
+    refuse(capsys, [*run, "--student", str(single)], "total_ut_steps 1: take [joint] and [exit] out of the recipe")
     refuse(capsys, [*run, "--student", str(tmp_path / "no")], "config.json does not exist")
-    recipe.write_text("base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\n" + RECIPE + MODEL_PHASES)
+    recipe.write_text(RATES + RECIPE + MODEL_PHASES)
     refuse(capsys, run, "--teacher is missing: this recipe has phases that learn from a LoopLM")
     looplm = random_model(gate_kind="none", num_hidden_layers=1, exit_gate=False)
     teacher = save_checkpoint(looplm, tmp_path / "looplm")
     refuse(capsys, [*run, "--teacher", str(teacher)], "must have an exit gate and several loops")
+    recipe.write_text(RATES + RECIPE.partition("[exit]")[0] + JOINT_PHASE)
+    refuse(capsys, [*run, "--student", str(gateless)], "must have an exit gate and several loops")
     assert not (tmp_path / "run").exists()
 
 
@@ -312,6 +390,26 @@ def test_models_that_do_not_fit_are_refused(recipe, student, data, tmp_path, cap
         ("[exit]", "exit = 3\n[other]", "exit must be a table, got 3"),
         ("batch_size = 4", "batch_size = 4\nbase_learning_rate = 1", "base_learning_rate must be left out where only"),
         ("[exit]", MODEL_PHASES + "[exit]", "base_learning_rate must be above 0, got 0.0"),
+        ("[exit]", JOINT_PHASE + "[exit]", "base_learning_rate must be above 0, .* gate_learning_rate must be above 0"),
+        ("[exit]", JOINT_PHASE.replace("= 3", "= 0") + "[exit]", "joint.steps must be at least 1, got 0"),
+        ("[exit]", JOINT_PHASE.replace("steps = 3", "") + "[exit]", "joint.steps is missing"),
+        (
+            "[exit]",
+            JOINT_PHASE.replace("entropy = 0.05", "entropy = 0") + "[exit]",
+            "joint.entropy must be above 0, got 0",
+        ),
+        (
+            "[exit]",
+            JOINT_PHASE.replace("rate = 0.05", "rate = -1") + "[exit]",
+            "joint.learning_rate must be above 0, got",
+        ),
+        (
+            "[exit]",
+            JOINT_PHASE.replace("entropy", "beta") + "[exit]",
+            "unknown key joint.beta: .*joint.entropy is missing",
+        ),
+        ("[exit]", "joint = 3\n[exit]", "joint must be a table, got 3"),
+        ("[exit]", "deep_steps = 0.5\nmost_loops = 6\n[exit]", "deep_steps must be left out where phases 1 and 2 are"),
     ],
 )
 def test_a_bad_phase_is_refused_with_key_and_rule(recipe, old, new, message):
@@ -322,10 +420,10 @@ def test_a_bad_phase_is_refused_with_key_and_rule(recipe, old, new, message):
 
 
 def test_each_part_of_a_run_has_its_own_warm_up_and_decay(recipe):
-    rates = "base_learning_rate = 1e-3\ngate_learning_rate = 1e-2\ndecay_steps = 2\n"
-    recipe.write_text(rates + RECIPE + MODEL_PHASES)
+    recipe.write_text(RATES + "decay_steps = 2\n" + RECIPE + MODEL_PHASES + JOINT_PHASE)
     found = read_recipe(recipe)
-    assert [found.rate_of(step) for step in range(16)] == [0.5, 1, 1, 1, 1, 0.5, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]
+    model, joint, gate = [0.5, 1, 1, 1, 1, 0.5], [0.5, 1, 0.5], [0.5, *[1] * 8, 0.5]
+    assert [found.rate_of(step) for step in range(found.steps)] == model + joint + gate
 
 
 def leaving_model(gate_kind: str) -> MeltCausalLM:

@@ -196,11 +196,16 @@ def test_mixed_precision_stays_near_full_precision():
 
 def test_steps_are_drawn_from_recipe_and_number_alone():
     recipe = Recipe(
-        (4, 8), 2, 1, Phase(5, 1.0), Phase(3, 0.0, 1.0, 0.1), None, 1e-3, 1e-2, shallow_steps=0.5, decay_steps=4
+        *((4, 8), 2, 1, Phase(5, 1.0), Phase(3, 0.0, 1.0, 0.1)),
+        base_learning_rate=1e-3,
+        gate_learning_rate=1e-2,
+        shallow_steps=0.5,
+        decay_steps=4,
     )
     assert [recipe.alpha_of(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, None, None, None]
     assert [recipe.rate_of(step) for step in range(8)] == [1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25]
     assert recipe.phase_of(4).cross_entropy == recipe.phase_of(5).distillation == 1.0
+    recipe = dataclasses.replace(recipe, distillation=Phase(195, distillation=1.0))
     drawn = [draw_step(recipe, step, LOOPS) for step in range(200)]
     random.seed(5)
     assert drawn == [draw_step(recipe, step, LOOPS) for step in range(200)]
@@ -321,6 +326,7 @@ def test_every_recipe_that_ships_can_be_read():
     with pytest.raises(TrainingError, match="cannot be read: No such file"):
         read_recipe(recipe_path(str(ROOT / "nowhere.toml")))
     with pytest.raises(
-        TrainingError, match="a .toml file or one of melt-tiny, melt-tiny-exit, melt-tiny-short, ouro-1.4b, smoke, got"
+        TrainingError,
+        match="a .toml file or one of melt-tiny, melt-tiny-exit, melt-tiny-joint, .*, ouro-1.4b, smoke, got",
     ):
         recipe_path("ouro")

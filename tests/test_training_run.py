@@ -414,7 +414,10 @@ def test_the_guide_from_an_ouro_checkpoint_to_a_bundle(tmp_path, capsys):
     assert export.main([str(tmp_path / "run" / "model"), "--out", str(tmp_path / "bundle"), "--precision", "int4"]) == 0
     assert melt.main(["generate", str(tmp_path / "bundle"), "Who?", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     log = log_of(tmp_path / "run")
-    assert [record["phase"] for record in log] == ["transition"] * 10 + ["distillation"] * 10 + ["exit"] * 10
+    assert [record["phase"] for record in log] == ["transition"] * 10 + ["distillation"] * 10 + [
+        *["joint"] * 5,
+        *["exit"] * 10,
+    ]
 
 
 def test_texts_and_chats_become_rows_of_one_length(teacher, tmp_path):

@@ -10,6 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def exit_log_probabilities(exit_logits: Tensor) -> Tensor:
+    """``log p`` of the below, finite where ``p`` rounds to 0."""
+    leaves = F.pad(F.logsigmoid(exit_logits[..., :-1].float()), (0, 1))  # who is left leaves after the last loop
+    stays = F.logsigmoid(-exit_logits[..., :-1].float()).cumsum(-1)
+    return leaves + F.pad(stays, (1, 0))  # after t loops it is still there
+
+
 def exit_probabilities(exit_logits: Tensor) -> Tensor:
     """The chance to leave after each loop.
 
@@ -19,9 +26,7 @@ def exit_probabilities(exit_logits: Tensor) -> Tensor:
     Returns:
         ``p``, [..., T]; the sum over loops is 1.
     """
-    stays = F.logsigmoid(-exit_logits[..., :-1].float()).cumsum(-1).exp()
-    reached = F.pad(stays, (1, 0), value=1.0)  # after t loops it is still there
-    return reached - F.pad(stays, (0, 1), value=0.0)
+    return exit_log_probabilities(exit_logits).exp()
 
 
 def exit_loops(exit_logits: Tensor, threshold: float) -> Tensor:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from melt_models.training.errors import TrainingError
 
 if TYPE_CHECKING:
-    from melt_models.training.recipe import Exit, Phase, Recipe, read_recipe
+    from melt_models.training.recipe import Exit, Joint, Phase, Recipe, read_recipe
     from melt_models.training.trainer import train
 
-__all__ = ["Exit", "Phase", "Recipe", "TrainingError", "read_recipe", "train"]
+__all__ = ["Exit", "Joint", "Phase", "Recipe", "TrainingError", "read_recipe", "train"]
 
-_HOMES = {"Exit": "recipe", "Phase": "recipe", "Recipe": "recipe", "read_recipe": "recipe", "train": "trainer"}
+_HOMES = {**dict.fromkeys(("Exit", "Joint", "Phase", "Recipe", "read_recipe"), "recipe"), "train": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

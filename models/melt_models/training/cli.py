@@ -4,8 +4,9 @@
     melt-train melt-tiny-exit --student models/melt-tiny --data tokens --out build/gate
 
 Phase 1 blends the LoopLM's caches, one for each loop, into MELT's single one; phase 2 distils the LoopLM, its attention
-outputs included. A recipe with a table [exit] trains the exit gate after that, the model frozen; with that table alone
-it does so for a finished model, MELT or LoopLM, and needs no teacher. Stopped at any point, the same command goes on
+outputs included. A recipe with a table [joint] trains the model together with its exit gate after that, one with a
+table [exit] the exit gate, the model frozen; with these tables alone it does so for a finished model, MELT or LoopLM,
+and needs no teacher. Stopped at any point, the same command goes on
 from the last checkpoint. The model is OUT/model; the next step is: melt-export OUT/model --out BUNDLE
 """
 

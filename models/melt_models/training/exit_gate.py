@@ -1,12 +1,38 @@
-"""What the exit gate learns, the model frozen: at each loop, whether a later one would have paid.
+"""What the exit gate learns, in Ouro's two steps (arXiv 2510.25741). Knows nothing of models.
 
-Step two of Ouro's training of its gate (arXiv 2510.25741): binary cross entropy at every token and loop but the last,
-which takes whoever is left, against a target made of the token's losses after each loop. Knows nothing of models.
+Step one, model and gate together: the loss that a token is expected to have where the gate lets it leave, and a reward
+for the entropy of where that is, without which all tokens soon leave after one and the same loop.
+
+Step two, the model frozen: at each loop, whether a later one would have paid. Binary cross entropy at every token and
+loop but the last, which takes whoever is left, against a target made of the token's losses after each loop.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from melt_models.exits import exit_log_probabilities, exit_probabilities
+
+
+def joint_terms(losses: Tensor, exit_logits: Tensor) -> dict[str, Tensor]:
+    """Step one: ``expected_cross_entropy``, ``sum_t p_t L_t``, and ``entropy``, ``-sum_t p_t log p_t``.
+
+    Args:
+        losses: cross entropy of the token that follows, after every loop, in nats, [T, tokens].
+        exit_logits: of the gate, before its sigmoid, [T, tokens].
+
+    Returns:
+        Sums over tokens, in nats.
+    """
+    logs = exit_log_probabilities(exit_logits.T)
+    chances = logs.exp()
+    return {"expected_cross_entropy": (chances * losses.float().T).sum(), "entropy": -(chances * logs).sum()}
+
+
+def expected_loops(exit_logits: Tensor) -> Tensor:
+    """How many loops the probabilities make a token take, summed over tokens; ``exit_logits`` [T, tokens] as above."""
+    loops = torch.arange(1, len(exit_logits) + 1, device=exit_logits.device)
+    return (exit_probabilities(exit_logits.detach().T) * loops).sum()
 
 
 def continue_targets(losses: Tensor, margin: float, sharpness: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The losses of all phases, chunk by chunk, so that no tensor is as large as a whole sequence's logits."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -7,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from melt_models.exits import exit_probabilities
 from melt_models.modeling import MeltCausalLM
-from melt_models.training.exit_gate import continue_targets, gate_loss
+from melt_models.training.exit_gate import continue_targets, expected_loops, gate_loss, joint_terms
 from melt_models.training.forward import ChunkPass, TrainingCache, forward_chunk
-from melt_models.training.recipe import Exit, Phase
+from melt_models.training.recipe import Exit, Joint, Phase
 
 IGNORED = -100
 
@@ -39,14 +39,14 @@ class TokenBatch:
 class Step:
     """What a step's loss is made of: phase, depth, chunk size (0: whole sequences), alpha (None outside phase 1)."""
 
-    phase: Phase | Exit
+    phase: Phase | Joint | Exit
     loops: int
     chunk_size: int
     alpha: float | None
 
 
 class Objective(nn.Module):
-    """Student and frozen teacher, and the loss that both give; the exit gate's phase needs no teacher.
+    """Student and frozen teacher, and the loss that both give; phases that train the exit gate need no teacher.
 
     The teacher runs over the whole sequence at once: a LoopLM's numbers do not depend on chunks.
     """
@@ -69,13 +69,18 @@ class Objective(nn.Module):
         """The loss of one batch.
 
         Returns:
-            Scalars: ``loss`` and its unweighted terms with a weight above 0: ``cross_entropy``, ``distillation``
-            (nats), ``attention``. In the exit gate's phase ``loss`` is ``exit``, its binary cross entropy (nats), and
-            ``expected_loops`` the mean over tokens of how many the gate's probabilities make them take.
+            Scalars: ``loss`` and its unweighted terms with a weight: ``cross_entropy``, ``distillation`` (nats),
+            ``attention``; of the joint phase ``expected_cross_entropy`` and ``entropy`` (nats), of the exit gate's own
+            ``exit``, its binary cross entropy (nats), and of both ``expected_loops``, the mean over tokens of how many
+            the gate's probabilities make them take.
         """
-        phase, length = step.phase, batch.input_ids.shape[1]
-        if isinstance(phase, Exit):
-            return self._exit(batch, step, phase)
+        phase = step.phase
+        terms = self._phase(batch, step, phase) if isinstance(phase, Phase) else self._gated(batch, step, phase)
+        return {"loss": sum(weight * terms[name] for name, weight in phase.weights.items() if weight), **terms}
+
+    def _phase(self, batch: TokenBatch, step: Step, phase: Phase) -> dict[str, Tensor]:
+        """The means of every term of phases 1 and 2."""
+        length = batch.input_ids.shape[1]
         chunk_size = step.chunk_size or length
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
         sums: dict[str, Tensor] = {}
@@ -91,28 +96,31 @@ class Objective(nn.Module):
         loops = step.loops if self.every_loop else 1
         outputs = step.loops * len(self.student.model.layers)
         counts = {"cross_entropy": counted, "distillation": counted * loops, "attention": tokens * outputs}
-        terms = {name: value / counts[name] for name, value in sums.items()}
-        return {"loss": sum(getattr(phase, name) * value for name, value in terms.items()), **terms}
+        return {name: value / counts[name] for name, value in sums.items()}
 
-    def _exit(self, batch: TokenBatch, step: Step, phase: Exit) -> dict[str, Tensor]:
-        """The exit gate's loss over supervised tokens, mean over them and every loop but the last."""
+    def _gated(self, batch: TokenBatch, step: Step, phase: Joint | Exit) -> dict[str, Tensor]:
+        """The means over supervised tokens of what the exit gate makes of their losses; ``exit`` over loops, too."""
         gate, cache = self.student.model.early_exit_gate, TrainingCache()
         assert gate is not None, "a model without one was refused"
         size = step.chunk_size or batch.input_ids.shape[1]
-        losses, expected = [], []
+        parts: list[dict[str, Tensor]] = []
         for ids, targets in zip(batch.input_ids.split(size, dim=1), batch.targets.split(size, dim=1), strict=True):
             counted = targets != IGNORED
-            with torch.no_grad():
-                states = [state[counted] for state in forward_chunk(self.student.model, ids, step.loops, cache).states]
-                entropies = [_cross_entropy(self.student, state, targets[counted], "none") for state in states]
+            with nullcontext() if phase.trains_model else torch.no_grad():
+                got = forward_chunk(self.student.model, ids, step.loops, cache, recompute=self.recompute)
+                states = [state[counted] for state in got.states]
+                entropies = torch.stack(
+                    [self._run(_cross_entropy, self.student, state, targets[counted], "none") for state in states]
+                )
             said = torch.stack([gate(state)[:, 0].float() for state in states])
-            wanted = continue_targets(torch.stack(entropies), phase.margin, phase.sharpness)
-            losses.append(gate_loss(said[:-1], wanted))
-            loops = torch.arange(1, step.loops + 1, device=said.device)
-            expected.append((exit_probabilities(said.detach().T) * loops).sum())
+            if isinstance(phase, Joint):
+                terms = joint_terms(entropies, said)
+            else:
+                wanted = continue_targets(entropies, phase.margin, phase.sharpness)
+                terms = {"exit": gate_loss(said[:-1], wanted) / (step.loops - 1)}
+            parts.append({**terms, "expected_loops": expected_loops(said)})
         tokens = (batch.targets != IGNORED).sum().clamp(min=1)
-        loss = torch.stack(losses).sum() / (tokens * (step.loops - 1))
-        return {"loss": loss, "exit": loss.detach(), "expected_loops": torch.stack(expected).sum() / tokens}
+        return {name: torch.stack([terms[name] for terms in parts]).sum() / tokens for name in parts[0]}
 
     @torch.no_grad()
     def _teach(self, batch: TokenBatch, loops: int) -> ChunkPass:

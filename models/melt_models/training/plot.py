@@ -13,6 +13,8 @@ _TERMS = {
     "cross_entropy": "cross entropy, nats",
     "distillation": "distillation, nats",
     "attention": "attention",
+    "expected_cross_entropy": "expected cross entropy, nats",
+    "entropy": "entropy of exits, nats",
     "exit": "exit gate, nats",
     "expected_loops": "expected loops",
 }

@@ -7,6 +7,7 @@ import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -22,7 +23,7 @@ SUPERVISED_LOOPS = ("last", "every")
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase; its loss is the weighted sum of the terms.
+    """Phase 1 or 2; its loss is the weighted sum of the terms. It leaves the exit gate as it is.
 
     Attributes:
         steps: optimizer steps; 0 leaves the phase out.
@@ -38,15 +39,47 @@ class Phase:
     distillation: float = 0.0
     attention: float = 0.0
 
+    trains_model, trains_exit_gate = True, False
+
     @property
     def needs_teacher(self) -> bool:
         """Whether a term compares with the teacher."""
         return self.distillation > 0 or self.attention > 0
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The loss's terms and the weight of each."""
+        return {name: getattr(self, name) for name in ("cross_entropy", "distillation", "attention")}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The whole model together with its exit gate, at all its loops (``training/exit_gate.py``, step one).
+
+    Ouro's ``entropy`` was 0.1, and 0.05 in its later stages. A finished model is in a later one: our recipes have 0.05.
+    The exit gate it leaves has no threshold yet: that is the next phase's, whose target knows what a loop costs.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: AdamW, for the exit gate; the recipe's own rates are those of the model.
+        entropy: weight beta of the entropy of where a token leaves, which is taken off the expected cross entropy.
+    """
+
+    steps: int
+    learning_rate: float
+    entropy: float
+
+    trains_model, trains_exit_gate = True, True
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The loss's terms and the weight of each."""
+        return {"expected_cross_entropy": 1.0, "entropy": -self.entropy}
+
 
 @dataclass(frozen=True)
 class Exit:
-    """The exit gate's phase: the model is frozen, the gate learns where a token may leave (``training/exit_gate.py``).
+    """The exit gate's phase: the model is frozen, the gate learns where a token may leave (the same, step two).
 
     Attributes:
         steps: optimizer steps.
@@ -62,12 +95,19 @@ class Exit:
     sharpness: float
     threshold: float
 
+    trains_model, trains_exit_gate = False, True
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The loss's terms and the weight of each."""
+        return {"exit": 1.0}
+
 
 @dataclass(frozen=True)
 class Recipe:
     """A run of two phases (arXiv 2605.07721): interpolated transition, then attention-aligned distillation.
 
-    A third one, or the only one of a recipe that has no other, trains the exit gate (arXiv 2510.25741).
+    Two more, or the only ones of a recipe, train the exit gate (arXiv 2510.25741): together with the model, then alone.
 
     Where the papers are silent, and the choice is ours: the loss of phase 1, the attention output (after the norm that
     closes the branch: without it, its scale means nothing), ``supervised_loops``, warm-up and decay, weight decay.
@@ -79,7 +119,8 @@ class Recipe:
         micro_batch_size: sequences that one process computes at once.
         transition: phase 1; its alpha goes linearly from 0 in its first step to 1 in its last.
         distillation: phase 2.
-        exit: the exit gate's phase; None leaves the gate as it is.
+        joint: model and exit gate together; None leaves it out.
+        exit: the exit gate's phase; None leaves it out.
         base_learning_rate: AdamW, for the LoopLM's weights.
         gate_learning_rate: AdamW, for the gates.
         gate_kind: how the latent state is updated, for a student made from the teacher.
@@ -90,8 +131,8 @@ class Recipe:
         deep_steps: fraction of steps of phases 1 and 2 at a depth drawn from the teacher's + 1 to ``most_loops``, which
             the teacher runs, too, so that a loop too many does not walk past the answer.
         most_loops: the deepest of those; 0 where there are none.
-        warmup_steps: steps over which the rates rise from 0, anew for the exit gate.
-        decay_steps: steps at the end over which they fall to 0, of phases 1 and 2 and of the exit gate's each.
+        warmup_steps: steps over which the rates rise from 0, anew for the joint phase and the exit gate's.
+        decay_steps: steps at the end over which they fall to 0: of phases 1 and 2, the joint one, the exit gate's.
         weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
         gradient_clip: largest norm of the gradient.
         precision: ``float32``, or ``bfloat16`` for autocast (weights and optimizer stay float32).
@@ -105,6 +146,7 @@ class Recipe:
     micro_batch_size: int
     transition: Phase = Phase(0)
     distillation: Phase = Phase(0)
+    joint: Joint | None = None
     exit: Exit | None = None
     base_learning_rate: float = 0.0
     gate_learning_rate: float = 0.0
@@ -130,26 +172,44 @@ class Recipe:
             raise TrainingError("; ".join(faults))
 
     @property
-    def model_steps(self) -> int:
-        """Optimizer steps of phases 1 and 2, which train the model."""
+    def phases(self) -> dict[str, Phase | Joint | Exit]:
+        """Those that have steps, by their names and in their order."""
+        named = {
+            "transition": self.transition,
+            "distillation": self.distillation,
+            "joint": self.joint,
+            "exit": self.exit,
+        }
+        return {name: phase for name, phase in named.items() if phase is not None and phase.steps}
+
+    @property
+    def paired_steps(self) -> int:
+        """Optimizer steps of phases 1 and 2, which make a MELT model of a LoopLM."""
         return self.transition.steps + self.distillation.steps
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether a phase trains more than the exit gate."""
+        return self.paired_steps > 0 or self.joint is not None
+
+    @property
+    def trains_exit_gate(self) -> bool:
+        """Whether a phase trains the exit gate."""
+        return self.joint is not None or self.exit is not None
 
     @property
     def steps(self) -> int:
         """Optimizer steps of all phases."""
-        return self.model_steps + (self.exit.steps if self.exit else 0)
+        return sum(phase.steps for phase in self.phases.values())
 
-    def phase_of(self, step: int) -> Phase | Exit:
+    def phase_of(self, step: int) -> Phase | Joint | Exit:
         """The phase of a step, counted from 0."""
-        if self.exit is not None and step >= self.model_steps:
-            return self.exit
-        return self.transition if step < self.transition.steps else self.distillation
+        return self.phases[self.name_of(step)]
 
     def name_of(self, step: int) -> str:
         """That phase's name."""
-        if step >= self.model_steps:
-            return "exit"
-        return "transition" if step < self.transition.steps else "distillation"
+        ends = accumulate(phase.steps for phase in self.phases.values())
+        return next(name for name, end in zip(self.phases, ends, strict=True) if step < end)
 
     def alpha_of(self, step: int) -> float | None:
         """MELT's share of keys and values at a step; None later, which has nothing to mix."""
@@ -159,7 +219,9 @@ class Recipe:
 
     def rate_of(self, step: int) -> float:
         """The fraction of the learning rates at a step."""
-        first, end = (0, self.model_steps) if step < self.model_steps else (self.model_steps, self.steps)
+        parts = (self.paired_steps, self.joint.steps if self.joint else 0, self.exit.steps if self.exit else 0)
+        ends = accumulate(parts, initial=0)
+        first, end = next((first, end) for first, end in pairwise(ends) if step < end)
         rise = (step - first + 1) / self.warmup_steps if self.warmup_steps else 1.0
         fall = (end - step) / self.decay_steps if self.decay_steps else 1.0
         return min(1.0, rise, fall)
@@ -182,10 +244,11 @@ def read_recipe(path: Path) -> Recipe:
         if isinstance(values.get(name), dict):
             checked = _checked(Phase, values[name], f"{name}.", faults)
             values[name] = Phase(**{"steps": 0, **checked})  # where steps are missing, that is a fault already
-    if isinstance(values.get("exit"), dict):
-        checked = _checked(Exit, values["exit"], "exit.", faults)
-        absent = {field.name: 0 for field in fields(Exit)}
-        values["exit"] = Exit(**{**absent, **checked})  # the same here
+    for name, kind in (("joint", Joint), ("exit", Exit)):
+        if isinstance(values.get(name), dict):
+            checked = _checked(kind, values[name], f"{name}.", faults)
+            absent = {field.name: 0 for field in fields(kind)}
+            values[name] = kind(**{**absent, **checked})  # the same here
     checked = _checked(Recipe, values, "", faults)
     if faults:
         raise TrainingError(f"recipe {path}: {'; '.join(faults)}")
@@ -229,6 +292,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: type(value) is str,
     tuple[int, ...]: lambda value: type(value) is tuple and all(map(_is_int, value)),
     Phase: lambda value: type(value) is Phase,
+    Joint | None: lambda value: type(value) is Joint,
     Exit | None: lambda value: type(value) is Exit,
 }
 _WORDS: dict[Any, str] = {
@@ -238,6 +302,7 @@ _WORDS: dict[Any, str] = {
     str: "a text",
     tuple[int, ...]: "a list of int",
     Phase: "a table",
+    Joint | None: "a table",
     Exit | None: "a table",
 }
 """What a field of a type may hold, and how to say it."""
@@ -255,7 +320,7 @@ def _broken_rules(recipe: Recipe) -> list[str]:
     require(recipe.gradient_clip > 0, "gradient_clip", "above 0", recipe.gradient_clip)
     for name in ("base_learning_rate", "gate_learning_rate"):
         rate = getattr(recipe, name)
-        require(rate > 0 if recipe.model_steps else rate == 0, name, _rate_rule(recipe), rate)
+        require(rate > 0 if recipe.trains_model else rate == 0, name, _rate_rule(recipe), rate)
     for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
         require(getattr(recipe, name) >= 0, name, "at least 0", getattr(recipe, name))
     for name, values in (
@@ -272,6 +337,7 @@ def _broken_rules(recipe: Recipe) -> list[str]:
     require(depths <= 1, "shallow_steps + deep_steps", "at most 1", depths)
     if recipe.deep_steps > 0:
         rule = "given where deep_steps is above 0, above the model's loops"
+        require(recipe.paired_steps > 0, "deep_steps", "left out where phases 1 and 2 are", recipe.deep_steps)
         require(recipe.most_loops > 0, "most_loops", rule, recipe.most_loops)
     else:
         require(recipe.most_loops == 0, "most_loops", "left out where deep_steps is 0", recipe.most_loops)
@@ -281,12 +347,16 @@ def _broken_rules(recipe: Recipe) -> list[str]:
     for name in ("transition", "distillation"):
         phase = getattr(recipe, name)
         require(phase.steps >= 0, f"{name}.steps", "at least 0", phase.steps)
-        weights = (phase.cross_entropy, phase.distillation, phase.attention)
+        weights = tuple(phase.weights.values())
         require(all(weight >= 0 for weight in weights), name, "made of weights of at least 0", weights)
         require(not phase.steps or max(weights) > 0, name, "given a term with a weight above 0", weights)
-    if recipe.exit is None:
+    if recipe.joint is None and recipe.exit is None:
         require(recipe.steps >= 1, "transition.steps + distillation.steps", "at least 1", recipe.steps)
-    else:
+    if recipe.joint is not None:
+        for name in ("learning_rate", "entropy"):
+            require(getattr(recipe.joint, name) > 0, f"joint.{name}", "above 0", getattr(recipe.joint, name))
+        require(recipe.joint.steps >= 1, "joint.steps", "at least 1", recipe.joint.steps)
+    if recipe.exit is not None:
         require(recipe.exit.steps >= 1, "exit.steps", "at least 1", recipe.exit.steps)
         for name in ("learning_rate", "sharpness"):
             require(getattr(recipe.exit, name) > 0, f"exit.{name}", "above 0", getattr(recipe.exit, name))
@@ -296,4 +366,4 @@ def _broken_rules(recipe: Recipe) -> list[str]:
 
 
 def _rate_rule(recipe: Recipe) -> str:
-    return "above 0" if recipe.model_steps else "left out where only the exit gate is trained"
+    return "above 0" if recipe.trains_model else "left out where only the exit gate is trained"

@@ -1,4 +1,4 @@
-"""The models of a run: a frozen LoopLM and the MELT model that starts as its copy, or one that gets its exit gate."""
+"""The models of a run: a frozen LoopLM and the MELT model that starts as its copy, or a finished one by itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class Pair:
     """Teacher and student.
 
     Attributes:
-        teacher: a LoopLM; None where the exit gate alone is trained.
+        teacher: a LoopLM; None where no phase learns from one.
         student: in float32.
         stored: the type in which the weights were stored, and are to be in the end.
         folder: whose tokenizer and other texts belong to the student.
@@ -36,10 +36,10 @@ class Pair:
 
 
 def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: Recipe) -> Pair:
-    """Loads the teacher, and makes the student from it or loads one; for the exit gate alone, only the student.
+    """Loads the teacher, and makes the student from it or loads one; without phases 1 and 2, only the student.
 
     Args:
-        teacher_folder: a LoopLM checkpoint; None where the recipe trains the exit gate alone.
+        teacher_folder: a LoopLM checkpoint; None where the recipe has neither phase 1 nor 2.
         student_folder: a MELT checkpoint of the teacher's shape to go on from; None: the teacher with new gates.
 
     Raises:
@@ -47,14 +47,14 @@ def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: 
             student of another shape or gate kind, or one without loops or exit gate where the gate is to be trained,
             or a recipe whose ``most_loops`` are not more than the teacher's loops.
     """
-    if not recipe.model_steps:
+    if not recipe.paired_steps:
         return _load_alone(teacher_folder, student_folder)
     if teacher_folder is None:
         raise TrainingError(
             "--teacher is missing: this recipe has phases that learn from a LoopLM, give its checkpoint"
         )
     teacher, given = _load(teacher_folder), None if student_folder is None else _load(student_folder)
-    if recipe.exit:
+    if recipe.trains_exit_gate:
         _require_exit_gate(teacher_folder, teacher.config)
     if teacher.config.gate_kind != "none" or teacher.config.total_ut_steps < 2:
         raise TrainingError(
@@ -80,13 +80,15 @@ def load_pair(teacher_folder: Path | None, student_folder: Path | None, recipe: 
 
 
 def _load_alone(teacher_folder: Path | None, student_folder: Path | None) -> Pair:
-    """A finished model, MELT or LoopLM, whose exit gate is to be trained."""
+    """A finished model, MELT or LoopLM, which is to be trained with its exit gate, or its exit gate alone."""
     if student_folder is None:
-        raise TrainingError("--student is missing: this recipe trains the exit gate alone, give the model that has it")
+        raise TrainingError(
+            "--student is missing: no phase of this recipe learns from a LoopLM, give the model that has the exit gate"
+        )
     if teacher_folder is not None:
         raise TrainingError(
-            f"--teacher must be left out where the exit gate alone is trained, got {teacher_folder}: give the model "
-            "that has the gate as --student"
+            f"--teacher must be left out where no phase learns from a LoopLM, got {teacher_folder}: give the model "
+            "that has the exit gate as --student"
         )
     student = _load(student_folder)
     _require_exit_gate(student_folder, student.config)
@@ -105,7 +107,7 @@ def _require_exit_gate(folder: Path, config: MeltConfig) -> None:
     if not config.exit_gate or config.total_ut_steps < 2:
         raise TrainingError(
             f"{folder} must have an exit gate and several loops, got exit_gate {config.exit_gate} and total_ut_steps "
-            f"{config.total_ut_steps}: take [exit] out of the recipe, or give a model with both"
+            f"{config.total_ut_steps}: take [joint] and [exit] out of the recipe, or give a model with both"
         )
 
 

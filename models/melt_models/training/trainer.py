@@ -19,7 +19,7 @@ from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
 from melt_models.training.processes import Processes, joined
-from melt_models.training.recipe import Exit, Recipe
+from melt_models.training.recipe import Exit, Joint, Phase, Recipe
 from melt_models.training.saving import RunFolder
 from melt_models.training.student import load_pair, values_of
 
@@ -37,11 +37,11 @@ def train(
     """Trains, or goes on where a run in ``out`` stopped; on the CPU both give the same weights bit for bit.
 
     Args:
-        teacher: checkpoint of a LoopLM, frozen; None where the recipe trains the exit gate alone.
+        teacher: checkpoint of a LoopLM, frozen; None where the recipe has neither phase 1 nor 2.
         data: data set on disk, see ``melt_models.training.data``.
         out: the run's folder; made, or that of the same run.
-        student: checkpoint to start from, MELT; for the exit gate alone a LoopLM, too. Default: the teacher with new
-            gates.
+        student: checkpoint to start from, MELT; without phases 1 and 2 a LoopLM, too. Default: the teacher with
+            new gates.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for CUDA where there is one.
 
     Returns:
@@ -89,7 +89,7 @@ def _train(
         optimizer = make_optimizer(objective.student, recipe)
         done = folder.restore(objective.student, optimizer, place)
         _Loop(recipe, objective, optimizer, tokens, folder, place, processes).run(range(done, recipe.steps))
-        # Below 1 it says that the gate was trained, for these very weights.
+        # Below 1 it says that the gate was trained to leave by it, for these very weights.
         pair.student.config.early_exit_threshold = recipe.exit.threshold if recipe.exit else 1.0
         return folder.finish(pair.student.to("cpu", pair.stored), pair.folder)
 
@@ -117,11 +117,13 @@ def choose_device(device: str) -> torch.device:
 def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with rates of their own for the base, MELT's gates and the exit gate, of which it has those to be trained.
 
-    What has no gradient in a phase it leaves as it is.
+    The exit gate's group is the last one, and each phase sets its rate. What has no gradient in a phase it leaves as it
+    is.
     """
     leaving = _exit_gate(student)
-    if recipe.exit and not recipe.model_steps:
-        return _adamw([(leaving, recipe.exit.learning_rate, 0.0)])
+    exit_gate = [(leaving, 0.0, 0.0)] if recipe.trains_exit_gate else []
+    if not recipe.trains_model:
+        return _adamw(exit_gate)
     gates = [p for module in student.modules() if isinstance(module, GateLinear) for p in module.parameters()]
     known = {id(parameter) for parameter in (*gates, *leaving)}
     base = [p for p in student.parameters() if id(p) not in known]
@@ -129,9 +131,8 @@ def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> torch.optim.Optimiz
         ([p for p in base if p.ndim > 1], recipe.base_learning_rate, recipe.weight_decay),
         ([p for p in base if p.ndim == 1], recipe.base_learning_rate, 0.0),
         (gates, recipe.gate_learning_rate, 0.0),
+        *exit_gate,
     ]
-    if recipe.exit:
-        groups.append((leaving, recipe.exit.learning_rate, 0.0))
     return _adamw(groups)
 
 
@@ -157,7 +158,7 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     elif drawn < recipe.shallow_steps + recipe.deep_steps:
         depth = rng.randrange(loops + 1, recipe.most_loops + 1)
     phase = recipe.phase_of(step)
-    return Step(phase, loops if isinstance(phase, Exit) else depth, chunk, recipe.alpha_of(step))
+    return Step(phase, depth if isinstance(phase, Phase) else loops, chunk, recipe.alpha_of(step))
 
 
 class _Loop:
@@ -177,16 +178,18 @@ class _Loop:
         self.data, self.folder, self.device, self.processes = data, folder, device, processes
         self._alone = objective
         self.objective: nn.Module = objective
-        self._trains: bool | None = None
+        self._phase: Phase | Joint | Exit | None = None
 
-    def _choose_weights(self, trains_exit_gate: bool) -> None:
-        """Gradients for the exit gate alone, or for all but it: the rest stays as it is, bit for bit."""
-        if trains_exit_gate == self._trains:
+    def _enter(self, phase: Phase | Joint | Exit) -> None:
+        """Gradients for what a phase trains: the rest stays as it is, bit for bit."""
+        if phase is self._phase:
             return
-        self._trains = trains_exit_gate
-        self.student.requires_grad_(not trains_exit_gate)
+        self._phase = phase
+        self.student.requires_grad_(phase.trains_model)
         for parameter in _exit_gate(self.student):
-            parameter.requires_grad_(trains_exit_gate)
+            parameter.requires_grad_(phase.trains_exit_gate)
+        if not isinstance(phase, Phase):
+            self.optimizer.param_groups[-1]["full_rate"] = phase.learning_rate
         self.objective = self.processes.wrap(self._alone)
 
     def run(self, steps: range) -> None:
@@ -210,7 +213,7 @@ class _Loop:
             TrainingError: the loss is not finite, or the device's memory is full.
         """
         recipe = self.recipe
-        self._choose_weights(step >= recipe.model_steps)
+        self._enter(drawn.phase)
         try:
             terms, tokens = self.accumulate(step, drawn)
         except (torch.OutOfMemoryError, MemoryError) as error:
