@@ -61,6 +61,7 @@ NOT_RUN = {
     "python -m melt_models.tiny.evaluate models/melt-tiny": _MINUTES,
     "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate": _MINUTES,
     "melt-train melt-tiny-exit --student models/melt-tiny --data tokens --out build/gate": _MINUTES,
+    "melt-train melt-tiny-joint --student models/melt-tiny --data tokens --out build/joint": _MINUTES,
     "python -m melt_models.gguf model.gguf --out build/checkpoint": "needs a model of 98 MB (tests/test_smollm2.py)",
     "python benchmarks/smollm2.py": "fetches a model of 98 MB, and takes minutes",
     'melt generate build/gpu "Ana reports to Ben. Who is one level above Ana?" --device cuda': _GPU,
