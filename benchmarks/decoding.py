@@ -27,6 +27,7 @@ from melt_runtime.cli.options import numbers_option
 from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import plan_state
+from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 from melt_runtime.schedule.wave import Wave
 
@@ -141,33 +142,36 @@ def run_plain(executor: Executor, tokens: int) -> int:
     slot = executor.slots[0]
     for _ in range(tokens):
         span = Span(0, slot.length, [1], LOOPS)
+        slot.flight = [span]
         while not span.is_done:
             executor.run([span])
-        executor.compute_logits([span])
-        executor.logits(0).argmax()
+        executor.compute_logits([span])[0].argmax()
         slot.commit()
     return tokens * LOOPS
 
 
 def run_wave(executor: Executor, tokens: int, lag: int, share: float) -> int:
     """Decodes tokens in a wave in which a share of the drafts holds; the passes that it took."""
-    slot, wave = executor.slots[0], Wave(0, LOOPS, lag, executor.state.plan.wave_rows)
+    slot, most = executor.slots[0], executor.state.plan.most_in_flight
+    wave = Wave(0, Depth.fixed(LOOPS), lag, most, not executor.shares_cache)
     holds = np.random.default_rng(0).random(slot.length + tokens + 16) < share
     wave.start(slot.length, 1)
+    logits: dict[Span, Any] = {}
+    last = slot.length + tokens - 1
 
-    def predict(place: int, _: list[int]) -> int:
-        executor.logits(place).argmax()
-        span = wave.spans[place]
+    def predict(span: Span, _: list[int]) -> int:
+        logits[span].argmax()
         return 1 if holds[span.start] or span.is_done else 2
 
     passes = done = 0
     while done < tokens:
-        executor.run_wave(wave.spans)
-        executor.compute_wave_logits(wave.spans)
+        slot.flight, running = wave.spans, wave.running
+        executor.run(running)
+        logits = dict(zip(running, executor.compute_logits(running), strict=True))
         passes += 1
-        if wave.advance(predict, tokens - done - 1) is not None:
+        for _ in wave.advance(predict, lambda _: False, last):
             done += 1
-            slot.advance(1, LOOPS)
+            slot.commit()
     return passes
 
 

@@ -142,13 +142,17 @@ def test_a_sequence_that_becomes_nan_harms_no_other(model, monkeypatch):
     prompts = [[seed] * 4 for seed in range(3, 8)]
     alone = [model.generate(prompt, max_new_tokens=6, **FREE).token_ids for prompt in prompts]
     executor = model.session._engine.executor
-    logits, steps = executor.logits, []
+    compute, steps = executor.compute_logits, []
 
-    def sick(slot: int) -> np.ndarray:
-        steps.append(slot)
-        return np.full(703, np.nan) if steps.count(1) == 3 and slot == 1 else logits(slot)
+    def sick(spans: list[Span]) -> list[np.ndarray]:
+        steps.extend(span.slot for span in spans)
+        found = compute(spans)
+        return [
+            np.full(703, np.nan) if steps.count(1) == 3 and span.slot == 1 else logits
+            for span, logits in zip(spans, found, strict=True)
+        ]
 
-    monkeypatch.setattr(executor, "logits", sick)
+    monkeypatch.setattr(executor, "compute_logits", sick)
     with pytest.raises(BatchError) as caught:
         model.generate_batch(prompts, max_new_tokens=6, **FREE)
     assert [type(error) for error in caught.value.errors.values()] == [NumericalError]
@@ -325,6 +329,8 @@ def test_a_pass_may_leave_out_a_token_that_is_under_way(model):
         for number in range(3):
             runner.prefill([number + 5] * 6, 4, sequence=number)
         spans = [Span(number, 6, [number + 1], 4) for number in range(3)]
+        for span in spans:
+            runner.slots[span.slot].flight = [span]
         for chosen in order:
             runner._executor.run([spans[number] for number in chosen])
         return [Flight(span, runner.state).hidden for span in spans]

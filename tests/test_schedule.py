@@ -46,10 +46,14 @@ class Asked:
 
 def run(requests: list[Asked], mixes_loops: bool) -> list[list[Span]]:
     """Every pass until nothing is left, each checked; how long each request waited is kept in it."""
-    schedule, passes, idle = Batched(mixes_loops), [], dict.fromkeys((one.slot for one in requests), 0)
+    schedule, passes, idle = (
+        Batched(mixes_loops, shares_cache=True),
+        [],
+        dict.fromkeys((one.slot for one in requests), 0),
+    )
     chunk_under_way: Span | None = None
     while requests:
-        chosen = list(schedule.next([one.span for one in requests]))
+        chosen = list(schedule.next([[one.span] for one in requests]))
         passes.append([Span(span.slot, span.start, span.ids, span.depth, span.loop) for span in chosen])
         assert chosen
         assert len({span.slot for span in chosen}) == len(chosen)

@@ -142,7 +142,7 @@ class Batch:
                 self._slots.release(job.slot)
                 self._count_one()
                 if job.error is None:
-                    yield number, job.request.result(job.cached, self._engine.state_bytes, job.passes)
+                    yield number, job.result(self._engine.state_bytes)
                 else:
                     errors[number] = _without_frames(job.error)
         if errors:

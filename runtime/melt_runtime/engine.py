@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from melt_runtime.errors import MeltError
 from melt_runtime.execute.executor import Executor
 from melt_runtime.execute.slots import Slot
+from melt_runtime.memory.plan import Array
 from melt_runtime.progress import Progress
 from melt_runtime.request.request import Request
+from melt_runtime.request.result import GenerationResult
 from melt_runtime.schedule.batched import Batched
+from melt_runtime.schedule.depth import Exit
 from melt_runtime.schedule.span import Span
 from melt_runtime.schedule.wave import Wave
 
@@ -23,10 +26,10 @@ class Job:
         slot: its sequence, which has begun with the prompt.
         progress: told of the prompt, chunk by chunk.
         cached: tokens of the prompt that were in the cache when the job began.
-        span: what is to be run next, or is under way.
+        span: what is to be run next, or is under way, where no wave is.
         draws: whether the device chooses its tokens.
         error: what ended it before its end.
-        wave: the tokens that are under way, where several may be.
+        wave: the tokens of the answer that are under way, where several may be; None in plain decoding.
         passes: that were run with tokens of the answer.
     """
 
@@ -50,6 +53,21 @@ class Job:
         """Whether nothing is left to run."""
         return self.request.is_finished or self.error is not None
 
+    @property
+    def spans(self) -> list[Span]:
+        """What is to be run next, or is under way, oldest first."""
+        return self.wave.spans if self.wave is not None and self.wave.spans else [self.span]
+
+    @property
+    def running(self) -> list[Span]:
+        """Those of them that take another loop."""
+        return [span for span in self.spans if not span.is_done]
+
+    @property
+    def last_position(self) -> int:
+        """Of the last token that can have to be run: the answer's last one never is."""
+        return len(self.request.prompt) + self.request.settings.max_new_tokens - 2
+
     def advance(self) -> bool:
         """Counts the span that took all its loops as final; whether a token is to be chosen now."""
         self.slot.commit()
@@ -72,6 +90,10 @@ class Job:
         elif not self.wave.spans:
             self.wave.start(self.slot.length, token)
 
+    def result(self, state_bytes: int) -> GenerationResult:
+        """The whole answer, with the bytes of the whole state."""
+        return self.request.result(self.cached, state_bytes, self.passes, self.wave.drafts if self.wave else None)
+
     def _next_span(self) -> Span:
         return self.slot.next_span(self.request.settings.depth)
 
@@ -87,7 +109,7 @@ class Engine:
     def __init__(self, executor: Executor):
         self.executor = executor
         self.jobs: list[Job] = []
-        self._schedule = Batched(executor.mixes_loops)
+        self._schedule = Batched(executor.mixes_loops, executor.shares_cache)
 
     @property
     def state_bytes(self) -> int:
@@ -103,7 +125,8 @@ class Engine:
         job = Job(request, slot, progress, draws)
         settings = request.settings
         if settings.lag is not None:
-            job.wave = Wave(slot.number, settings.loops, settings.lag, self.executor.state.plan.wave_rows)
+            most = self.executor.state.plan.most_in_flight
+            job.wave = Wave(slot.number, settings.depth, settings.lag, most, not self.executor.shares_cache)
         self.jobs.append(job)
         return job
 
@@ -119,11 +142,11 @@ class Engine:
             RunError: ONNX Runtime could not.
         """
         began = time.perf_counter()
-        wave = self.jobs[0].wave
-        if wave is not None and wave.spans:
-            self._run_wave(self.jobs[0], wave)
-        else:
-            self._run_shared()
+        for job in self.jobs:
+            job.slot.flight = job.spans
+        spans = self._schedule.next([job.running for job in self.jobs])
+        self.executor.run(spans)
+        self._read(spans)
         seconds = time.perf_counter() - began
         for job in self.jobs:
             job.request.count_seconds(seconds)
@@ -132,67 +155,85 @@ class Engine:
             self.jobs.remove(job)
         return done
 
-    def _run_shared(self) -> None:
-        """A pass in which every job may have a part."""
-        jobs = {job.slot.number: job for job in self.jobs}
-        spans = self._schedule.next([job.span for job in self.jobs])
-        for span in spans:
-            jobs[span.slot].passes += bool(jobs[span.slot].request.new_ids)
-        self.executor.run(spans)
-        seen = self._let_leave(spans)
-        ready = [span for span in spans if span.is_done and jobs[span.slot].advance()]
-        if ready:
-            self._choose([(span, jobs[span.slot]) for span in ready], seen)
-
-    def _run_wave(self, job: Job, wave: Wave) -> None:
-        """A pass over consecutive tokens of one job, which is alone."""
-        request, slot = job.request, job.slot
-        self.executor.run_wave(wave.spans)
-        self.executor.compute_wave_logits(wave.spans)
-        job.passes += 1
-
-        def predict(place: int, drafts: list[int]) -> int:
-            # Only a penalty looks at what stands before.
-            context = slot.ids if request.settings.repetition_penalty == 1 else [*slot.ids, *drafts]
-            return request.choose(self.executor.logits(place), context, len(drafts))
-
-        # The answer's last token is never run.
-        room = len(request.prompt) + request.settings.max_new_tokens - 2 - slot.length
-        try:
-            token = wave.advance(predict, room)
-            if token is not None:
-                slot.advance(1, request.settings.loops)
-                job.accept(token, request.settings.loops)
-        except MeltError as error:
-            job.error = error
-
-    def _let_leave(self, spans: Sequence[Span]) -> list[Span]:
-        """Asks what decides on each span whether it takes more loops; those whose logits were computed for that."""
-        asked = [(span, span.exit) for span in spans if span.exit is not None and span.exit.wants(span.loop)]
-        seen = [span for span, leave in asked if leave.reads == "logits"]
-        if seen:
-            self.executor.compute_logits(seen)
-        for span, leave in asked:
-            reads = self.executor.logits(span.slot) if leave.reads == "logits" else self.executor.exit_logit(span)
-            if leave.leaves(span.loop, reads):
+    def _read(self, spans: Sequence[Span]) -> None:
+        """Reads what a pass left: which spans leave the loop, and which tokens come next."""
+        parts = [(job, [span for span in spans if span.slot == job.slot.number]) for job in self.jobs]
+        parts = [(job, own) for job, own in parts if own]
+        for job, _ in parts:
+            job.passes += bool(job.request.new_ids)
+        seen = [span for span in spans if span.is_wave or ((rule := _asked(span)) and rule.reads == "logits")]
+        logits = dict(zip(seen, self.executor.compute_logits(seen), strict=True)) if seen else {}
+        ready: list[tuple[Span, Job]] = []
+        for job, own in parts:
+            if own[0].is_wave:
+                self._advance_wave(job, own, logits)
+                continue
+            span = own[0]
+            if self._leaves(span, logits):
                 span.leave()
+            self._fill_caches(own)
+            if span.is_done and job.advance():
+                ready.append((span, job))
+        self._choose(ready, logits)
+
+    def _leaves(self, span: Span, logits: dict[Span, Array]) -> bool:
+        """Whether a rule lets a span leave the loop now."""
+        rule = _asked(span)
+        if rule is None:
+            return False
+        return rule.leaves(span.loop, logits[span] if rule.reads == "logits" else self.executor.exit_logit(span))
+
+    def _fill_caches(self, spans: Sequence[Span]) -> None:
+        """Gives a LoopLM's later caches what a span that left early had."""
         for span in spans:
             if span.is_done and span.caches > span.depth and not self.executor.shares_cache:
                 self.executor.fill_caches(span)
-        return seen
 
-    def _choose(self, ready: list[tuple[Span, Job]], seen: list[Span]) -> None:
-        """Chooses the next token of each job whose last token took all its loops; ``seen`` have their logits."""
-        draws = ready[0][1].draws
-        rest = [span for span, _ in ready if span not in seen]
-        if not draws and rest:
-            self.executor.compute_logits(rest)
+    def _advance_wave(self, job: Job, running: Sequence[Span], logits: dict[Span, Array]) -> None:
+        """Reads what a pass left of a job's wave."""
+        request, slot, wave = job.request, job.slot, job.wave
+        assert wave is not None
+
+        def predict(span: Span, drafts: list[int]) -> int:
+            # Only a penalty looks at what stands before.
+            context = slot.ids if request.settings.repetition_penalty == 1 else [*slot.ids, *drafts]
+            return request.choose(logits[span], context, len(drafts))
+
+        try:
+            final = wave.advance(predict, lambda span: self._leaves(span, logits), job.last_position)
+            self._fill_caches(running)
+            for span, token in final:
+                slot.commit()
+                job.accept(token, span.depth)
+                if job.is_done:
+                    break
+        except MeltError as error:
+            job.error = error
+
+    def _choose(self, ready: list[tuple[Span, Job]], logits: dict[Span, Array]) -> None:
+        """Chooses the next token of each job whose last token took all its loops.
+
+        Args:
+            ready: the jobs, each with what it ran.
+            logits: those that were computed already; used before more are.
+        """
+        rest = [(span, job) for span, job in ready if span not in logits]
+        self._choose_from(logits, [(span, job) for span, job in ready if span in logits])
+        if rest and not rest[0][1].draws:
+            spans = [span for span, _ in rest]
+            logits = dict(zip(spans, self.executor.compute_logits(spans), strict=True))
+        self._choose_from(logits, rest)
+
+    def _choose_from(self, logits: dict[Span, Array], ready: list[tuple[Span, Job]]) -> None:
         for span, job in ready:
             try:
-                if draws:
-                    token = self.executor.draw(span)
-                else:
-                    token = job.request.choose(self.executor.logits(span.slot), job.slot.ids)
+                draw = self.executor.draw
+                token = draw(span) if job.draws else job.request.choose(logits[span], job.slot.ids)
                 job.accept(token, span.depth)
             except MeltError as error:
                 job.error = error
+
+
+def _asked(span: Span) -> Exit | None:
+    """What decides whether a span leaves now; None where nothing does."""
+    return span.exit if span.exit is not None and span.exit.wants(span.loop) else None

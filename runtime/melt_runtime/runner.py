@@ -100,8 +100,7 @@ class LoopRunner:
         """
         with self._hold.taken():
             span = self._prefill(ids, loops, chunk, sequence, observe, progress)
-            self._executor.compute_logits([span])
-            return self._executor.logits(span.slot)
+            return self._executor.compute_logits([span])[0]
 
     def prefill_and_draw(self, ids: Sequence[int], loops: int, progress: Progress | None = None) -> int:
         """As ``prefill``, and draws the next token on the device with the sampler's settings.
@@ -130,8 +129,7 @@ class LoopRunner:
         """
         with self._hold.taken():
             self._executor.compute_logits(self._decode(ids, loops, observe))
-            logits: Array = self.state.logits.value.numpy()[: len(self.slots)]
-            return logits
+            return self.state.logits.values()[: len(self.slots)]
 
     def decode_and_draw(self, token: int, loops: int) -> int:
         """As ``decode`` for one sequence, and draws the next token on the device with the sampler's settings.
@@ -188,7 +186,8 @@ class LoopRunner:
     def _append(self, slot: Slot, tokens: list[int], loops: int) -> Span:
         del slot.ids[slot.length :]
         slot.ids += tokens
-        return Span(slot.number, slot.length, tokens, loops)
+        slot.flight = [Span(slot.number, slot.length, tokens, loops)]
+        return slot.flight[0]
 
     def _run(self, spans: list[Span], observe: Observer | None) -> None:
         """All loops of a chunk, or of one token of every sequence."""

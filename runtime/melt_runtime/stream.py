@@ -105,7 +105,7 @@ class Turn:
                     yield piece
         finally:
             engine.drop(job)
-        self.result = request.result(job.cached, engine.state_bytes, job.passes, job.wave.drafts if job.wave else None)
+        self.result = job.result(engine.state_bytes)
         self._ask.on_end(request.text)
 
     def _leave(self, request: Request, before: Snapshot, kept: int) -> None:

@@ -158,7 +158,7 @@ def fill_cache(state: State, tokens: int) -> None:
     for cache in state.caches:
         for pair in cache:
             for buffer in pair:
-                buffer.value.numpy()[:, :, :tokens] = _FILL
+                buffer.values()[:, :, :tokens] = _FILL
 
 
 @contextmanager

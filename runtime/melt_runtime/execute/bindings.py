@@ -62,7 +62,7 @@ class Bound:
 
 
 class Bindings:
-    """Every way in which the graphs are bound to a state; ``first`` and ``count`` name neighbouring slots.
+    """Every way in which the graphs are bound to a state.
 
     Attributes:
         captured: whether the token of the only slot is captured as CUDA graphs. A chunk never is: its length changes.
@@ -71,58 +71,64 @@ class Bindings:
     def __init__(self, sessions: Sessions, state: State, sampler: DeviceSampler | None):
         self._sessions, self._state, self._sampler = sessions, state, sampler
         self.captured = sessions.replayed and state.plan.batch == 1
+        self._most = max(_KEPT, state.plan.cells)  # a captured token must find its own graphs again
         self._kept: dict[str, OrderedDict[Hashable, Any]] = {}
 
     def embed_steps(self, first: int, count: int) -> Bound:
-        """Token ids of slots to their hidden states; of all slots to their latent states too."""
+        """Token ids of neighbouring slots to their hidden states; of all slots to their latent states too."""
         is_all = (first, count) == (0, self._state.plan.batch)
         return self._keep(
             "embed", (first, count), lambda: self._embed(self._state.step, (count, 1), first, is_all, self.captured)
         )
 
-    def steps(self, first: int, count: int) -> list[Bound]:
-        """One loop over a token of each of some slots, for each cache set."""
+    def steps(self, cell: int, count: int) -> Bound:
+        """One loop over single tokens that read neighbouring cells of the cache."""
+        state = self._state
+        row = cell if state.row_shift else cell % state.plan.batch
         return self._keep(
-            "steps", (first, count), lambda: self._loops(self._state.step, (count, 1), first, first, self.captured)
+            "steps", (cell, count), lambda: self._loop(state.step, (count, 1), row, cell, state.plan.batch)
         )
 
-    def step_head(self, first: int, count: int) -> Bound:
-        """Their hidden states to logits on the host."""
-        return self._keep("head", (first, count), lambda: self._head(self._state.step, first, first, count))
+    def step_head(self, row: int, count: int, place: int) -> Bound:
+        """Their hidden states to logits, from ``place`` on."""
+        return self._keep("head", (row, count, place), lambda: self._head(self._state.step, row, place, count))
 
     def embed_chunk(self, tokens: int) -> Bound:
         """A chunk's ids to the state before its first loop."""
         return self._keep("embed chunk", tokens, lambda: self._embed(self._state.chunk, (1, tokens), 0, True, False))
 
-    def chunk(self, tokens: int, slot: int) -> list[Bound]:
-        """One loop over a chunk of a slot, for each cache set."""
-        return self._keep("chunk", (tokens, slot), lambda: self._loops(self._state.chunk, (1, tokens), 0, slot, False))
+    def chunk(self, tokens: int, cell: int) -> Bound:
+        """One loop over a chunk that reads and writes one cell of the cache."""
+        return self._keep("chunk", (tokens, cell), lambda: self._loop(self._state.chunk, (1, tokens), 0, cell, tokens))
 
-    def wave(self, base: int, tokens: int, slot: int) -> list[Bound]:
-        """One loop over consecutive tokens of a slot that lie among a chunk's rows from ``base`` on."""
-        plan = self._state.plan
-        return self._keep(
-            "wave",
-            (base, tokens, slot),
-            lambda: self._loops(self._state.chunk, (1, tokens), base, slot, False, stride=plan.chunk),
-        )
+    def chunk_head(self, tokens: int) -> Bound:
+        """The hidden state of a chunk's last token to logits."""
+        return self._keep("chunk head", tokens, lambda: self._head(self._state.chunk, tokens - 1, 0, 1))
+
+    def wave(self, row: int, tokens: int, slot: int) -> Bound:
+        """One loop over consecutive tokens of a slot."""
+        rows = self._wave_rows
+        stride = rows.hidden.shape[0]
+        return self._keep("wave", (row, tokens), lambda: self._loop(rows, (1, tokens), row, slot, stride))
 
     def wave_embed(self, row: int) -> Bound:
         """A token id to its hidden state there; its latent states are the caller's to clear."""
-        return self._keep("wave embed", row, lambda: self._embed(self._state.chunk, (1, 1), row, False, False))
+        return self._keep("wave embed", row, lambda: self._embed(self._wave_rows, (1, 1), row, False, False))
 
-    def wave_head(self, base: int, tokens: int) -> Bound:
-        """Hidden states of a wave to logits, from the first row of those on."""
-        return self._keep("wave head", (base, tokens), lambda: self._head(self._state.chunk, base, 0, tokens))
-
-    def chunk_head(self, tokens: int, slot: int) -> Bound:
-        """The hidden state of a chunk's last token to the slot's logits on the host."""
-        return self._keep("chunk head", (tokens, slot), lambda: self._head(self._state.chunk, tokens - 1, slot, 1))
+    def wave_head(self, row: int, tokens: int) -> Bound:
+        """Hidden states of a wave to logits."""
+        return self._keep("wave head", (row, tokens), lambda: self._head(self._wave_rows, row, 0, tokens))
 
     def device_head(self, rows: TokenRows, row: int) -> Bound:
         """One hidden state to the logits on the device, for the sampler there."""
         is_step = rows is self._state.step
         return self._keep("device head", (is_step, row), lambda: self._device_head(rows, row, is_step))
+
+    @property
+    def _wave_rows(self) -> TokenRows:
+        rows = self._state.wave
+        assert rows is not None
+        return rows
 
     def _keep(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """What was made for ``key``, kept while it is among those used last."""
@@ -131,7 +137,7 @@ class Bindings:
             kept.move_to_end(key)
         else:
             kept[key] = make()
-            if len(kept) > _KEPT:
+            if len(kept) > self._most:
                 kept.popitem(last=False)
         return kept[key]  # type: ignore[no-any-return]
 
@@ -144,65 +150,46 @@ class Bindings:
             rows.latent.bind_output(binding, "latent", (model.layers, *hidden))
         return Bound(self._sessions.embed, binding, self._run_options(captured))
 
-    def _loops(
-        self, rows: TokenRows, shape: tuple[int, int], first: int, slot: int, captured: bool, stride: int | None = None
-    ) -> list[Bound]:
-        if stride is None:
-            # Between layers lie the rows of every slot, or of this chunk alone.
-            stride = self._state.plan.batch if rows is self._state.step else shape[1]
-        cache_sets = range(self._state.plan.cache_sets)
-        return [self._loop(rows, shape, first, slot, stride, cache_set, captured) for cache_set in cache_sets]
-
-    def _loop(
-        self,
-        rows: TokenRows,
-        shape: tuple[int, int],
-        first: int,
-        slot: int,
-        stride: int,
-        cache_set: int,
-        captured: bool,
-    ) -> Bound:
+    def _loop(self, rows: TokenRows, shape: tuple[int, int], row: int, cell: int, stride: int) -> Bound:
         """Binds one loop in place, each output to the buffer of its input.
 
         Args:
             rows: where the tokens in flight lie.
             shape: [B, C].
-            first: the first of these rows.
-            slot: the first of the slots.
+            row: the first of these rows.
+            cell: the first of the cache's cells.
             stride: rows from one layer's latent states to the next one's.
-            cache_set: which KV cache.
-            captured: whether it becomes a CUDA graph.
         """
         state, model = self._state, self._state.plan.shape
+        is_step = rows is state.step
         hidden = (*shape, model.hidden_size)
         loop = self._sessions.loop.io_binding()
-        rows.hidden.bind_input(loop, "hidden", hidden, first * model.hidden_size)
-        rows.hidden.bind_output(loop, "hidden_out", hidden, first * model.hidden_size)
+        rows.hidden.bind_input(loop, "hidden", hidden, row * model.hidden_size)
+        left = row + (state.row_shift if is_step else 0)
+        rows.hidden.bind_output(loop, "hidden_out", hidden, left * model.hidden_size)
         cache_shape = (shape[0], *state.plan.cache_shape[1:])
-        first_row = slot * int(np.prod(cache_shape[1:]))
+        first = cell * int(np.prod(cache_shape[1:]))
         for layer_idx in range(model.layers):
             if rows.latent is not None:
                 name_in, name_out = latent_names(layer_idx)
-                offset = (layer_idx * stride + first) * model.hidden_size
+                offset = (layer_idx * stride + row) * model.hidden_size
                 rows.latent.bind_input(loop, name_in, hidden, offset)
                 rows.latent.bind_output(loop, name_out, hidden, offset)
-            pairs = zip(cache_names(layer_idx), state.caches[cache_set][layer_idx], strict=True)
-            for (name_in, name_out), buffer in pairs:
-                buffer.bind_input(loop, name_in, cache_shape, first_row)
-                buffer.bind_output(loop, name_out, cache_shape, first_row)
-        rows.last_row.bind_input(loop, "seqlens_k", (shape[0],), first if rows is state.step else 0)
+            for (name_in, name_out), buffer in zip(cache_names(layer_idx), state.cells[layer_idx], strict=True):
+                buffer.bind_input(loop, name_in, cache_shape, first)
+                buffer.bind_output(loop, name_out, cache_shape, first)
+        rows.last_row.bind_input(loop, "seqlens_k", (shape[0],), row if is_step else 0)
         rows.total_length.bind_input(loop, "total_sequence_length", ())
         if state.loop_idx is not None:
             state.loop_idx.bind_input(loop, "loop_idx", ())
         if rows.exit_logit is not None:
-            rows.exit_logit.bind_output(loop, "exit_logit", (*shape, 1), first)
-        return Bound(self._sessions.loop, loop, self._run_options(captured))
+            rows.exit_logit.bind_output(loop, "exit_logit", (*shape, 1), row)
+        return Bound(self._sessions.loop, loop, self._run_options(is_step and self.captured))
 
-    def _head(self, rows: TokenRows, first: int, slot: int, count: int) -> Bound:
+    def _head(self, rows: TokenRows, first: int, place: int, count: int) -> Bound:
         model, head = self._state.plan.shape, self._sessions.head.io_binding()
         rows.hidden.bind_input(head, "hidden", (count, 1, model.hidden_size), first * model.hidden_size)
-        self._state.logits.bind_output(head, "logits", (count, 1, model.vocab_size), slot * model.vocab_size)
+        self._state.logits.bind_output(head, "logits", (count, 1, model.vocab_size), place * model.vocab_size)
         return Bound(self._sessions.head, head, self._run_options(False))
 
     def _device_head(self, rows: TokenRows, row: int, is_step: bool) -> Bound:

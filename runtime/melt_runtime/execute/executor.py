@@ -1,8 +1,9 @@
 """Runs passes of the loop graph: the only writer of the cache. Knows slots and token ids, nothing of text, or of why.
 
-A pass is one loop, over a chunk of one sequence or over one token of each of several, which may be at different loops.
-What goes in are token ids and positions; what comes out are logits where they are asked for, or on a device the token
-that was drawn from them there.
+A pass is one loop, over a chunk of one sequence, over single tokens of several, which may be at different loops, or
+over a wave: consecutive tokens of one sequence, each at a loop of its own. A LoopLM's wave is made of single tokens,
+since each of its loops has a cache. What goes in are token ids and positions; what comes out are logits where they are
+asked for, or on a device the token that was drawn from them there.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from melt_runtime.execute.bindings import Bindings, Sessions
 from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.execute.slots import Slots
 from melt_runtime.memory.buffers import BFLOAT16, State, TokenRows
-from melt_runtime.memory.plan import Array
+from melt_runtime.memory.plan import MOST_IN_FLIGHT, Array
 from melt_runtime.schedule.span import Span
+
+_BRIDGED = 2
+"""Rows that are computed for nothing between two others, at most, rather than run the graph twice."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Flight:
     @property
     def hidden(self) -> Array:
         """Hidden states, [C, D] float."""
-        return self._buffers.hidden.read()[self._here]
+        return self._buffers.hidden.read()[self._rows(self.span.loop)]
 
     @property
     def latents(self) -> list[Array]:
@@ -42,22 +46,21 @@ class Flight:
         if latent is None:
             return []
         flat = latent.read().reshape(-1, plan.shape.hidden_size)
-        stride = len(self.span.ids) if self.span.is_chunk else plan.batch
-        return [flat[layer_idx * stride :][self._here] for layer_idx in range(plan.shape.layers)]
+        stride, rows = len(self.span.ids) if self.span.is_chunk else plan.batch, self._rows(self.span.loop)
+        return [flat[layer_idx * stride :][rows] for layer_idx in range(plan.shape.layers)]
 
     @property
     def exit_logits(self) -> Array | None:
         """Of every token, [C] float; None where the model has no exit gate."""
         exit_logit = self._buffers.exit_logit
-        return None if exit_logit is None else exit_logit.read()[self._here]
+        return None if exit_logit is None else exit_logit.read()[self._rows(self.span.loop - 1)]
 
     @property
     def _buffers(self) -> TokenRows:
         return self.state.chunk if self.span.is_chunk else self.state.step
 
-    @property
-    def _here(self) -> slice:
-        first = 0 if self.span.is_chunk else self.span.slot
+    def _rows(self, loop: int) -> slice:
+        first = 0 if self.span.is_chunk else self.state.step_row(self.span.slot, loop)
         return slice(first, first + len(self.span.ids))
 
 
@@ -69,8 +72,8 @@ class Executor:
         state: the buffers.
         slots: which sequence owns which of them.
         sampler: chooses tokens on the device; None on the CPU, and for several slots.
-        mixes_loops: whether the tokens of one pass may be at different loops. Not where each loop has a cache of its
-            own or the graph is told its number, and not on a device, where latent states start anew all at once.
+        mixes_loops: whether the tokens of one pass may be at different loops. Not where the graph is told its number,
+            and not on a device, where latent states start anew all at once.
         shares_cache: whether one cache serves all loops.
     """
 
@@ -82,21 +85,34 @@ class Executor:
             place = (state.device, state.step.ids.device_id)
             self.sampler = DeviceSampler(sessions.greedy, sessions.sample, plan.shape.vocab_size, *place)
             self._draws = self.sampler.bind(state.step.ids)
-        self.mixes_loops = plan.cache_sets == 1 and not plan.shape.has_loop_idx and state.device == "cpu"
+        self.mixes_loops = not plan.shape.has_loop_idx and state.device == "cpu"
         self.shares_cache = plan.shape.cache_kind == "shared"
         self._bindings = Bindings(sessions, state, self.sampler)
         self._drawn: int | None = None  # the token that the device put into the ids itself
         self._ids: Array = np.zeros(state.step.ids.shape, dtype=np.int64)
-        self._placed: dict[int, int] = {}  # slots of the pass before, and the rows where they wrote
+        self._placed: dict[int, int] = {}  # cells of the pass before, and the rows where they wrote
         if self._bindings.captured:
             self._capture()
+
+    @property
+    def wave_obstacle(self) -> str | None:
+        """Why consecutive tokens cannot share a pass here; None where they can."""
+        if self.state.device != "cpu":
+            return "it runs on the CPU only so far"
+        if self.state.plan.shape.has_loop_idx:
+            return "the model's gate ('mean') is told one loop for all tokens of a pass"
+        return None
 
     def run(self, spans: Sequence[Span]) -> None:
         """One pass: one loop of each span.
 
+        A token of a wave sees those before it as they are after this very loop of theirs. What a token that is dropped
+        wrote is overwritten by the next one at its position.
+
         Args:
-            spans: a chunk, or single tokens of different slots, which are at the same loop unless ``mixes_loops``. Each
-                begins at its slot's cached length and fits into its capacity.
+            spans: a chunk; or single tokens, which are at the same loop unless ``mixes_loops``; or over MELT's one
+                cache the wave of one slot, oldest first. Those of a slot follow each other from its cached length on
+                and fit into its capacity.
 
         Raises:
             RunError: ONNX Runtime could not.
@@ -106,87 +122,48 @@ class Executor:
             self.state.loop_idx.write(np.array([loop_idx]))
         if spans[0].is_chunk:
             self._run_chunk(spans[0])
+        elif spans[0].is_wave and self.shares_cache:
+            self._run_wave(spans)
         else:
             assert self.mixes_loops or all(span.loop == loop_idx for span in spans)
-            self._run_steps(spans, self.state.plan.cache_set(loop_idx))
+            self._run_steps(spans)
         for span in spans:
             span.loop += 1
 
-    @property
-    def wave_obstacle(self) -> str | None:
-        """Why consecutive tokens cannot share a pass here; None where they can."""
-        plan = self.state.plan
-        if plan.batch > 1:
-            return "it serves one sequence at a time: load with slots=1"
-        if self.state.device != "cpu":
-            return "it runs on the CPU only so far"
-        if not self.shares_cache:
-            return "this model has a KV cache for each loop, it serves MELT's one cache so far"
-        if plan.shape.has_loop_idx:
-            return "the model's gate ('mean') is told one loop for all tokens of a pass"
-        return None if plan.wave_rows > 1 else "it needs a state of chunks of at least 4 tokens"
+    def compute_logits(self, spans: Sequence[Span]) -> list[Array]:
+        """Runs the head over the last token of each span of one pass.
 
-    def run_wave(self, spans: Sequence[Span]) -> None:
-        """One pass over consecutive tokens of one slot, oldest first, each at a loop of its own.
-
-        A token sees those before it as they are after this very loop of theirs. What a token that is dropped wrote is
-        overwritten by the next one at its position.
-
-        Raises:
-            RunError: ONNX Runtime could not.
+        Returns:
+            Logits of each, [V] float32: views that the next call overwrites.
         """
-        for place, span in enumerate(spans):
-            if span.row < 0:
-                self._enter(spans[:place], span)
-        self._place_chunk(spans[-1].start)
-        self._bindings.wave(spans[0].row, len(spans), spans[0].slot)[0].run()
-        for span in spans:
-            span.loop += 1
-
-    def compute_wave_logits(self, spans: Sequence[Span]) -> None:
-        """Runs the head over every token of a wave; ``logits`` then has them, the oldest's first."""
-        self._bindings.wave_head(spans[0].row, len(spans)).run()
-
-    def _enter(self, before: Sequence[Span], span: Span) -> None:
-        """Gives a token of a wave its row behind the others, and the state before its first loop."""
-        rows = self.state.chunk
-        span.row = before[-1].row + 1 if before else 0
-        if span.row == 2 * self.state.plan.wave_rows:
-            # At the end of the rows all go back to their beginning.
-            first, count = before[0].row, len(before)
-            for buffer in (rows.hidden, rows.latent):
-                if buffer is not None:
-                    with buffer.on_host() as values:
-                        values[..., :count, :] = values[..., first : first + count, :].copy()
-            for place, other in enumerate((*before, span)):
-                other.row = place
-        self._write_chunk_ids(span.row, span.ids)
-        self._bindings.wave_embed(span.row).run()
-        if rows.latent is not None:
-            with rows.latent.on_host() as latent:
-                latent[:, span.row] = 0
-
-    def compute_logits(self, spans: Sequence[Span]) -> None:
-        """Runs the head over the last token of each span of one pass; ``logits`` then has them."""
-        if spans[0].is_chunk:
-            self._bindings.chunk_head(len(spans[0].ids), spans[0].slot).run()
-        else:
-            first, last = min(span.slot for span in spans), max(span.slot for span in spans)
-            self._bindings.step_head(first, last - first + 1).run()
-
-    def logits(self, slot: int) -> Array:
-        """Logits of a slot's last token, [V] float32: a view that any later pass may overwrite."""
-        return self.state.logits.value.numpy()[slot]  # type: ignore[no-any-return]
+        first, logits = spans[0], self.state.logits.values()
+        if first.is_chunk:
+            self._bindings.chunk_head(len(first.ids)).run()
+            return [logits[0]]
+        if first.is_wave and self.shares_cache:
+            begin = min(span.row for span in spans)
+            self._bindings.wave_head(begin + self._wave_base(first.slot), len(spans)).run()
+            return [logits[span.row - begin] for span in spans]
+        rows = [self.state.step_row(span.slot, span.loop) for span in spans]
+        places, place = {}, 0
+        for row, count in _ranges(sorted(rows), _BRIDGED):
+            self._bindings.step_head(row, count, place).run()
+            places.update({row + offset: logits[place + offset] for offset in range(count)})
+            place += count
+        return [places[row] for row in rows]
 
     def exit_logit(self, span: Span) -> Array:
         """What the exit gate says of a single token after its last pass, before the sigmoid, [1] float64."""
-        buffer = self.state.step.exit_logit
-        assert buffer is not None
         assert not span.is_chunk
-        value = buffer.value.numpy()[span.slot : span.slot + 1]
+        rows, row = self.state.step, self.state.step_row(span.slot, span.loop - 1)
+        if span.is_wave and self.state.wave is not None:
+            rows, row = self.state.wave, self._wave_base(span.slot) + span.row
+        buffer = rows.exit_logit
+        assert buffer is not None
+        value = buffer.values()[row : row + 1]
         if buffer.element_type == BFLOAT16:
             value = (value.astype(np.uint32) << 16).view(np.float32)
-        return value.astype(np.float64)  # type: ignore[no-any-return]
+        return value.astype(np.float64)
 
     def fill_caches(self, span: Span) -> None:
         """Copies a LoopLM's keys and values of the last loop that a span took to the caches of those that it did not.
@@ -196,7 +173,7 @@ class Executor:
         slot, rows = span.slot, slice(span.start, span.start + 1)
         for layer, pair in enumerate(self.state.caches[span.depth - 1]):
             for place, source in enumerate(pair):
-                values = source.value.numpy()[slot, :, rows]
+                values = source.values()[slot, :, rows]
                 for cache_set in range(span.depth, span.caches):
                     with self.state.caches[cache_set][layer][place].on_host() as target:
                         target[slot, :, rows] = values
@@ -209,48 +186,79 @@ class Executor:
         """
         assert self.sampler is not None
         rows = self.state.chunk if span.is_chunk else self.state.step
-        self._bindings.device_head(rows, len(span.ids) - 1).run()
+        row = len(span.ids) - 1 if span.is_chunk else self.state.step_row(span.slot, span.loop)
+        self._bindings.device_head(rows, row).run()
         self._drawn = self.sampler.draw(self._draws)
         return self._drawn
 
     def _run_chunk(self, span: Span) -> None:
-        tokens = len(span.ids)
+        rows, tokens = self.state.chunk, len(span.ids)
         if span.loop == 0:
-            self._begin(span)
-            self._write_chunk_ids(0, span.ids)
-            self._place_chunk(span.start + tokens - 1)
+            self._require_place(span)
+            _write_ids(rows, 0, span.ids)
+            _place(rows, span.start + tokens - 1)
             self._bindings.embed_chunk(tokens).run()
-        self._bindings.chunk(tokens, span.slot)[self.state.plan.cache_set(span.loop)].run()
+        self._bindings.chunk(tokens, self._cell(span)).run()
 
-    def _write_chunk_ids(self, first: int, ids: Sequence[int]) -> None:
-        """Writes token ids where a chunk's, or a wave's, are read, from the row ``first`` on."""
-        buffer = self.state.chunk.ids
-        staged: Array = np.zeros(buffer.shape, dtype=np.int64)
-        staged[0, first : first + len(ids)] = ids
-        buffer.write(staged)
+    def _run_wave(self, spans: Sequence[Span]) -> None:
+        """One loop of consecutive tokens of one slot over MELT's cache."""
+        for place, span in enumerate(spans):
+            if span.row < 0:
+                self._enter(spans[:place], span)
+        first, rows = spans[0], self.state.wave
+        assert rows is not None
+        _place(rows, spans[-1].start)
+        self._bindings.wave(self._wave_base(first.slot) + first.row, len(spans), first.slot).run()
 
-    def _place_chunk(self, last: int) -> None:
-        """Says at which row of the cache the last token of a chunk, or of a wave, is."""
-        self.state.chunk.last_row.write(np.array([last], dtype=np.int32))
-        self.state.chunk.total_length.write(np.array([last + 1], dtype=np.int32))
+    def _wave_base(self, slot: int) -> int:
+        """The first of a slot's rows among those of all waves."""
+        return slot * 2 * MOST_IN_FLIGHT
 
-    def _run_steps(self, spans: Sequence[Span], cache_set: int) -> None:
+    def _enter(self, before: Sequence[Span], span: Span) -> None:
+        """Gives a token of a wave its row behind the others, and the state before its first loop."""
+        rows, base = self.state.wave, self._wave_base(span.slot)
+        assert rows is not None
+        span.row = before[-1].row + 1 if before else 0
+        if span.row == 2 * MOST_IN_FLIGHT:
+            # At the end of the rows all go back to their beginning.
+            first, count = base + before[0].row, len(before)
+            for buffer in (rows.hidden, rows.latent):
+                if buffer is not None:
+                    values = buffer.values()
+                    values[..., base : base + count, :] = values[..., first : first + count, :].copy()
+            for place, other in enumerate((*before, span)):
+                other.row = place
+        _write_ids(rows, base + span.row, span.ids)
+        self._bindings.wave_embed(base + span.row).run()
+        if rows.latent is not None:
+            rows.latent.values()[:, base + span.row] = 0
+
+    def _run_steps(self, spans: Sequence[Span]) -> None:
         starting = [span for span in spans if span.loop == 0]
         if starting:
             self._embed_steps(starting)
-        placed = {span.slot: span.start for span in spans}
-        groups = self._bridge(placed)
+        placed = {self._cell(span): span.start for span in spans}
+        groups = self._bridge(placed, spans)
         if placed != self._placed:
-            self._place(placed)
-        for first, count in groups:
-            self._bindings.steps(first, count)[cache_set].run()
+            self._place_steps(placed)
+        # The deepest first: a LoopLM's token moves on to where that of the next loop was.
+        for cell, count in reversed(groups):
+            self._bindings.steps(cell, count).run()
+
+    def _cell(self, span: Span) -> int:
+        """Of the cache, for a span's next loop."""
+        plan = self.state.plan
+        return plan.cache_set(span.loop) * plan.batch + span.slot
 
     def _embed_steps(self, spans: Sequence[Span]) -> None:
         """Makes the state before the first loop of single tokens."""
         rows, plan = self.state.step, self.state.plan
-        under_way = any(slot.flight is not None and not slot.flight.is_chunk for slot in self.slots)
+        # A LoopLM's tokens lie elsewhere from their first loop on.
+        under_way = not self.state.row_shift and any(
+            span.loop and not span.is_chunk and not span.is_wave for slot in self.slots for span in slot.flight
+        )
         for span in spans:
-            self._begin(span)
+            self._require_place(span)
             self._ids[span.slot] = span.ids[0]
         if plan.batch > 1 or spans[0].ids[0] != self._drawn:
             rows.ids.write(self._ids)
@@ -258,36 +266,39 @@ class Executor:
         if not under_way:
             self._bindings.embed_steps(0, plan.batch).run()  # nobody's hidden state is lost by taking all
             return
-        for first, count in _neighbours(sorted(span.slot for span in spans)):
+        for first, count in _ranges(sorted(span.slot for span in spans)):
             self._bindings.embed_steps(first, count).run()
             if rows.latent is not None:
                 with rows.latent.on_host() as latent:
                     latent[:, first : first + count] = 0
 
-    def _begin(self, span: Span) -> None:
+    def _require_place(self, span: Span) -> None:
+        """Holds a span that begins to what is said of ``run``'s."""
         slot = self.slots[span.slot]
-        assert span.start == slot.length
+        assert span in slot.flight
+        assert span.start == slot.length + sum(len(other.ids) for other in slot.flight[: slot.flight.index(span)])
         assert len(span.ids) <= slot.room
-        slot.flight = span
 
-    def _bridge(self, placed: dict[int, int]) -> list[tuple[int, int]]:
-        """Ranges of neighbouring slots that cover ``placed``: a slot in between that has a row to spare joins them.
+    def _bridge(self, placed: dict[int, int], spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """Ranges of neighbouring cells that cover ``placed``: cells in between that have a row to spare join them.
 
-        One row more costs less than reading the weights again.
+        Some rows more cost less than reading the weights again.
         """
         if len(placed) == 1:
             return [(next(iter(placed)), 1)]
-        for number in range(min(placed), max(placed)):
-            if number not in placed and (row := self.slots[number].spare_row) is not None:
-                placed[number] = row
-        return _neighbours(sorted(placed))
+        for first, count in _ranges(sorted(placed), _BRIDGED):
+            for cell in range(first, first + count):
+                cache_set, number = divmod(cell, self.state.plan.batch)
+                if cell not in placed and (row := self.slots[number].spare_row(cache_set, spans)) is not None:
+                    placed[cell] = row
+        return _ranges(sorted(placed))
 
-    def _place(self, placed: dict[int, int]) -> None:
+    def _place_steps(self, placed: dict[int, int]) -> None:
         """Says at which rows the tokens of the next passes are."""
         rows, plan = self.state.step, self.state.plan
-        last_row: Array = np.zeros(plan.batch, dtype=np.int32)
-        for slot, row in placed.items():
-            last_row[slot] = row
+        last_row: Array = np.zeros(rows.last_row.shape, dtype=np.int32)
+        for cell, row in placed.items():
+            last_row[cell if self.state.row_shift else cell % plan.batch] = row
         rows.last_row.write(last_row)
         # A captured graph holds the length that it was captured with.
         longest = plan.capacity if self._bindings.captured else max(placed.values()) + 1
@@ -299,23 +310,36 @@ class Executor:
         and a loop in place that runs again goes on from its own result."""
         state, bindings = self.state, self._bindings
         state.step.ids.write(self._ids)
-        self._place({0: 0})
+        self._place_steps({0: 0})
         self._placed = {}
         if state.loop_idx is not None:
             state.loop_idx.write(np.array([0]))
         bindings.embed_steps(0, 1).run()
-        for bound in bindings.steps(0, 1):
-            bound.run()
+        for cell in range(state.plan.cells):
+            bindings.steps(cell, 1).run()
         if self.sampler is not None:
             bindings.device_head(state.step, 0).run()
 
 
-def _neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges, (first, count), of ascending numbers."""
+def _write_ids(rows: TokenRows, first: int, ids: Sequence[int]) -> None:
+    """Writes the token ids of a chunk, or of a wave's token, where they are read."""
+    staged: Array = np.zeros(rows.ids.shape, dtype=np.int64)
+    staged[0, first : first + len(ids)] = ids
+    rows.ids.write(staged)
+
+
+def _place(rows: TokenRows, last: int) -> None:
+    """Says at which row of the cache the last token of a chunk, or of a wave, is."""
+    rows.last_row.write(np.array([last], dtype=np.int32))
+    rows.total_length.write(np.array([last + 1], dtype=np.int32))
+
+
+def _ranges(numbers: Sequence[int], most_between: int = 0) -> list[tuple[int, int]]:
+    """Ranges, (first, count), of ascending numbers, in which no more than so many are missing between two."""
     ranges: list[tuple[int, int]] = []
     for number in numbers:
-        if ranges and sum(ranges[-1]) == number:
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
+        if ranges and number - sum(ranges[-1]) <= most_between:
+            ranges[-1] = (ranges[-1][0], number - ranges[-1][0] + 1)
         else:
             ranges.append((number, 1))
     return ranges

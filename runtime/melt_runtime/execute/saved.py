@@ -46,7 +46,7 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
     snapshot, length = slot.snapshot(), slot.length
     tensors = {_IDS: np.array(snapshot.ids, dtype=np.int64), _DEPTHS: snapshot.depths.astype(np.int16)}
     for name, buffer in _rows(state, slot.depth):
-        tensors[name] = np.ascontiguousarray(buffer.value.numpy()[slot.number, :, :length])
+        tensors[name] = np.ascontiguousarray(buffer.values()[slot.number, :, :length])
     header = {**_about(state, identity), "length": length, "depth": slot.depth, "more": more}
     header["sha256"] = _digest(header, tensors)
     replace_file(path, lambda new: save_file(tensors, new, {"melt": json.dumps(header)}))

@@ -44,7 +44,7 @@ class Slot:
         ids: every token, of prompts and answers; replaced, never changed, when a turn begins.
         turn: counts what began or was undone, so that a stream knows whether the sequence is still the one it was made
             for.
-        flight: what is between its first loop and its last; None between passes that are done.
+        flight: what is to be run next, or is under way, oldest first: a chunk, or single tokens that follow each other.
         depths: where a chunk began, the loops that it went through, else 0; negative where a LoopLM's chunk left early
             and its later caches were filled with copies; [S] int16, read-only.
     """
@@ -60,7 +60,7 @@ class Slot:
         self.depths.setflags(write=False)
         self.ids: list[int] = []
         self.turn = 0
-        self.flight: Span | None = None
+        self.flight: list[Span] = []
 
     @property
     def length(self) -> int:
@@ -82,14 +82,21 @@ class Slot:
         """Tokens that can still be taken."""
         return self._plan.capacity - self._length
 
-    @property
-    def spare_row(self) -> int | None:
-        """A row that holds nothing, where a pass over neighbours may write; None: it must leave this slot alone."""
-        row = self._length
-        if self.flight is not None:
-            if not self.flight.is_chunk:
+    def spare_row(self, cache_set: int, running: Sequence[Span]) -> int | None:
+        """A row of a cache that holds nothing, where a pass over its neighbours may write; None: it must not.
+
+        Args:
+            cache_set: which of a LoopLM's caches; 0 for MELT's one.
+            running: the spans of the pass.
+        """
+        for span in self.flight:
+            if span.is_done:
+                continue
+            if span.loop <= cache_set:
+                return span.start  # whose own pass writes there later
+            if not (span.is_chunk or span.is_wave or span in running):
                 return None  # its hidden state is among the neighbours'
-            row += len(self.flight.ids)
+        row = self._length + sum(len(span.ids) for span in self.flight)
         return row if row < self._plan.capacity else None
 
     def require_room(self, tokens: int) -> None:
@@ -137,9 +144,8 @@ class Slot:
         return Span(self.number, start, ids, depth.most, exit=depth.exit() if size == left else None)
 
     def commit(self) -> None:
-        """Counts what is in flight as final."""
-        span, self.flight = self.flight, None
-        assert span is not None
+        """Counts the oldest that is under way as final."""
+        span, *self.flight = self.flight
         assert span.is_done
         left_early = self._plan.shape.cache_kind == "per_loop" and span.caches > span.depth
         self._count(len(span.ids), -span.depth if left_early else span.depth, span.caches)
@@ -229,7 +235,7 @@ class Slot:
             ValueError: no whole number from 0 to the cached length.
         """
         tokens = whole_number("tokens", tokens, 0, self._length, " (the sequence's length)")
-        self.flight = None
+        self.flight = []
         self._length = tokens
         self._depths[tokens:] = 0
 

@@ -4,6 +4,7 @@ Its size is a function of batch, capacity, chunk and types alone, never of the n
 loops that it was made for (LoopLM). Which rows hold what, it does not know. Letters: ``melt_runtime.bundle.contract``.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import onnxruntime as ort
 
 from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import CapacityError
-from melt_runtime.memory.plan import Array, StatePlan, stored_type
+from melt_runtime.memory.plan import Array, RowCounts, StatePlan, stored_type
 
 BFLOAT16 = 16  # ONNX's number of the type
 
@@ -27,9 +28,11 @@ class Buffer:
         element_type: what ONNX Runtime is told.
         device: where it lies.
         device_id: which of several.
-        value: the memory.
+        value: the memory, of which a part has only some.
         shape: its sizes.
     """
+
+    _part: tuple[int, int] | None = None  # of a part: the first of its rows in the whole, and their number
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: DeviceKind, device_id: int = 0):
         self.dtype = stored_type(dtype)
@@ -44,6 +47,12 @@ class Buffer:
                 f"batch or chunk ({error})"
             ) from error
 
+    def part(self, first: int, count: int) -> "Buffer":
+        """Some of the rows of a whole buffer, in the same memory."""
+        part = copy.copy(self)
+        part.shape, part._part = (count, *self.shape[1:]), (first, count)
+        return part
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -51,7 +60,8 @@ class Buffer:
 
     def address(self, offset: int = 0) -> int:
         """Address of the element ``offset`` (counted in elements, row-major)."""
-        return int(self.value.data_ptr()) + offset * self.dtype.itemsize
+        before = math.prod(self.shape[1:]) * self._part[0] if self._part else 0
+        return int(self.value.data_ptr()) + (before + offset) * self.dtype.itemsize
 
     def bind_input(
         self, binding: ort.IOBinding, name: str, shape: Sequence[int] | None = None, offset: int = 0
@@ -72,7 +82,7 @@ class Buffer:
         return self.device, self.device_id, self.element_type, sizes, self.address(offset)
 
     def write(self, values: Array) -> None:
-        """Copies ``values``, of the buffer's own shape and type, to the device.
+        """Copies ``values``, of the buffer's own shape and type, to the device; not of a part.
 
         Raises:
             ValueError: they have another shape or type.
@@ -82,40 +92,45 @@ class Buffer:
             raise ValueError(f"values must be {wanted}, got {list(values.shape)} {values.dtype}")
         self.value.update_inplace(values)
 
+    def values(self) -> Array:
+        """All values: on the CPU the memory itself, of another device a copy."""
+        values: Array = self.value.numpy()
+        return values[self._part[0] :][: self._part[1]] if self._part else values
+
     @contextmanager
     def on_host(self) -> Iterator[Array]:
         """All values, to be changed in place; of another device a copy, which is written back at the end."""
         values = self.value.numpy()
-        yield values
+        yield values[self._part[0] :][: self._part[1]] if self._part else values
         if self.device != "cpu":
             self.value.update_inplace(values)
 
     def read(self) -> Array:
         """Copy on the host; for verification and tests, never in a step."""
-        return np.array(self.value.numpy())
+        return np.array(self.values())
 
 
 class TokenRows:
-    """Tokens in flight: one of each slot, or a chunk of one.
+    """Tokens in flight: single ones of each slot, a chunk of one, or the waves of each.
 
     Attributes:
-        ids: [B, 1] or [1, C] int64.
+        ids: [B, 1] or [1, rows] int64.
         hidden: [rows, D].
         latent: [N, rows, D], None where the gate has no latent state. A chunk that is shorter stands packed at its
             beginning, layer after layer.
         exit_logit: [rows], None where the model has no exit gate.
-        last_row: [B] or [1] int32, ``seqlens_k`` of the contract.
+        last_row: [rows] or [1] int32, ``seqlens_k`` of the contract.
         total_length: [1] int32 on the host, ``total_sequence_length``.
     """
 
-    def __init__(self, plan: StatePlan, shape: tuple[int, int], device: DeviceKind, device_id: int):
-        model, dtype, rows, place = plan.shape, plan.dtype, math.prod(shape), (device, device_id)
-        self.ids = Buffer(shape, "int64", *place)
-        self.hidden = Buffer((rows, model.hidden_size), dtype, *place)
-        latent_shape = (model.layers, rows, model.hidden_size)
+    def __init__(self, plan: StatePlan, rows: RowCounts, device: DeviceKind, device_id: int):
+        model, dtype, place = plan.shape, plan.dtype, (device, device_id)
+        self.ids = Buffer(rows.ids, "int64", *place)
+        self.hidden = Buffer((rows.hidden, model.hidden_size), dtype, *place)
+        latent_shape = (model.layers, rows.hidden, model.hidden_size)
         self.latent = Buffer(latent_shape, dtype, *place) if model.has_latent else None
-        self.exit_logit = Buffer((rows,), dtype, *place) if model.has_exit_gate else None
-        self.last_row = Buffer((shape[0],), "int32", *place)
+        self.exit_logit = Buffer((rows.run,), dtype, *place) if model.has_exit_gate else None
+        self.last_row = Buffer((rows.sequences,), "int32", *place)
         self.total_length = Buffer((1,), "int32", "cpu")
 
     @property
@@ -131,10 +146,15 @@ class State:
     Attributes:
         plan: the sizes.
         device: where they lie.
-        caches: ``caches[set][layer]`` is (keys, values), each of the plan's ``cache_shape``.
-        step: one token of every slot, [B, 1].
-        chunk: a chunk of one slot, [1, C].
-        logits: of each slot's last token, or of a wave's tokens, [rows, V] float32, on the host.
+        cells: ``cells[layer]`` is (keys, values) of all cache sets and slots, set after set, [sets * B, Hk, S, dh]: a
+            batch of the graph may hold any of them that are neighbours.
+        caches: ``caches[set][layer]``, the parts of these of one set, each of the plan's ``cache_shape``.
+        step: single tokens of every slot; of a LoopLM one at each loop, loop after loop.
+        chunk: a chunk of one slot.
+        wave: consecutive tokens of every slot at loops of their own, over MELT's one cache; None where none can be.
+        row_shift: rows by which a single token moves at each loop. On the CPU a LoopLM's tokens lie like the caches
+            that they read, so that one pass takes tokens at any loops.
+        logits: of tokens that were asked for, [rows, V] float32, on the host.
         loop_idx: which loop runs, [1] int64, only for gate kind ``mean``.
     """
 
@@ -142,17 +162,25 @@ class State:
         place = (device, device_id)
         self.plan = plan
         self.device = device
-        self.caches = [
-            [
-                (Buffer(plan.cache_shape, plan.cache_dtype, *place), Buffer(plan.cache_shape, plan.cache_dtype, *place))
-                for _ in range(plan.shape.layers)
-            ]
-            for _ in range(plan.cache_sets)
+        whole = (plan.cells, *plan.cache_shape[1:])
+        self.cells = [
+            (Buffer(whole, plan.cache_dtype, *place), Buffer(whole, plan.cache_dtype, *place))
+            for _ in range(plan.shape.layers)
         ]
-        self.step = TokenRows(plan, (plan.batch, 1), *place)
-        self.chunk = TokenRows(plan, (1, plan.chunk), *place)
+        self.caches = [
+            [(keys.part(first, plan.batch), values.part(first, plan.batch)) for keys, values in self.cells]
+            for first in range(0, plan.cells, plan.batch)
+        ]
+        self.step = TokenRows(plan, plan.step_rows, *place)
+        self.chunk = TokenRows(plan, plan.chunk_rows, *place)
+        self.wave = TokenRows(plan, plan.wave_rows, *place) if plan.wave_rows else None
+        self.row_shift = plan.batch if plan.shape.cache_kind == "per_loop" and device == "cpu" else 0
         self.logits = Buffer((plan.logit_rows, plan.shape.vocab_size), "float32", "cpu")
         self.loop_idx = Buffer((1,), "int64", *place) if plan.shape.has_loop_idx else None
+
+    def step_row(self, slot: int, loop: int) -> int:
+        """Where a slot's single token lies before its loop of that index; after the last one for its depth."""
+        return slot + loop * self.row_shift
 
     if not TYPE_CHECKING:  # a checker shall find unknown names itself
 
@@ -168,8 +196,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, counted buffer by buffer."""
-        buffers = [buffer for cache in self.caches for pair in cache for buffer in pair]
-        buffers += [*self.step.buffers, *self.chunk.buffers, self.logits]
+        buffers = [buffer for pair in self.cells for buffer in pair]
+        buffers += [*self.step.buffers, *self.chunk.buffers, *(self.wave.buffers if self.wave else ()), self.logits]
         return sum(buffer.nbytes for buffer in buffers) + (self.loop_idx.nbytes if self.loop_idx is not None else 0)
 
 

@@ -21,7 +21,7 @@ DEFAULT_CAPACITY = 2048
 """Tokens of a session where the caller names no number and the model has as many positions."""
 
 MOST_IN_FLIGHT = 8
-"""Consecutive tokens of one sequence that share a pass, at most."""
+"""Consecutive tokens of one sequence that share a pass over MELT's one cache, at most."""
 
 MAX_BATCH = 4096
 """Most sequences of one state."""
@@ -32,6 +32,29 @@ _STORED_AS = {"bfloat16": "uint16"}  # numpy has no such type; the bits are the 
 def stored_type(dtype: str) -> np.dtype[Any]:
     """Numpy's type of a tensor's elements, or the one that has room for them."""
     return np.dtype(_STORED_AS.get(dtype, dtype))
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many tokens in flight some buffers have room for.
+
+    Attributes:
+        ids: shape of their token ids.
+        hidden: rows of hidden and latent states.
+        run: rows that passes may take, of which each has an exit logit.
+        sequences: rows that have a length of their own.
+    """
+
+    ids: tuple[int, int]
+    hidden: int
+    run: int
+    sequences: int
+
+    def bytes(self, shape: ModelShape, itemsize: int) -> int:
+        """Of all of them, for floats of ``itemsize`` bytes."""
+        width = (1 + (shape.layers if shape.has_latent else 0)) * shape.hidden_size
+        floats = self.hidden * width + self.run * shape.has_exit_gate
+        return floats * itemsize + 8 * math.prod(self.ids) + 4 * (self.sequences + 1)
 
 
 @dataclass(frozen=True)
@@ -104,9 +127,32 @@ class StatePlan:
             )
 
     @property
-    def rows(self) -> int:
-        """Tokens in flight at most: a chunk of one sequence's prompt, and one token of each."""
-        return self.batch + self.chunk
+    def cells(self) -> int:
+        """Cache sets of all sequences: a LoopLM has one for each loop of each."""
+        return self.cache_sets * self.batch
+
+    @property
+    def step_rows(self) -> RowCounts:
+        """Single tokens: one of each sequence, of a LoopLM one at each loop, and where the last loop leaves it."""
+        hidden = self.cells + (self.batch if self.shape.cache_kind == "per_loop" else 0)
+        return RowCounts((self.batch, 1), hidden, self.cells, self.cells)
+
+    @property
+    def chunk_rows(self) -> RowCounts:
+        """A chunk of one sequence's prompt."""
+        return RowCounts((1, self.chunk), self.chunk, self.chunk, 1)
+
+    @property
+    def wave_rows(self) -> RowCounts | None:
+        """Consecutive tokens of each sequence over MELT's one cache, with room to move on before they are moved back.
+
+        None where several cannot share a pass: the gate is told one loop for all, or each loop has its own cache, where
+        they are single tokens.
+        """
+        if self.shape.cache_kind == "per_loop" or self.shape.has_loop_idx:
+            return None
+        rows = 2 * MOST_IN_FLIGHT * self.batch
+        return RowCounts((1, rows), rows, rows, 1)
 
     def require_total(self, tokens: int) -> None:
         """Refuses a sequence that would not fit even in an empty cache.
@@ -121,18 +167,14 @@ class StatePlan:
             )
 
     @property
-    def wave_rows(self) -> int:
-        """Consecutive tokens that can share a pass at most; a chunk's rows have room for twice as many.
-
-        One where several cannot: MELT's cache serves all loops, and its gate is told none.
-        """
-        can_share = self.shape.cache_kind == "shared" and not self.shape.has_loop_idx and self.batch == 1
-        return max(1, min(MOST_IN_FLIGHT, self.chunk // 2)) if can_share else 1
+    def most_in_flight(self) -> int:
+        """Consecutive tokens of one sequence that may be under way."""
+        return self.cache_sets if self.shape.cache_kind == "per_loop" else MOST_IN_FLIGHT
 
     @property
     def logit_rows(self) -> int:
-        """Rows of logits: of each slot, or of the tokens of a wave."""
-        return max(self.batch, self.wave_rows)
+        """Rows of logits: of every single token that may be under way, or of the tokens of a wave."""
+        return max(self.cells, MOST_IN_FLIGHT if self.wave_rows else 1)
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
@@ -154,13 +196,12 @@ class StatePlan:
     @property
     def work_bytes(self) -> int:
         """Bytes of everything else that a step touches."""
-        latents = self.shape.layers if self.shape.has_latent else 0
-        floats = self.rows * ((1 + latents) * self.shape.hidden_size + self.shape.has_exit_gate)
+        kinds = (self.step_rows, self.chunk_rows, *([self.wave_rows] if self.wave_rows else []))
+        rows = sum(kind.bytes(self.shape, stored_type(self.dtype).itemsize) for kind in kinds)
         logits = 4 * self.logit_rows * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
-        ids = 8 * (self.batch + self.chunk)
         bookkeeping = self.batch * (8 + 2 * self.capacity)
-        return floats * self._itemsize + logits + loop_idx + ids + 4 * (self.batch + 3) + bookkeeping
+        return rows + logits + loop_idx + bookkeeping
 
     @property
     def total_bytes(self) -> int:
@@ -174,10 +215,6 @@ class StatePlan:
         Measured in float32 on a CPU, not derived: ONNX Runtime decides what it holds at once, and its arena keeps it.
         """
         return max(self.batch, self.chunk) * 4 * (6 * self.shape.intermediate_size + 12 * self.shape.hidden_size)
-
-    @property
-    def _itemsize(self) -> int:
-        return stored_type(self.dtype).itemsize
 
 
 def plan_state(

@@ -226,8 +226,6 @@ def _settle_lag(said: GenerationConfig, decode: Decoding | None, lag: int | None
         if said.lag is not None:
             raise ValueError(f"lag must go with decode='wave', got lag={lag}")
         return None
-    if depth.rule is not None:
-        raise ValueError("decode must be 'plain' with loops='auto', got 'wave': give a number of loops")
     if depth.most < 2:
         raise ValueError("decode must be 'plain' with one loop, got 'wave': a wave needs two loops at least")
     if lag is not None and lag >= depth.most:

@@ -17,8 +17,9 @@ class Span:
         depth: loops T that they are to take; fewer once ``exit`` has let them leave.
         loop: the next one, counted from 0; ``depth`` when they have taken all.
         exit: lets them leave before; None: nothing does.
-        row: where its first token lies among the rows of a wave; -1: in none.
         caches: of a LoopLM, the caches that hold them in the end: where they leave early, the last one is copied.
+        is_wave: whether it is a token of a wave: others of its slot may be under way with it.
+        row: over MELT's one cache, where it lies among the rows of its wave; -1: nowhere yet.
     """
 
     slot: int
@@ -28,6 +29,7 @@ class Span:
     loop: int = 0
     exit: Exit | None = None
     caches: int = 0
+    is_wave: bool = False
     row: int = -1
 
     def __post_init__(self) -> None:

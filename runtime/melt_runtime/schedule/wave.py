@@ -1,4 +1,4 @@
-"""Wave decoding: consecutive tokens of one sequence in one pass, each some loops behind the one before.
+"""Wave decoding: consecutive tokens of one sequence under way at once, each some loops behind the one before.
 
 A token predicts the next one after each of its loops, not only after the last. The next one starts from the first such
 draft, and again from a better one as soon as a deeper loop changes it; what the last loop says is the truth. So a token
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 
 
@@ -20,7 +21,7 @@ class Drafts:
     Attributes:
         made: how many were started.
         kept: how many were right in the end.
-        corrected: how many were replaced, by the loop of the token before that said so.
+        corrected: how many were dropped, by the loop after which the token said so that they built on.
     """
 
     made: int = 0
@@ -28,59 +29,112 @@ class Drafts:
     corrected: Counter[int] = field(default_factory=Counter)
 
 
+@dataclass(eq=False)
+class _Token:
+    """A token under way.
+
+    Attributes:
+        span: where it stands.
+        said: the token that its last loop says comes next.
+        may_leave: whether the rule of adaptive depth has let it leave.
+        is_over: whether it takes no more loops, and was read since.
+    """
+
+    span: Span
+    said: int = -1
+    may_leave: bool = False
+    is_over: bool = False
+
+
 class Wave:
     """The tokens of one sequence that are under way, oldest first.
 
     Attributes:
-        spans: each of one token, at consecutive positions; the first token is known to be right, the others are drafts.
-        drafts: what became of those.
+        drafts: what became of those that started as drafts.
     """
 
-    def __init__(self, slot: int, loops: int, lag: int, most: int):
+    def __init__(self, slot: int, depth: Depth, lag: int, most: int, caches_per_loop: bool = False):
         """Begins empty.
 
         Args:
             slot: of the sequence.
-            loops: depth T of every token.
+            depth: of every token.
             lag: loops of a token after which the next one may start.
             most: tokens under way at once.
+            caches_per_loop: whether a token that is done waits apart until those before it are. Over MELT's one cache
+                the tokens of a pass are neighbours: there it takes loops until it is the oldest.
         """
-        self._slot, self._loops, self._lag = slot, loops, lag
-        self._most = most
-        self.spans: list[Span] = []
+        self._slot, self._depth, self._lag, self._most = slot, depth, lag, most
+        self._waits_apart = caches_per_loop
+        self._tokens: list[_Token] = []
         self.drafts = Drafts()
 
-    def start(self, position: int, token: int) -> None:
-        """Starts from a token that is known, where nothing is under way."""
-        assert not self.spans
-        self.spans = [Span(self._slot, position, [token], self._loops)]
+    @property
+    def spans(self) -> list[Span]:
+        """All that are under way; the first is known to be right, the others are drafts."""
+        return [token.span for token in self._tokens]
 
-    def advance(self, predict: Callable[[int, list[int]], int], room: int) -> int | None:
-        """Reads what a pass left, corrects drafts, starts the next one.
+    @property
+    def running(self) -> list[Span]:
+        """Those of them that take another loop."""
+        return [token.span for token in self._tokens if not token.span.is_done]
+
+    def start(self, position: int, token_id: int) -> None:
+        """Starts from a token that is known, where nothing is under way."""
+        assert not self._tokens
+        self._add(position, token_id)
+
+    def advance(
+        self, predict: Callable[[Span, list[int]], int], leaves: Callable[[Span], bool], last: int
+    ) -> list[tuple[Span, int]]:
+        """Reads what a pass over ``running`` left, corrects drafts, starts the next one.
 
         Args:
-            predict: called with a place in ``spans``, and the tokens after the known one up to it; the token that its
-                logits give next.
-            room: positions that may still be started after the oldest.
+            predict: called with a span and the tokens after the known one up to it; the token that its logits give
+                next.
+            leaves: whether the rule of adaptive depth lets a span leave now; asked once after each of its loops.
+            last: the last position that may be started.
 
         Returns:
-            The token after the oldest, once that took all its loops; it is then the oldest no more.
+            The tokens that are final now, each with the one that follows it, oldest first; they are under way no more.
         """
         path: list[int] = []
-        for place, span in enumerate(self.spans):
-            token = predict(place, path)
-            if place + 1 < len(self.spans):
-                if self.spans[place + 1].ids[0] != token:
-                    self.drafts.corrected[span.loop] += 1
-                    del self.spans[place + 1 :]
-                    break
-                path = [*path, token]
-        oldest, newest = self.spans[0], self.spans[-1]
-        self.drafts.kept += oldest.is_done and len(self.spans) > 1
-        if newest.loop >= self._lag and len(self.spans) < min(self._most, room + 1):
-            self.spans.append(Span(self._slot, newest.start + 1, [token], self._loops))
-            self.drafts.made += not newest.is_done
-        if not oldest.is_done:
-            return None
-        del self.spans[0]
-        return self.spans[0].ids[0] if self.spans else token
+        for place, token in enumerate(self._tokens):
+            if not token.is_over:
+                token.said = predict(token.span, path)
+                token.may_leave |= leaves(token.span)
+                if token.may_leave and (place == 0 or self._waits_apart):
+                    token.span.leave()
+            if place + 1 < len(self._tokens) and self._tokens[place + 1].span.ids[0] != token.said:
+                self.drafts.corrected[token.span.loop] += len(self._tokens) - place - 1
+                del self._tokens[place + 1 :]
+            token.is_over = token.span.is_done
+            path = [*path, token.said]
+        final = self._take_final()
+        newest = self._tokens[-1] if self._tokens else None
+        if newest is not None and self._may_follow(newest, last):
+            self._add(newest.span.start + 1, newest.said)
+            self.drafts.made += 1
+        return final
+
+    def _may_follow(self, newest: _Token, last: int) -> bool:
+        has_room = len(self._tokens) < self._most and newest.span.start < last
+        return has_room and (newest.is_over or newest.span.loop >= self._lag)
+
+    def _take_final(self) -> list[tuple[Span, int]]:
+        """Ends the oldest tokens that are over, as far as they follow each other."""
+        final = []
+        while self._tokens and self._tokens[0].is_over:
+            token = self._tokens.pop(0)
+            final.append((token.span, token.said))
+            if self._tokens:
+                oldest = self._tokens[0]
+                self.drafts.kept += 1
+                if oldest.may_leave:
+                    oldest.span.leave()
+                    oldest.is_over = True
+        return final
+
+    def _add(self, position: int, token_id: int) -> None:
+        span = Span(self._slot, position, [token_id], self._depth.most, exit=self._depth.exit(), is_wave=True)
+        self._tokens.append(_Token(span))
