@@ -81,7 +81,7 @@ def _record(runner: LoopRunner, ids: list[int], loops: int, decode: bool = False
                 flight.hidden,
                 flight.latents,
                 [
-                    (keys.value.numpy()[0, :, rows].copy(), values.value.numpy()[0, :, rows].copy())
+                    (keys.values()[0, :, rows].copy(), values.values()[0, :, rows].copy())
                     for keys, values in state.caches[state.plan.cache_set(loop_idx)]
                 ],
                 flight.exit_logits,

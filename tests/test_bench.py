@@ -40,7 +40,6 @@ def test_figures_agree_with_each_other(rows, random_bundle):
         assert row.bandwidth == pytest.approx(manifest.streamed_bytes["loop"] / row.loop_seconds)
         assert 0 < row.loop_seconds < row.seconds
         assert row.peak_bytes > 30e6
-        assert row.state_bytes < row.per_loop_bytes or row.loops == 1
 
 
 def test_state_is_what_the_plan_says_and_the_same_for_every_depth(rows, random_bundle):

@@ -186,7 +186,8 @@ def test_a_model_that_fails_at_the_first_token_leaves_the_conversation_as_it_was
     fresh = model.new_session()
     fresh.generate("Ana reports to Ben.", max_new_tokens=7, **FREE)
     executor = session._engine.executor
-    monkeypatch.setattr(executor, "logits", lambda slot: np.full(executor.state.plan.shape.vocab_size, np.nan))
+    sick = np.full(executor.state.plan.shape.vocab_size, np.nan)
+    monkeypatch.setattr(executor, "compute_logits", lambda spans: [sick for _ in spans])
     with pytest.raises(NumericalError, match="the model gave logits of nan"):
         session.generate(PROMPT)
     monkeypatch.undo()

@@ -90,7 +90,7 @@ class Executor:
         self._bindings = Bindings(sessions, state, self.sampler)
         self._drawn: int | None = None  # the token that the device put into the ids itself
         self._ids: Array = np.zeros(state.step.ids.shape, dtype=np.int64)
-        self._placed: dict[int, int] = {}  # cells of the pass before, and the rows where they wrote
+        self._placed: dict[int, int] = {}  # rows of the pass before, and the positions where they wrote
         if self._bindings.captured:
             self._capture()
 
@@ -239,8 +239,9 @@ class Executor:
             self._embed_steps(starting)
         placed = {self._cell(span): span.start for span in spans}
         groups = self._bridge(placed, spans)
-        if placed != self._placed:
-            self._place_steps(placed)
+        rows = {self._row(cell): position for cell, position in placed.items()}
+        if rows != self._placed:
+            self._place_steps(rows)
         # The deepest first: a LoopLM's token moves on to where that of the next loop was.
         for cell, count in reversed(groups):
             self._bindings.steps(cell, count).run()
@@ -249,6 +250,10 @@ class Executor:
         """Of the cache, for a span's next loop."""
         plan = self.state.plan
         return plan.cache_set(span.loop) * plan.batch + span.slot
+
+    def _row(self, cell: int) -> int:
+        """Where the single token lies that reads a cell."""
+        return cell if self.state.row_shift else cell % self.state.plan.batch
 
     def _embed_steps(self, spans: Sequence[Span]) -> None:
         """Makes the state before the first loop of single tokens."""
@@ -294,11 +299,11 @@ class Executor:
         return _ranges(sorted(placed))
 
     def _place_steps(self, placed: dict[int, int]) -> None:
-        """Says at which rows the tokens of the next passes are."""
+        """Says at which rows of the cache the tokens of the next passes are, by the rows where they lie."""
         rows, plan = self.state.step, self.state.plan
         last_row: Array = np.zeros(rows.last_row.shape, dtype=np.int32)
-        for cell, row in placed.items():
-            last_row[cell if self.state.row_shift else cell % plan.batch] = row
+        for row, position in placed.items():
+            last_row[row] = position
         rows.last_row.write(last_row)
         # A captured graph holds the length that it was captured with.
         longest = plan.capacity if self._bindings.captured else max(placed.values()) + 1
