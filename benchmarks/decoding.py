@@ -1,11 +1,11 @@
 """What a wave and adaptive depth are worth: tokens a second beside plain decoding, by how often a draft holds.
 
     python benchmarks/decoding.py build/bench/melt-1.6b-4-int4 build/bench/melt-1.6b-4-int8 --json decoding.json
-    python benchmarks/decoding.py build/melt-tiny --answers
 
-Random weights say what a pass costs, not how often a draft holds: the share is forced here, from half to all of them
-(one that does not hold is corrected by the last loop). ``--answers`` asks melt-tiny instead, on questions of 1 to 4
-hops: how many passes and loops its answers take, and how many are right. Ways alternate within each round.
+Random weights say what a pass costs, not how often a draft holds or when a token leaves: both are forced here. A draft
+that does not hold is corrected by the last loop, the worst case; ``auto`` takes two loops a token, by the exit gate, or
+as the rule ``settled`` does, with the head after each. Ways alternate within each round. What melt-tiny makes of it is
+measured by ``benchmarks/answers.py``.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -32,18 +32,8 @@ from melt_runtime.schedule.span import Span
 from melt_runtime.schedule.wave import Wave
 
 LOOPS, CHUNK = 4, 32
-SHARES = (0.5, 0.7, 0.8, 0.9, 1.0)
-QUESTIONS = 200
-ANSWERS: dict[str, dict[str, Any]] = {
-    "plain, 4 loops": {"loops": 4},
-    "wave, lag 1": {"loops": 4, "decode": "wave", "lag": 1},
-    "wave, lag 2": {"loops": 4, "decode": "wave", "lag": 2},
-    "wave, lag 3": {"loops": 4, "decode": "wave", "lag": 3},
-    "auto, gate 0.9": {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.9},
-    "auto, gate 0.5": {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.5},
-    "auto, settled 0.05": {"loops": "auto", "exit_rule": "settled"},
-    "auto, settled 0.01": {"loops": "auto", "exit_rule": "settled", "exit_threshold": 0.01},
-}
+LAG_SHARE = 90
+"""Percent of held drafts at which longer lags are measured."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class WayRow:
     Attributes:
         bundle: name of its folder.
         position: tokens in the cache at first.
-        way: ``plain``, or ``wave`` with lag and share of drafts that hold.
+        way: ``plain``, ``auto`` with its rule, or ``wave`` with lag and share of drafts that hold.
         passes: loops of the graph for each token.
         seconds: for a token, median.
         ratio: tokens per second beside plain decoding in the same rounds, median.
@@ -74,21 +64,21 @@ def main() -> int:
     parser.add_argument("--positions", type=numbers_option, default=(100, 4000), metavar="N,N")
     parser.add_argument("--tokens", type=int, default=24, help="of each way in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--answers", action="store_true", help="ask melt-tiny questions instead")
+    parser.add_argument(
+        "--shares", type=numbers_option, default=(50, 70, 80, 90, 100), metavar="N,N", help="of drafts that hold, %%"
+    )
+    parser.add_argument("--lags", type=numbers_option, default=(1, 2, 3), metavar="N,N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()))
-    if args.answers:
-        for bundle in args.bundles:
-            print_answers(bundle)
-        return 0
     print(f"{LOOPS} loops, {args.rounds} rounds of {args.tokens} tokens\n")
     print(f"| bundle | position | way | passes a token | ms a token | of plain |\n{'|---' * 6}|")
     rows: list[WayRow] = []
     with new_process() as pool:
         for bundle in args.bundles:
             for position in args.positions:
-                for row in pool.submit(measure, bundle, position, args.tokens, args.rounds).result():
+                sizes = (position, args.tokens, args.rounds)
+                for row in pool.submit(measure, bundle, *sizes, args.shares, args.lags).result():
                     rows.append(row)
                     print(
                         f"| {row.bundle} | {row.position} | {row.way} | {row.passes:.2f} | {1e3 * row.seconds:.1f} | "
@@ -101,7 +91,9 @@ def main() -> int:
     return 0
 
 
-def measure(bundle: Path, position: int, tokens: int, rounds: int) -> list[WayRow]:
+def measure(
+    bundle: Path, position: int, tokens: int, rounds: int, shares: tuple[int, ...], lags: tuple[int, ...]
+) -> list[WayRow]:
     """Every way in turns, over the same state; in a process of its own."""
     model = MeltModel.load(bundle, device="cpu", capacity=64, loops=LOOPS)
     position = min(position, model.manifest.model.max_positions - tokens - 16)
@@ -109,12 +101,14 @@ def measure(bundle: Path, position: int, tokens: int, rounds: int) -> list[WayRo
     executor = Executor(model.new_runner().sessions, State(plan, "cpu"))
     fill_cache(executor.state, position)
     executor.slots[0].advance(position, LOOPS)
-    ways: dict[str, Callable[[], int]] = {"plain": lambda: run_plain(executor, tokens)}
-    for lag in (1, 2, 3) if executor.wave_obstacle is None else ():
-        for share in SHARES if lag == 1 else (0.9,):
-            ways[f"wave, lag {lag}, {share:.0%} hold"] = lambda lag=lag, share=share: run_wave(
-                executor, tokens, lag, share
-            )
+    ways: dict[str, Callable[[], int]] = {
+        "plain": partial(run_plain, executor, tokens, LOOPS),
+        "auto, gate, 2 loops": partial(run_plain, executor, tokens, 2),
+        "auto, settled, 2 loops": partial(run_plain, executor, tokens, 2, is_looked_at=True),
+    }
+    for lag in lags:
+        for share in shares if lag == 1 else (LAG_SHARE,):
+            ways[f"wave, lag {lag}, {share}% hold"] = partial(run_wave, executor, tokens, lag, share / 100)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     passes = {}
     for turn in range(rounds + 1):
@@ -137,17 +131,27 @@ def measure(bundle: Path, position: int, tokens: int, rounds: int) -> list[WayRo
     ]
 
 
-def run_plain(executor: Executor, tokens: int) -> int:
-    """Decodes tokens one after another; the passes that it took."""
+def run_plain(executor: Executor, tokens: int, loops: int, is_looked_at: bool = False) -> int:
+    """Decodes tokens one after another; the passes that it took.
+
+    Args:
+        executor: of one slot.
+        tokens: how many.
+        loops: of each; a LoopLM's other caches are filled.
+        is_looked_at: run the head after every loop.
+    """
     slot = executor.slots[0]
     for _ in range(tokens):
-        span = Span(0, slot.length, [1], LOOPS)
+        span = Span(0, slot.length, [1], loops, caches=LOOPS)
         slot.flight = [span]
         while not span.is_done:
             executor.run([span])
-        executor.compute_logits([span])[0].argmax()
+            if is_looked_at or span.is_done:
+                executor.compute_logits([span])[0].argmax()
+        if span.caches > span.depth and not executor.shares_cache:
+            executor.fill_caches(span)
         slot.commit()
-    return tokens * LOOPS
+    return tokens * loops
 
 
 def run_wave(executor: Executor, tokens: int, lag: int, share: float) -> int:
@@ -172,31 +176,9 @@ def run_wave(executor: Executor, tokens: int, lag: int, share: float) -> int:
         for _ in wave.advance(predict, lambda _: False, last):
             done += 1
             slot.commit()
+        if not wave.spans and done < tokens:
+            wave.start(slot.length, 1)
     return passes
-
-
-def print_answers(bundle: Path) -> None:
-    """Questions of every number of hops, by every way: right answers, passes and loops a token."""
-    from melt_models.tiny.task import make_problem
-
-    model = MeltModel.load(bundle, device="cpu")
-    print("\n| way | hops | right | loops of the name | of the rest | passes a token of the rest | drafts kept |")
-    print(f"{'|---' * 7}|")
-    for way, settings in ANSWERS.items():
-        for hops in (1, 2, 3, 4):
-            random = Random(hops)
-            problems = [make_problem(random, held_out=True, questions=1, hops=(hops, hops)) for _ in range(QUESTIONS)]
-            chats = [problem.messages() for problem in problems]
-            results = [model.generate(chat[:1], **settings) for chat in chats]
-            right = sum(result.text == chat[1]["content"] for result, chat in zip(results, chats, strict=True))
-            tokens = sum(len(result.token_ids) - 1 for result in results)
-            passes = sum(result.passes for result in results) / tokens
-            first = sum(result.loops_per_token[0] for result in results) / QUESTIONS
-            loops = sum(sum(result.loops_per_token[1:]) for result in results) / tokens
-            drafts = [result.drafts for result in results if result.drafts is not None]
-            kept = f"{sum(d.kept for d in drafts)} of {sum(d.made for d in drafts)}" if drafts else ""
-            shares = f"{right / QUESTIONS:.1%} | {first:.2f} | {loops:.2f} | {passes:.2f}"
-            print(f"| {way} | {hops} | {shares} | {kept} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     depth.add_argument(
         "--decode",
         choices=DECODINGS,
-        help="wave: the next token starts from a draft while this one still takes its loops; faster, and its numbers "
-        "are not quite those of plain (default: plain)",
+        help="wave: the next token starts from a draft while this one still takes its loops; faster, and of MELT its "
+        "numbers are not quite those of plain (default: plain)",
     )
     depth.add_argument(
         "--lag", type=int, metavar="N", help="of a wave: loops of a token before the next one starts (default: 1)"

@@ -65,10 +65,10 @@ class GenerationConfig:
         exit_threshold: of the rule, in [0, 1]; not said: the bundle's for its gate, 0.05 for ``settled``.
         min_loops: with ``auto``, loops that every token takes; not said: 1.
         max_loops: with ``auto``, loops after which every token leaves; not said: as many as were trained.
-        decode: ``plain``, or ``wave``: the next token starts from a draft while this one still takes its loops. Its
-            numbers are not those of plain decoding, but in float32 for ``lag`` of one less than the loops. Not said:
-            plain.
-        lag: of a wave, loops of a token after which the next one starts; not said: 1.
+        decode: ``plain``, or ``wave``: the next token starts from a draft while this one still takes its loops. A
+            LoopLM's numbers are those of plain decoding; MELT's are others, but for a ``lag`` of one less than the
+            loops (in float32; products of 8 bits may round otherwise). Not said: plain.
+        lag: of a wave, loops of a token after which the next one starts, unless it leaves before; not said: 1.
         temperature: 0 is greedy; else logits are divided by it, in [1e-6, 1e6]; not said: 0.
         top_k: keep the k most probable tokens; 0, where not said: all.
         top_p: keep the most probable tokens until their probabilities reach this sum, in (0, 1]; not said: 1.
