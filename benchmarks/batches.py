@@ -109,6 +109,8 @@ def measure(bundle: Path, position: int, batches: tuple[int, ...], rounds: int) 
         for batch in batches:
             begin = time.perf_counter()
             spans = [Span(number, position, [1], LOOPS) for number in range(batch)]
+            for span in spans:
+                executor.slots[span.slot].flight = [span]
             for _ in range(LOOPS):
                 executor.run(spans)
             executor.compute_logits(spans)

@@ -257,14 +257,18 @@ def likeliest(logits: np.ndarray) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "int4"])
-def test_over_quantized_caches(random_bundle, kv_cache):
-    model = MeltModel.load(random_bundle(), device="cpu", capacity=CAPACITY, chunk=CHUNK, kv_cache=kv_cache)
+@pytest.mark.parametrize("gate", ["elementwise", "none"])
+def test_over_quantized_caches(random_bundle, kv_cache, gate):
+    bundle = random_bundle(gate_kind=gate)
+    model = MeltModel.load(bundle, device="cpu", capacity=CAPACITY, chunk=CHUNK, kv_cache=kv_cache)
     plain = model.generate([5, 6, 7], loops=3, max_new_tokens=60, **FREE)
     wave = model.generate([5, 6, 7], loops=3, max_new_tokens=60, decode="wave", lag=2, **FREE)
     assert wave.token_ids == plain.token_ids
 
 
-def test_stop_rules_turns_and_streams_go_on_as_ever(model):
+@pytest.mark.parametrize("gate", ["elementwise", "none"])
+def test_stop_rules_turns_and_streams_go_on_as_ever(random_bundle, gate):
+    model = load(random_bundle, gate_kind=gate)
     wave = {"loops": 4, "decode": "wave", "lag": 3}
     free = model.generate("Who is Ana?", max_new_tokens=30, **wave, **FREE)
     stop = free.text[6:9]
