@@ -17,19 +17,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from melt_runtime import MeltModel
+from melt_runtime.bench.forced import run_plain, run_wave
 from melt_runtime.bench.measure import fill_cache, machine, new_process
 from melt_runtime.cli.options import numbers_option
 from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.buffers import State
-from melt_runtime.memory.plan import plan_state
-from melt_runtime.schedule.depth import Depth
+from melt_runtime.memory.plan import Array, plan_state
 from melt_runtime.schedule.span import Span
-from melt_runtime.schedule.wave import Wave
 
 LOOPS, CHUNK = 4, 32
 LAG_SHARE = 90
@@ -102,14 +100,14 @@ def measure(
     fill_cache(executor.state, position)
     executor.slots[0].advance(position, LOOPS)
     ways: dict[str, Callable[[], int]] = {
-        "plain": partial(run_plain, executor, tokens, LOOPS),
-        "auto, gate, 2 loops": partial(run_plain, executor, tokens, 2),
-        "auto, settled, 2 loops": partial(run_plain, executor, tokens, 2, is_looked_at=True),
+        "plain": partial(run_plain, executor, [1] * tokens, LOOPS, np.argmax),
+        "auto, gate, 2 loops": partial(run_plain, executor, [1] * tokens, 2, np.argmax),
+        "auto, settled, 2 loops": partial(run_plain, executor, [1] * tokens, 2, np.argmax, after_each_loop=True),
     }
     for lag in lags:
         for share in shares if lag == 1 else (LAG_SHARE,):
-            ways[f"wave, lag {lag}, {share}% hold"] = partial(run_wave, executor, tokens, lag, share)
-    ways[f"wave, lag 1, {LAG_SHARE}% hold, early"] = partial(run_wave, executor, tokens, 1, LAG_SHARE, is_early=True)
+            ways[f"wave, lag {lag}, {share}% hold"] = partial(run_forced, executor, tokens, lag, share)
+    ways[f"wave, lag 1, {LAG_SHARE}% hold, early"] = partial(run_forced, executor, tokens, 1, LAG_SHARE, is_early=True)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     passes = {}
     for turn in range(rounds + 1):
@@ -132,56 +130,18 @@ def measure(
     ]
 
 
-def run_plain(executor: Executor, tokens: int, loops: int, is_looked_at: bool = False) -> int:
-    """Decodes tokens one after another; the passes that it took.
-
-    Args:
-        executor: of one slot.
-        tokens: how many.
-        loops: of each; a LoopLM's other caches are filled.
-        is_looked_at: run the head after every loop.
-    """
-    slot = executor.slots[0]
-    for _ in range(tokens):
-        span = Span(0, slot.length, [1], loops, caches=LOOPS)
-        slot.flight = [span]
-        while not span.is_done:
-            executor.run([span])
-            if is_looked_at or span.is_done:
-                executor.compute_logits([span])[0].argmax()
-        if span.caches > span.depth and not executor.shares_cache:
-            executor.fill_caches(span)
-        slot.commit()
-    return tokens * loops
-
-
-def run_wave(executor: Executor, tokens: int, lag: int, share: int, is_early: bool = False) -> int:
+def run_forced(executor: Executor, tokens: int, lag: int, share: int, is_early: bool = False) -> int:
     """Decodes tokens in a wave in which a share of the drafts, in percent, holds; the passes that it took."""
-    slot, most = executor.slots[0], executor.state.plan.most_in_flight
-    wave = Wave(0, Depth.fixed(LOOPS), lag, most, not executor.shares_cache)
     misses = round(tokens * (100 - share) / 100)
     late = [LOOPS - number % (LOOPS - 1) if is_early else LOOPS for number in range(misses)]
-    settles = dict(enumerate(np.random.default_rng(0).permutation([*late, *[1] * (tokens - misses)]), slot.length))
-    wave.start(slot.length, 1)
-    logits: dict[Span, Any] = {}
-    last = slot.length + tokens - 1
+    begin = executor.slots[0].length
+    settles = dict(enumerate(np.random.default_rng(0).permutation([*late, *[1] * (tokens - misses)]), begin))
 
-    def predict(span: Span, _: list[int]) -> int:
-        logits[span].argmax()
+    def predict(span: Span, logits: Array) -> int:
+        logits.argmax()
         return 1 if span.loop >= settles[span.start] else 2
 
-    passes = done = 0
-    while done < tokens:
-        slot.flight, running = wave.spans, wave.running
-        executor.run(running)
-        logits = dict(zip(running, executor.compute_logits(running), strict=True))
-        passes += 1
-        for _ in wave.advance(predict, lambda _: False, last):
-            done += 1
-            slot.commit()
-        if not wave.spans and done < tokens:
-            wave.start(slot.length, 1)
-    return passes
+    return run_wave(executor, 1, tokens, LOOPS, lag, predict)
 
 
 if __name__ == "__main__":

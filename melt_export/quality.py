@@ -19,11 +19,13 @@ from melt_export.progress import bar
 from melt_export.record import open_runner
 from melt_export.reference import reference_model
 from melt_export.source import Source
+from melt_export.waves import measure_waves
 from melt_models.evaluation import Example
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime import Manifest, MeltModel
 from melt_runtime.bundle.contract import KVCacheKind
-from melt_runtime.bundle.measured import CacheQuality, Quality
+from melt_runtime.bundle.measured import CacheQuality, Quality, WaveQuality
+from melt_runtime.execute.executor import Executor
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.memory.plan import Array
 from melt_runtime.runner import LoopRunner
@@ -111,13 +113,20 @@ def exact_match(model: MeltModel, examples: Sequence[Example], loops: int) -> di
 
 
 def measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> Quality:
-    """Runs a probe, and the model's own evaluation where it has one, over every kind of KV cache of a bundle."""
+    """Runs a probe, and the model's own evaluation where it has one, over every kind of KV cache of a bundle.
+
+    Waves only over a float one.
+    """
     loops = manifest.model.trained_loops
     longest = max(len(passage.ids) for passage in probe.passages)
     reference = trace_reference(reference_model(source.config, source.read), probe)
     by_cache: dict[KVCacheKind, CacheQuality] = {}
+    waves: dict[str, WaveQuality] = {}
     for kind in manifest.kv_caches:
-        found = compare(reference, trace_bundle(open_runner(folder, manifest, longest, kind), probe, loops), probe)
+        runner = open_runner(folder, manifest, longest, kind)
+        found = compare(reference, trace_bundle(runner, probe, loops), probe)
+        if kind == "float":
+            waves = measure_waves(Executor(runner.sessions, runner.state), probe, loops)
         limit = loss_limit(manifest.precision, kind) if probe.says_loss else None
         answers = {}
         if source.examples:
@@ -132,4 +141,5 @@ def measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Pro
         examples=len(source.examples),
         perplexity_of_float32=perplexity(reference, probe),
         kv_cache=by_cache,
+        waves=waves,
     )

@@ -34,6 +34,7 @@ def summarize(out: Path, manifest: Manifest) -> str:
             )
             + ("" if kind in manifest.kv_caches else "; left out")
         )
+    lines += [f"  {line}" for line in quality.describe_waves()]
     if any(found.limit is None for found in quality.kv_cache.values()):
         lines.append(f"not judged: {quality.text} do not say what rounding costs in use; give --eval-text")
     return "\n".join(lines)

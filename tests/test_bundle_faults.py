@@ -93,6 +93,10 @@ def test_every_damaged_file_is_listed_with_the_way_to_remake_it(bundle_copy):
         (lambda m: m["files"]["loop.onnx"].update(size="big"), "files.loop.onnx.size must be a valid integer"),
         (lambda m: m.update(files=[]), "files must be an object"),
         (lambda m: m.update(weight_bytes=1), "weight_bytes must be the size of weights.data"),
+        (lambda m: m["quality"].update(waves=[]), "quality.waves must be an object, got []"),
+        (lambda m: m["quality"]["waves"]["1"].pop("held"), "quality.waves.1.held is missing"),
+        (lambda m: m["quality"]["waves"]["1"].update(kept=1), "quality.waves.1.kept is unknown"),
+        (lambda m: m["quality"]["waves"]["2"].update(agreement="all"), "waves.2.agreement must be a valid number"),
         (lambda m: m.update(streamed_bytes={}), "streamed_bytes must have loop and head, got []"),
     ],
 )
@@ -103,6 +107,12 @@ def test_bad_manifests(bundle_copy, change, message):
     assert message in str(raised.value)
     assert "melt-export CHECKPOINT --out BUNDLE" in str(raised.value)
     assert len(str(raised.value)) < 5000
+
+
+def test_a_manifest_without_waves_opens(bundle_copy):
+    """Bundles from before they were measured."""
+    edit_manifest(bundle_copy, lambda m: m["quality"].pop("waves"))
+    assert read_manifest(bundle_copy).quality.waves == {}
 
 
 def nested(depth: int) -> str:

@@ -61,6 +61,7 @@ def test_info_shows_model_parity_and_graphs(tiny_bundle, capsys):
     out = capsys.readouterr().out
     for part in ("trained with 4; gate elementwise, KV cache shared", "first choice equal: ", "latent_out.1"):
         assert part in out
+    assert "waves (float KV cache), first choice as in plain decoding: lag 1 " in out
 
 
 def test_plan_is_exact_and_sets_melt_beside_a_cache_per_loop(tiny_bundle, capsys, tmp_path):

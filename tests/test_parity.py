@@ -11,12 +11,15 @@ from tolerances import assert_close, assert_far
 
 from melt_export import reference
 from melt_export import verify as verify_module
+from melt_export.probe import Passage, Probe
 from melt_export.verify import ParityError, verify_bundle
+from melt_export.waves import measure_waves
 from melt_models.modeling import KVCache
 from melt_runtime.bundle.contract import loop_graph
 from melt_runtime.bundle.manifest import read_manifest
 from melt_runtime.bundle.measured import Parity
 from melt_runtime.device.providers import choose_provider
+from melt_runtime.execute.executor import Executor
 from melt_runtime.loading.opening import open_sessions
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import plan_state
@@ -80,6 +83,50 @@ def test_a_large_model_is_compared_whole_through_every_loop(random_bundle, monke
         assert list(run.hidden_by_loop) == ["1", "2", "3", "4"]
     steps = 2 + 3  # chunks and tokens; the three caches share what is read
     assert read.count("model.layers.2.mlp.up_proj.weight") == 4 * steps
+
+
+def read_plainly(runner: LoopRunner, probe: Probe, loops: int) -> tuple[list[int], list[int], float]:
+    """First choices of what counts before the last loop and after it, token by token, and perplexity."""
+    before, after, losses = [], [], []
+    for passage in probe.passages:
+        runner.reset()
+        known = passage.start - 1
+        if known:
+            runner.prefill(passage.ids[:known], loops)
+        for token, following in zip(passage.ids[known:-1], passage.ids[known + 1 :], strict=True):
+            hidden = []
+            logits = runner.decode([token], loops, lambda _, hidden=hidden: hidden.append(runner.flight.hidden))[0]
+            (early,) = runner.sessions.head.run(None, {"hidden": hidden[-2][None]})
+            before.append(int(early.argmax()))
+            after.append(int(logits.argmax()))
+            losses.append(torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.tensor(following)).item())
+    return before, after, float(np.exp(np.mean(losses)))
+
+
+def test_what_waves_change_is_measured_beside_plain_decoding(random_bundle):
+    """At the longest lag nothing; at a shorter one first choices too, and their perplexity with them."""
+    first, second = (draw_ids(length, seed=length)[0].tolist() for length in (60, 75))
+    probe = Probe((Passage(first, 1), Passage(second, 20)), "random tokens")
+    runner = open_runner(random_bundle(), chunk=8)
+    waves = measure_waves(Executor(runner.sessions, runner.state), probe, 4)
+    before, after, perplexity = read_plainly(runner, probe, 4)
+    assert len(after) == probe.scored == 114
+    assert list(waves) == ["1", "2", "3"]
+    assert waves["3"].agreement == 1.0
+    assert waves["3"].held == sum(one == other for one, other in zip(before, after, strict=True)) / 114
+    assert_close(waves["3"].perplexity, perplexity)
+    for lag in ("1", "2"):
+        assert 0 < waves[lag].agreement < 1
+        assert_far(waves[lag].perplexity, perplexity)
+    assert 0 < waves["1"].held < waves["3"].held
+
+
+@pytest.mark.parametrize("kind", ["none", "mean"])
+def test_where_waves_are_plain_decoding_or_refused_there_is_nothing_to_measure(random_bundle, kind):
+    runner = open_runner(random_bundle(gate_kind=kind))
+    executor = Executor(runner.sessions, runner.state)
+    assert measure_waves(executor, Probe((Passage([1, 2, 3], 1),), "three tokens"), 4) == {}
+    assert executor.slots.lengths == [0]
 
 
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])

@@ -94,6 +94,34 @@ def test_the_cost_is_stated_for_every_loop_and_every_kv_cache(random_bundle):
     assert_close(exact.kv_cache["float"].perplexity, exact.perplexity_of_float32)
 
 
+def test_what_waves_change_is_stated_for_every_lag(random_bundle):
+    """In float32 nothing at the longest lag; by ``melt info`` and at the end of an export, of random tokens too."""
+    bundle = random_bundle(verified=True)
+    manifest = read_manifest(bundle)
+    waves = manifest.quality.waves
+    assert list(waves) == ["1", "2", "3"]
+    assert waves["3"].agreement == 1.0
+    (line,) = manifest.quality.describe_waves()
+    shares = {
+        name: [f"{100 * getattr(found, name):.1f} %" for found in waves.values()] for name in ("agreement", "held")
+    }
+    said = {
+        name: ", ".join(f"lag {lag} {share}" for lag, share in zip(waves, shares[name], strict=True)) for name in shares
+    }
+    begin = "waves (float KV cache), first choice as in plain decoding: "
+    assert line.startswith(f"{begin}{said['agreement']}; drafts that hold: {said['held']}; perplexity: lag 1 ")
+    assert line in summarize(bundle, manifest)
+    assert line in " ".join(describe_bundle(bundle, manifest).split())
+
+
+@pytest.mark.parametrize("kind", ["none", "mean"])
+def test_no_waves_are_stated_where_they_change_nothing_or_are_refused(random_bundle, kind):
+    bundle = random_bundle(verified=True, gate_kind=kind)
+    manifest = read_manifest(bundle)
+    assert manifest.quality.waves == {}
+    assert "waves" not in summarize(bundle, manifest) + describe_bundle(bundle, manifest)
+
+
 def test_melt_tiny_answers_at_four_bits_with_every_kv_cache(tiny_int4):
     """The manifest's table, and the same answers again through the bundle as loaded."""
     manifest = read_manifest(tiny_int4)

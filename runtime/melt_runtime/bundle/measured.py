@@ -3,7 +3,7 @@
 Exporter and runtime share this module. Plain frozen dataclasses, so that any reader of JSON can check them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from melt_runtime.bundle.contract import KVCacheKind
 
@@ -108,6 +108,21 @@ class CacheQuality:
 
 
 @dataclass(frozen=True)
+class WaveQuality:
+    """Waves of one lag beside plain decoding, both over a float KV cache and token by token; every draft is right.
+
+    Attributes:
+        agreement: fraction of the tokens that count whose first choice is plain decoding's.
+        held: fraction of them whose first choice after ``lag`` loops is the one after the last: drafts that would hold.
+        perplexity: of them; at the longest lag that of plain decoding, but for rounding.
+    """
+
+    agreement: float
+    held: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
 class Quality:
     """What rounding costs: the bundle beside the float32 checkpoint.
 
@@ -119,6 +134,7 @@ class Quality:
         examples: of the model's own evaluation, whose answers are counted.
         perplexity_of_float32: of the checkpoint.
         kv_cache: by kind of KV cache; one that the bundle has no loop for was measured, and left out for its cost.
+        waves: by lag; empty where a wave is plain decoding or refused, and in bundles made before it was measured.
     """
 
     text: str
@@ -128,6 +144,7 @@ class Quality:
     examples: int
     perplexity_of_float32: float
     kv_cache: dict[KVCacheKind, CacheQuality]
+    waves: dict[str, WaveQuality] = field(default_factory=dict)
 
     def most_lost(self, kind: KVCacheKind) -> tuple[float, str, str] | None:
         """Where a KV cache costs the most exact answers against a float one.
@@ -143,3 +160,15 @@ class Quality:
         ]
         most = max(lost, default=None)
         return most if most is not None and most[0] > 0 else None
+
+    def describe_waves(self) -> list[str]:
+        """What waves change, in one line; none where nothing was measured."""
+        if not self.waves:
+            return []
+        agreements = ", ".join(f"lag {lag} {100 * found.agreement:.1f} %" for lag, found in self.waves.items())
+        held = ", ".join(f"lag {lag} {100 * found.held:.1f} %" for lag, found in self.waves.items())
+        perplexities = ", ".join(f"lag {lag} {found.perplexity:.4g}" for lag, found in self.waves.items())
+        return [
+            f"waves (float KV cache), first choice as in plain decoding: {agreements}; drafts that hold: {held}; "
+            f"perplexity: {perplexities}"
+        ]

@@ -142,4 +142,4 @@ def _quality(quality: Quality | None, offered: tuple[KVCacheKind, ...]) -> list[
         for loops, groups in found.exact_match.items():
             cells = ", ".join(f"{group} {100 * value:.0f}" for group, value in groups.items())
             lines.append(f"            exact match with {loops} loops, %: {cells}")
-    return lines
+    return lines + [f"  {line}" for line in quality.describe_waves()]
