@@ -3,7 +3,8 @@
     python benchmarks/pictures.py
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
-``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py`` and ``decoding.py``.
+``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py`` and
+``answers.py``.
 """
 
 import json
@@ -109,23 +110,43 @@ def draw_batches(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_waves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second of a wave of lag 1 beside plain decoding, by the share of drafts that hold."""
-    title = "Waves of lag 1 beside plain decoding (MELT, 4 layers, 4 loops)"
-    with picture(path, title, width=7, height=4) as (_, axes):
-        axis = axes[0, 0]
-        for colour, bundle in enumerate(sorted({row["bundle"] for row in rows})):
-            for position, style in zip(sorted({row["position"] for row in rows}), ("o-", "s--"), strict=True):
-                own = [row for row in rows if (row["bundle"], row["position"]) == (bundle, position)]
+    """Tokens a second of a wave of lag 1 beside plain decoding, by the share of drafts that hold; a panel a depth."""
+    title = "Waves of lag 1 beside plain decoding, 4 loops"
+    depths = {
+        "24 layers": [r for r in rows if "-4-" not in r["bundle"]],
+        "4 layers": [r for r in rows if "-4-" in r["bundle"]],
+    }
+    with picture(path, title, 1, 2, width=9, height=4, sharey=True) as (_, axes):
+        for axis, (name, own) in zip(axes[0], depths.items(), strict=True):
+            cases = sorted({(row["bundle"], row["position"]) for row in own})
+            for bundle, position in cases:
                 line = [
                     (int(row["way"].split(", ")[2].split("%")[0]), row["ratio"])
                     for row in own
-                    if row["way"].startswith("wave, lag 1")
+                    if (row["bundle"], row["position"]) == (bundle, position)
+                    and row["way"].startswith("wave, lag 1")
+                    and not row["way"].endswith("early")
                 ]
-                label = f"{bundle.split('-')[-1]}, position {position:,}"
-                axis.plot(*zip(*line, strict=True), style, color=f"C{colour}", label=label)
-        axis.axhline(1, color="#888888", linewidth=1)
-        axis.set(xlabel="drafts that hold, %", ylabel="tokens a second, times plain", ylim=(0, None))
-        axis.legend(loc="upper left")
+                label = f"{bundle.replace('-4-', '-')}, position {position:,}"
+                axis.plot(*zip(*line, strict=True), "o-" if position < 1000 else "s--", label=label)
+            axis.axhline(1, color="#888888", linewidth=1)
+            axis.set(title=name, xlabel="drafts that hold, %", ylim=(0, None))
+            axis.legend(loc="upper left", fontsize=8)
+        axes[0, 0].set_ylabel("tokens a second, times plain")
+
+
+def draw_thresholds(points: list[dict[str, Any]], path: Path) -> None:
+    """Right answers by loops a token, along the thresholds of each exit rule; a line for each kind of answer."""
+    title = "melt-tiny: loops a token against right answers, by threshold"
+    with picture(path, title, 1, 2, width=9, height=4, sharey=True) as (_, axes):
+        for axis, rule in zip(axes[0], ("gate", "settled"), strict=True):
+            for kind in dict.fromkeys(point["kind"] for point in points):
+                own = [point for point in points if (point["rule"], point["kind"]) == (rule, kind)]
+                line = [(point["loops"], 100 * point["right"]) for point in own]
+                axis.plot(*zip(*line, strict=True), "o-", label=kind)
+            axis.set(title=rule, xlabel="loops a token", xlim=(0.9, 4.1), ylim=(0, 103))
+            axis.legend(loc="lower right")
+        axes[0, 0].set_ylabel("right answers, %")
 
 
 def main() -> int:
@@ -135,6 +156,7 @@ def main() -> int:
     draw_memory(read("memory.json")["points"], DOCS / "memory.png")
     draw_batches(read("batches.json")["rows"], DOCS / "batches.png")
     draw_waves(read("decoding.json")["rows"], DOCS / "decoding.png")
+    draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

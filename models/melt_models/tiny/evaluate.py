@@ -103,16 +103,17 @@ def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
 
 
 def exit_tables(model: MeltCausalLM, encoder: Encoder, problems: int, chunk_size: int) -> str:
-    """What leaving by the exit gate costs and saves, a table for each kind of answer and way to read a prompt."""
+    """What leaving by the exit gate costs and saves: by ways to read a prompt for names, then for the other kinds."""
     tables = []
-    for kind, (prompt, meaning) in [(kind, way) for way in PROMPTS.items() for kind in KINDS]:
+    ways = [("name", prompt) for prompt in PROMPTS] + [(kind, "apart") for kind in KINDS if kind != "name"]
+    for kind, prompt in ways:
         measures = {
             "every loop" if threshold is None else f"{threshold:g}": measure_depth(
                 model, encoder, threshold, prompt, problems, model.config.total_ut_steps, chunk_size, kind=kind
             )
             for threshold in THRESHOLDS
         }
-        tables.append(f"kind of answer: {kind}; prompt: {meaning}\n{format_measures(measures)}")
+        tables.append(f"kind of answer: {kind}; prompt: {PROMPTS[prompt]}\n{format_measures(measures)}")
     return "\n\n".join(tables)
 
 
