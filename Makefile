@@ -102,7 +102,7 @@ TRAINING := build/melt-tiny-training
 melt-tiny: $(VENV)/ready
 	$(BIN)/python -m melt_models.tiny.teacher --out $(TRAINING)/teacher
 	test -d $(TRAINING)/data || $(BIN)/python -m melt_models.tiny.write_data --out $(TRAINING)/data
-	$(BIN)/melt-train melt-tiny --teacher $(TRAINING)/teacher/stage-8 --data $(TRAINING)/data \
+	$(BIN)/melt-train melt-tiny --teacher $(TRAINING)/teacher/stage-11 --data $(TRAINING)/data \
 		--out $(TRAINING)/run --device cpu --plot
 	$(BIN)/melt-train melt-tiny-exit --student $(TRAINING)/run/model --data $(TRAINING)/data \
 		--out $(TRAINING)/gate --device cpu --plot
@@ -113,7 +113,7 @@ train-smoke: $(VENV)/ready
 	rm -rf $(SMOKE)
 	$(BIN)/python -m melt_models.tiny.teacher --out $(SMOKE)/teacher --most-steps 2
 	$(BIN)/python -m melt_models.tiny.write_data --out $(SMOKE)/data --rows 64
-	$(BIN)/melt-train smoke --teacher $(SMOKE)/teacher/stage-8 --data $(SMOKE)/data \
+	$(BIN)/melt-train smoke --teacher $(SMOKE)/teacher/stage-11 --data $(SMOKE)/data \
 		--out $(SMOKE)/run --device cpu --plot
 
 ## lock: find the newest release of every package again, for Linux, macOS and Windows, from Python 3.11 on

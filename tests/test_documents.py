@@ -56,7 +56,7 @@ NOT_RUN = {
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run": _TRAINS,
     "python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher": _TRAINS,
     "python -m melt_models.tiny.write_data --rows 6000 --out build/training-data": _MINUTES,
-    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data "
+    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-11 --data build/training-data "
     "--out build/training-tables --jobs 2 --json docs/data/training.json": _TRAINS,
     "python -m melt_models.tiny.evaluate models/melt-tiny": _MINUTES,
     "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate": _MINUTES,

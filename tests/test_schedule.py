@@ -123,3 +123,21 @@ def test_a_prompt_goes_between_passes_of_tokens_and_stalls_nobody(mixes_loops):
     kinds = [chosen[0].is_chunk for chosen in passes[:8]]
     assert kinds == [True, False] * 4
     assert max(talker.waited) == 1
+
+
+def test_what_needs_a_pass_to_itself_takes_turns_between_passes_of_tokens():
+    """Two waves over MELT's one cache, two prompts of which one chunk is in flight, and a token."""
+    waves = [[Span(slot, 9, [1], 4, loop=2, is_wave=True), Span(slot, 10, [1], 4, is_wave=True)] for slot in (0, 1)]
+    chunks = [[Span(2, 0, [1, 2], 4)], [Span(3, 0, [1, 2], 4, loop=1)]]
+    token = [Span(4, 5, [1], 4)]
+    schedule = Batched(mixes_loops=True, shares_cache=True)
+    chosen = [schedule.next([*waves, *chunks, token]) for _ in range(8)]
+    assert chosen[::2] == [waves[0], waves[1], chunks[1], waves[0]]
+    assert [list(spans) for spans in chosen[1::2]] == [token] * 4
+
+
+def test_a_looplms_waves_share_the_pass_of_all_tokens():
+    wave = [Span(0, 9, [1], 4, loop=2, is_wave=True), Span(0, 10, [1], 4, is_wave=True)]
+    token = [Span(1, 5, [1], 4, loop=1)]
+    schedule = Batched(mixes_loops=True, shares_cache=False)
+    assert list(schedule.next([wave, token])) == [*wave, *token]
