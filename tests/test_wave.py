@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_choices
 
-from melt_runtime import CapacityError, GenerationConfig, MeltModel
+from melt_runtime import CapacityError, GenerationConfig, MeltModel, NumericalError
+from melt_runtime.execute.executor import Executor
 from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 from melt_runtime.schedule.wave import Wave
@@ -205,6 +206,63 @@ def test_tokens_leave_a_wave_where_they_leave_in_plain_decoding(random_bundle, g
     assert wave.loops_per_token == plain.loops_per_token
     assert len(plain.depth_histogram) > 1
     assert wave.passes <= plain.passes
+
+
+@pytest.fixture
+def expected_drafts(monkeypatch) -> None:
+    """Logits that lean to one token at each position, so that most drafts hold."""
+    compute = Executor.compute_logits
+    leaning = 20 * np.random.default_rng(5).standard_normal((CAPACITY, 703)).astype(np.float32)
+
+    def lean(self: Executor, spans: list[Span]) -> list[np.ndarray]:
+        return [logits + leaning[span.start] for span, logits in zip(spans, compute(self, spans), strict=True)]
+
+    monkeypatch.setattr(Executor, "compute_logits", lean)
+
+
+@pytest.mark.usefixtures("expected_drafts")
+@pytest.mark.parametrize("gate", ["none", "elementwise"])
+def test_several_tokens_that_are_final_at_once_are_counted_once(random_bundle, gate):
+    """Where the last one leaves the wave empty, it goes on behind all of them."""
+    model = load(random_bundle, gate_kind=gate)
+    for seed in range(40):
+        prompt = np.random.default_rng(seed).integers(0, 703, 9).tolist()
+        said = {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.4 + seed % 4 / 10, "max_loops": 2 + seed % 3}
+        plain = model.generate(prompt, max_new_tokens=20, **said, **FREE)
+        wave = model.generate(prompt, max_new_tokens=20, decode="wave", lag=1 + seed % 3, **said, **FREE)
+        assert wave.token_ids == plain.token_ids
+        assert wave.loops_per_token == plain.loops_per_token
+
+
+def test_overflow_before_the_last_loop_is_no_draft(random_bundle, monkeypatch):
+    """Plain decoding never looks there; at the last loop it ends the answer."""
+    model = load(random_bundle, gate_kind="none")
+    plain = model.generate([5, 6, 7], loops=4, max_new_tokens=12, **FREE)
+    compute, bad = Executor.compute_logits, [1, 2, 3]
+
+    def overflow(self: Executor, spans: list[Span]) -> list[np.ndarray]:
+        found = compute(self, spans)
+        return [np.full(703, np.inf) if s.is_wave and s.loop in bad else f for s, f in zip(spans, found, strict=True)]
+
+    monkeypatch.setattr(Executor, "compute_logits", overflow)
+    wave = model.generate([5, 6, 7], loops=4, max_new_tokens=12, decode="wave", **FREE)
+    assert (wave.token_ids, wave.drafts.made) == (plain.token_ids, 0)
+    bad.append(4)
+    with pytest.raises(NumericalError):
+        model.generate([5, 6, 7], loops=4, max_new_tokens=12, decode="wave", **FREE)
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_tokens_of_a_short_wave_are_no_prefix_for_others(random_bundle, lag):
+    """In chunks of one an answer can be the beginning of another prompt: only where plain decoding gives the same."""
+    model = MeltModel.load(random_bundle(), device="cpu", capacity=CAPACITY, chunk=1)
+    wave = GenerationConfig(loops=4, max_new_tokens=20, decode="wave", lag=lag, **FREE)
+    later = [5, 6, 7, *model.generate([5, 6, 7], wave).token_ids, 9]
+    plain = GenerationConfig(loops=4, max_new_tokens=10, **FREE)
+    fresh = model.generate(later, plain)
+    again = model.generate_batch([[5, 6, 7], later], [wave, plain])[1]
+    assert again.cached_tokens == (3 if lag == 1 else 22)
+    assert again.token_ids == fresh.token_ids
 
 
 def test_melts_short_lag_leaves_when_nothing_before_is_open(model):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from melt_runtime.errors import MeltError
+from melt_runtime.errors import MeltError, NumericalError
 from melt_runtime.execute.executor import Executor
 from melt_runtime.execute.slots import Slot
 from melt_runtime.memory.plan import Array
@@ -14,7 +14,7 @@ from melt_runtime.request.result import GenerationResult
 from melt_runtime.schedule.batched import Batched
 from melt_runtime.schedule.depth import Exit
 from melt_runtime.schedule.span import Span
-from melt_runtime.schedule.wave import Wave
+from melt_runtime.schedule.wave import NOTHING, Wave
 
 
 @dataclass(eq=False)
@@ -31,6 +31,7 @@ class Job:
         error: what ended it before its end.
         wave: the tokens of the answer that are under way, where several may be; None in plain decoding.
         passes: that were run with tokens of the answer.
+        failures: of tokens of a wave, why they say nothing.
     """
 
     request: Request
@@ -40,6 +41,7 @@ class Job:
     error: MeltError | None = None
     wave: Wave | None = None
     passes: int = 0
+    failures: dict[Span, MeltError] = field(default_factory=dict)
     cached: int = field(init=False)
     span: Span = field(init=False)
 
@@ -61,7 +63,7 @@ class Job:
     @property
     def running(self) -> list[Span]:
         """Those of them that take another loop."""
-        return [span for span in self.spans if not span.is_done]
+        return self.wave.running if self.wave is not None and self.wave.spans else [self.span]
 
     @property
     def last_position(self) -> int:
@@ -83,12 +85,15 @@ class Job:
         """Takes the next token, which so many loops gave."""
         self.slot.ids.append(token)
         self.request.accept(token, loops)
+
+    def go_on(self) -> None:
+        """Begins with the token that was taken last, where nothing is under way behind it."""
         if self.request.is_finished:
             return
         if self.wave is None:
             self.span = self._next_span()
         elif not self.wave.spans:
-            self.wave.start(self.slot.length, token)
+            self.wave.start(self.slot.length, self.slot.ids[-1])
 
     def result(self, state_bytes: int) -> GenerationResult:
         """The whole answer, with the bytes of the whole state."""
@@ -134,6 +139,7 @@ class Engine:
         """Forgets a job, wherever it stands; its slot is the caller's to use."""
         if job in self.jobs:
             self.jobs.remove(job)
+            job.slot.flight = []
 
     def run_pass(self) -> list[Job]:
         """One pass over at least one job; the jobs that are done with it, with a result or an error.
@@ -152,7 +158,7 @@ class Engine:
             job.request.count_seconds(seconds)
         done = [job for job in self.jobs if job.is_done]
         for job in done:
-            self.jobs.remove(job)
+            self.drop(job)
         return done
 
     def _read(self, spans: Sequence[Span]) -> None:
@@ -197,16 +203,23 @@ class Engine:
         def predict(span: Span, drafts: list[int]) -> int:
             # Only a penalty looks at what stands before.
             context = slot.ids if request.settings.repetition_penalty == 1 else [*slot.ids, *drafts]
-            return request.choose(logits[span], context, len(drafts))
+            try:
+                return request.choose(logits[span], context, len(drafts))
+            except NumericalError as error:
+                job.failures[span] = error  # of a draft, or before the last loop, it is nobody's
+                return NOTHING
 
         try:
             final = wave.advance(predict, lambda span: self._leaves(span, logits), job.last_position)
             self._fill_caches(running)
             for span, token in final:
                 slot.commit()
+                if token == NOTHING:
+                    raise job.failures[span]
                 job.accept(token, span.depth)
                 if job.is_done:
                     break
+            job.go_on()
         except MeltError as error:
             job.error = error
 
@@ -230,6 +243,7 @@ class Engine:
                 draw = self.executor.draw
                 token = draw(span) if job.draws else job.request.choose(logits[span], job.slot.ids)
                 job.accept(token, span.depth)
+                job.go_on()
             except MeltError as error:
                 job.error = error
 

@@ -8,6 +8,7 @@ asked for, or on a device the token that was drawn from them there.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -216,6 +217,7 @@ class Executor:
 
     def _enter(self, before: Sequence[Span], span: Span) -> None:
         """Gives a token of a wave its row behind the others, and the state before its first loop."""
+        self._require_place(span)
         rows, base = self.state.wave, self._wave_base(span.slot)
         assert rows is not None
         span.row = before[-1].row + 1 if before else 0
@@ -291,12 +293,16 @@ class Executor:
         """
         if len(placed) == 1:
             return [(next(iter(placed)), 1)]
-        for first, count in _ranges(sorted(placed), _BRIDGED):
-            for cell in range(first, first + count):
-                cache_set, number = divmod(cell, self.state.plan.batch)
-                if cell not in placed and (row := self.slots[number].spare_row(cache_set, spans)) is not None:
-                    placed[cell] = row
+        for before, after in pairwise(sorted(placed)):
+            between = range(before + 1, after if after - before - 1 <= _BRIDGED else before + 1)
+            spare = {cell: self._spare_row(cell, spans) for cell in between}
+            if None not in spare.values():
+                placed.update({cell: row for cell, row in spare.items() if row is not None})
         return _ranges(sorted(placed))
+
+    def _spare_row(self, cell: int, spans: Sequence[Span]) -> int | None:
+        cache_set, number = divmod(cell, self.state.plan.batch)
+        return self.slots[number].spare_row(cache_set, spans)
 
     def _place_steps(self, placed: dict[int, int]) -> None:
         """Says at which rows of the cache the tokens of the next passes are, by the rows where they lie."""

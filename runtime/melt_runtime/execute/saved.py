@@ -145,7 +145,6 @@ def _snapshot(path: Path, state: State, ids: Any, depths: Any, length: int, dept
         and len(ids) <= state.plan.capacity + 1
         and (len(ids) in (len(depths), len(depths) + 1))
         and ((ids >= 0) & (ids < vocabulary)).all()
-        and (not _shares(state) or (depths >= 0).all())
         and (not len(depths) or depths[0] != 0)
         and (length == len(depths) or depths[length] != 0)
         and np.abs(depths.astype(np.int32)).max(initial=0) <= MAX_LOOPS

@@ -45,8 +45,9 @@ class Slot:
         turn: counts what began or was undone, so that a stream knows whether the sequence is still the one it was made
             for.
         flight: what is to be run next, or is under way, oldest first: a chunk, or single tokens that follow each other.
-        depths: where a chunk began, the loops that it went through, else 0; negative where a LoopLM's chunk left early
-            and its later caches were filled with copies; [S] int16, read-only.
+        depths: where a chunk began, the loops that it went through, else 0; negative where running it plainly would
+            give other rows: a LoopLM's chunk left early and its later caches were filled with copies, or MELT's token
+            was one of a wave of a short lag; [S] int16, read-only.
     """
 
     def __init__(self, number: int, plan: StatePlan):
@@ -148,7 +149,7 @@ class Slot:
         span, *self.flight = self.flight
         assert span.is_done
         left_early = self._plan.shape.cache_kind == "per_loop" and span.caches > span.depth
-        self._count(len(span.ids), -span.depth if left_early else span.depth, span.caches)
+        self._count(len(span.ids), -span.depth if left_early or not span.is_plain else span.depth, span.caches)
         self._lost = self._lost[len(span.ids) :]
 
     def advance(self, tokens: int, loops: int) -> None:
@@ -212,7 +213,7 @@ class Slot:
         self.ids = list(prompt)
 
     def undo(self, before: Snapshot, kept: int) -> None:
-        """Makes the sequence what it was.
+        """Makes the sequence what it was; of rows that were overwritten those of a short wave come back as plain ones.
 
         Args:
             before: taken before the turn began.

@@ -19,6 +19,7 @@ class Span:
         exit: lets them leave before; None: nothing does.
         caches: of a LoopLM, the caches that hold them in the end: where they leave early, the last one is copied.
         is_wave: whether it is a token of a wave: others of its slot may be under way with it.
+        is_plain: whether its rows of the cache are those of plain decoding. Not of MELT's waves of a short lag.
         row: over MELT's one cache, where it lies among the rows of its wave; -1: nowhere yet.
     """
 
@@ -30,6 +31,7 @@ class Span:
     exit: Exit | None = None
     caches: int = 0
     is_wave: bool = False
+    is_plain: bool = True
     row: int = -1
 
     def __post_init__(self) -> None:

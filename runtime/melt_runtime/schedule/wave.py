@@ -19,7 +19,7 @@ class Drafts:
     """What became of the tokens that started before they were known.
 
     Attributes:
-        made: how many were started.
+        made: how many were started; those under way when the answer ends were neither kept nor dropped.
         kept: how many were right in the end.
         corrected: how many were dropped, by the loop after which the token said so that they built on.
     """
@@ -27,6 +27,10 @@ class Drafts:
     made: int = 0
     kept: int = 0
     corrected: Counter[int] = field(default_factory=Counter)
+
+
+NOTHING = -1
+"""What a token says whose logits are not numbers: none is started from that."""
 
 
 @dataclass(eq=False)
@@ -41,7 +45,7 @@ class _Token:
     """
 
     span: Span
-    said: int = -1
+    said: int = NOTHING
     may_leave: bool = False
     is_over: bool = False
 
@@ -77,7 +81,7 @@ class Wave:
     @property
     def running(self) -> list[Span]:
         """Those of them that take another loop."""
-        return [token.span for token in self._tokens if not token.span.is_done]
+        return [span for span in self.spans if not span.is_done]
 
     def start(self, position: int, token_id: int) -> None:
         """Starts from a token that is known, where nothing is under way."""
@@ -91,7 +95,7 @@ class Wave:
 
         Args:
             predict: called with a span and the tokens after the known one up to it; the token that its logits give
-                next.
+                next, or ``NOTHING``.
             leaves: whether the rule of adaptive depth lets a span leave now; asked once after each of its loops.
             last: the last position that may be started.
 
@@ -119,7 +123,7 @@ class Wave:
 
     def _may_follow(self, newest: _Token, last: int) -> bool:
         has_room = len(self._tokens) < self._most and newest.span.start < last
-        return has_room and (newest.is_over or newest.span.loop >= self._lag)
+        return has_room and newest.said != NOTHING and (newest.is_over or newest.span.loop >= self._lag)
 
     def _take_final(self) -> list[tuple[Span, int]]:
         """Ends the oldest tokens that are over, as far as they follow each other."""
@@ -136,5 +140,7 @@ class Wave:
         return final
 
     def _add(self, position: int, token_id: int) -> None:
-        span = Span(self._slot, position, [token_id], self._depth.most, exit=self._depth.exit(), is_wave=True)
+        is_plain = self._waits_apart or self._lag >= self._depth.most - 1
+        span = Span(self._slot, position, [token_id], self._depth.most, exit=self._depth.exit())
+        span.is_wave, span.is_plain = True, is_plain
         self._tokens.append(_Token(span))
