@@ -106,7 +106,7 @@ DAMAGE = {
     "ids": lambda header, tensors: tensors.update(ids=tensors["ids"] + 700),
     "ids type": lambda header, tensors: tensors.update(ids=tensors["ids"].astype(np.float32)),
     "few ids": lambda header, tensors: tensors.update(ids=tensors["ids"][:-3]),
-    "depths": lambda header, tensors: tensors.update(depths=-tensors["depths"]),
+    "depths": lambda header, tensors: tensors.update(depths=2000 * tensors["depths"]),
     "no depths": lambda header, tensors: tensors.pop("depths"),
     "rows": lambda header, tensors: tensors.update({"keys.0.1": tensors["keys.0.1"][:, :-1]}),
     "rows type": lambda header, tensors: tensors.update({"keys.0.1": tensors["keys.0.1"].astype(np.float64)}),
@@ -219,3 +219,18 @@ def test_a_fork_goes_on_like_its_source(random_bundle, kind):
     with pytest.raises(ValueError, match="tokens must end where a chunk does, got 11"):
         slots.fork(source, 11)
     assert slots.free == 1
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_a_conversation_of_waves_is_kept_too(random_bundle, tmp_path, lag):
+    """Tokens of a short lag are marked as such in the file; what comes after them is the same."""
+    model = MeltModel.load(random_bundle(), device="cpu", capacity=100, chunk=8)
+    said = {"loops": 4, "max_new_tokens": 12, "stop_ids": (), "decode": "wave", "lag": lag}
+    session = model.new_session()
+    session.generate([5, 6, 7], **said)
+    session.save(tmp_path / "waves")
+    other = model.new_session()
+    other.restore(tmp_path / "waves")
+    assert other.generate([8, 9], **said).token_ids == session.generate([8, 9], **said).token_ids
+    np.testing.assert_array_equal(other._slot.depths, session._slot.depths)
+    assert bool((session._slot.depths < 0).any()) == (lag == 1)
