@@ -155,7 +155,7 @@ def main() -> int:
         plot_rows([Row(**row) for row in read(f"{name}.json")["rows"]], DOCS / f"{name}.png")
     draw_memory(read("memory.json")["points"], DOCS / "memory.png")
     draw_batches(read("batches.json")["rows"], DOCS / "batches.png")
-    draw_waves(read("decoding.json")["rows"], DOCS / "decoding.png")
+    draw_waves(read("decoding-full.json")["rows"] + read("decoding.json")["rows"], DOCS / "decoding.png")
     draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
