@@ -89,7 +89,7 @@ def format_table(table: dict[int, dict[int, float]]) -> str:
 
 
 def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
-    """Held-out questions: ``count`` of each number of hops answered by a name, a quarter as many of each other kind."""
+    """Held-out questions, mixed: ``count`` of each number of hops answered by a name, a quarter as many otherwise."""
     rng = random.Random(seed)
     examples: list[Example] = []
     for kind in KINDS:
@@ -99,6 +99,7 @@ def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
                 problem = make_problem(rng, held_out=True, questions=1, hops=(hops, hops), kinds=(kind,))
                 user, assistant = problem.messages()
                 examples.append(Example([user], assistant["content"], group))
+    rng.shuffle(examples)  # an export takes some of the first ones for its text
     return tuple(examples)
 
 
