@@ -56,10 +56,10 @@ NOT_RUN = {
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run": _TRAINS,
     "python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher": _TRAINS,
     "python -m melt_models.tiny.write_data --rows 6000 --out build/training-data": _MINUTES,
-    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-11 --data build/training-data "
+    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data "
     "--out build/training-tables --jobs 2 --json docs/data/training.json": _TRAINS,
     "python -m melt_models.tiny.evaluate models/melt-tiny": _MINUTES,
-    "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate --problems 1024": _MINUTES,
+    "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate": _MINUTES,
     "melt-train melt-tiny-exit --student models/melt-tiny --data tokens --out build/gate": _MINUTES,
     "melt-train melt-tiny-joint --student models/melt-tiny --data tokens --out build/joint": _MINUTES,
     "python -m melt_models.gguf model.gguf --out build/checkpoint": "needs a model of 98 MB (tests/test_smollm2.py)",
@@ -85,12 +85,14 @@ NOT_RUN = {
     "melt bench --shape melt-1.6b:4 --shape ouro-1.4b:4 --precision int8": _FULL_SIZE,
     "python benchmarks/batches.py build/bench/melt-1.6b-4-int4 build/bench/melt-1.6b-4-int8 "
     "build/bench/ouro-1.4b-4-int4 build/bench/ouro-1.4b-4-int8 build/melt-tiny --rounds 7": _FULL_SIZE,
+    "melt bench --shape melt-1.6b --shape ouro-1.4b --precision int8": _FULL_SIZE,
     "python benchmarks/decoding.py build/bench/melt-1.6b-int8 build/bench/melt-1.6b-int4 build/bench/ouro-1.4b-int8 "
-    "--positions 100 --tokens 40 --rounds 2 --shares 50,80,90,100 --lags 1 --json "
+    "--positions 100 --tokens 24 --rounds 1 --shares 70,90,100 --lags 1 --json "
     "docs/data/decoding-full.json": _FULL_SIZE,
-    "python benchmarks/decoding.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 "
-    "build/bench/ouro-1.4b-4-int8 --tokens 24 --rounds 2 --json docs/data/decoding.json": _FULL_SIZE,
-    "python benchmarks/answers.py runtime/melt_runtime/demo/melt-tiny --json docs/data/answers.json": _MINUTES,
+    "python benchmarks/decoding.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --rounds 3 "
+    "--tokens 16": _FULL_SIZE,
+    "python benchmarks/answers.py runtime/melt_runtime/demo/melt-tiny --questions 100 "
+    "--json docs/data/answers.json": _MINUTES,
     "melt-export --shape melt-1.6b --out build/bench --precision int4": _FULL_SIZE,
     "python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/data/memory.json": _FULL_SIZE,
 }
