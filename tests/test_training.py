@@ -15,7 +15,7 @@ from melt_models.convert import as_melt
 from melt_models.modeling import KVCache
 from melt_models.training import Phase, Recipe, TrainingError, read_recipe
 from melt_models.training.forward import TrainingCache, forward_chunk
-from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch
+from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch, draw_leaving
 from melt_models.training.recipe_files import RECIPES, recipe_path
 from melt_models.training.trainer import draw_step
 
@@ -67,6 +67,38 @@ def test_alpha_0_is_the_looplm_and_alpha_1_is_melt_exactly(gate_kind, loops):
     between = states_of(student, ids, 0.5, loops)
     assert_far(between, looplm, TORCH)
     assert_far(between, melt, TORCH)
+
+
+@torch.no_grad()
+def test_rows_of_tokens_that_leave_are_those_of_their_loop_and_read_by_the_chunks_after_them():
+    student, ids = student_of(random_model(gate_kind="none")), tokens()
+    first, second = ids[:, :1], ids[:, 1:CHUNK]
+    caches = {depth: TrainingCache() for depth in (1, 3, LOOPS)}
+    for depth, cache in caches.items():
+        forward_chunk(student.model, first, depth, cache)
+    left, cache = torch.tensor([[1], [3]]), TrainingCache()
+    forward_chunk(student.model, first, LOOPS, cache, left=left)
+    for layer, rows in cache.final.items():
+        for part, got in enumerate(rows[0]):
+            for row, depth in enumerate((1, 3)):
+                assert torch.equal(got[row], caches[depth].final[layer][0][part][row])
+    read, full = (forward_chunk(student.model, second, LOOPS, one).states[-1] for one in (cache, caches[LOOPS]))
+    expected = torch.stack([forward_chunk(student.model, second, LOOPS, caches[d]).states[-1][d // 3] for d in (1, 3)])
+    assert_close(read, expected, TORCH)
+    assert_far(read, full, TORCH)
+
+
+def test_supervised_tokens_leave_at_all_loops_and_others_at_the_last():
+    supervised = torch.rand(400, 30, generator=torch.Generator().manual_seed(2)) < 0.7
+    left = draw_leaving(supervised, LOOPS, seed=9)
+    assert torch.equal(left, draw_leaving(supervised, LOOPS, seed=9))
+    assert (left[~supervised] == LOOPS).all()
+    counts = torch.bincount(left[supervised], minlength=LOOPS + 1)
+    assert counts[0] == 0
+    # After loop t leave p (1 - p)^(t - 1), p even in [0, 1]: 1/2, 1/6, 1/12, and the last takes the rest, 1/4.
+    expected = torch.tensor([1 / 2, 1 / 6, 1 / 12, 1 / 4])
+    assert ((counts[1:] / counts.sum() - expected).abs() < 0.06).all()
+    assert draw_leaving(supervised, 1, seed=9).unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("gate_kind", ["elementwise", "scalar"])
@@ -220,6 +252,10 @@ def test_steps_are_drawn_from_recipe_and_number_alone():
     for one, other in zip(drawn, deep, strict=True):  # what is drawn without deep steps stays
         assert other.chunk_size == one.chunk_size
         assert other.loops == one.loops or (one.loops == 4 and other.loops > 4)
+    leaving = [draw_step(dataclasses.replace(recipe, leaving_steps=0.4), step, LOOPS) for step in range(200)]
+    assert [dataclasses.replace(step, leaving=None) for step in leaving] == drawn
+    assert all(step.leaving is None for step in leaving[:5])  # phase 1 mixes two caches
+    assert 50 < len({step.leaving for step in leaving if step.leaving is not None}) < 110
     first = ((8, 2), (8, 4), (8, 4), (4, 2), (8, 4), (8, 3))  # as recipes without them always drew
     assert tuple((step.chunk_size, step.loops) for step in drawn[:6]) == first
 
@@ -282,6 +318,7 @@ def write(path: Path, text: str) -> Path:
             "deep_steps = 0.5\nchunk_sizes",
             "most_loops must be given where deep_steps is above 0, .* got 0",
         ),
+        ("chunk_sizes", "leaving_steps = 2\nchunk_sizes", r"leaving_steps must be in \[0, 1\], got 2.0"),
         ("chunk_sizes", "most_loops = 6\nchunk_sizes", "most_loops must be left out where deep_steps is 0, got 6"),
         (
             "chunk_sizes",

@@ -38,6 +38,7 @@ gate_learning_rate = 1e-2
 shallow_steps = 0.4
 deep_steps = 0.3
 most_loops = 6
+leaving_steps = 0.5
 warmup_steps = 2
 weight_decay = 0.1
 checkpoint_every = 10

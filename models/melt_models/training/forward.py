@@ -55,6 +55,7 @@ def forward_chunk(
     cache: TrainingCache,
     alpha: float | None = None,
     recompute: bool = False,
+    left: Tensor | None = None,
 ) -> ChunkPass:
     """Runs one chunk through all loops and adds its rows to ``cache``.
 
@@ -64,10 +65,13 @@ def forward_chunk(
         alpha: weight of MELT's keys and values against the LoopLM's at every layer and loop (phase 1: interpolated
             transition); None: the model's own alone.
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
+        left: the loop, counted from 1, as whose rows a token's stay for the chunks after this one, [B, C] int64; None:
+            the last one's. MELT's alone.
     """
     frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"
     attended = []
+    stayed: dict[int, KeyValue] = {}  # of each layer, the rows so far of tokens that leave at loops of their own
 
     def run_layer(
         layer: Layer, x: Tensor, latent: Tensor | None, loop_idx: int, layer_idx: int
@@ -82,6 +86,11 @@ def forward_chunk(
             result = _layer(*arguments)
         x, latent, output, rows, looplm_rows = result
         attended.append(output)
+        if left is not None:
+            goes_on = (left > loop_idx)[:, None, :, None]
+            before = stayed.get(layer_idx, rows)
+            rows = (torch.where(goes_on, rows[0], before[0]), torch.where(goes_on, rows[1], before[1]))
+            stayed[layer_idx] = rows
         if is_looplm or loop_idx == loops - 1:
             past.append(rows)
         if looplm_rows is not None and not is_looplm:

@@ -37,12 +37,21 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step's loss is made of: phase, depth, chunk size (0: whole sequences), alpha (None outside phase 1)."""
+    """What a step's loss is made of.
+
+    Attributes:
+        phase: whose terms are weighed.
+        loops: depth.
+        chunk_size: tokens in parallel; 0: whole sequences.
+        alpha: MELT's share of keys and values; None outside phase 1.
+        leaving: seed of where supervised tokens leave the loop; None: none does before the last.
+    """
 
     phase: Phase | Joint | Exit
     loops: int
     chunk_size: int
     alpha: float | None
+    leaving: int | None = None
 
 
 class Objective(nn.Module):
@@ -83,12 +92,14 @@ class Objective(nn.Module):
         length = batch.input_ids.shape[1]
         chunk_size = step.chunk_size or length
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
+        left = None if step.leaving is None else draw_leaving(batch.targets != IGNORED, step.loops, step.leaving)
         sums: dict[str, Tensor] = {}
         cache = TrainingCache()
         for start in range(0, length, chunk_size):
             part = slice(start, start + chunk_size)
+            leaves = None if left is None else left[:, part]
             got = forward_chunk(
-                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute
+                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute, leaves
             )
             for name, value in self._terms(got, wanted, batch, part, phase).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -155,6 +166,24 @@ class Objective(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
+
+
+def draw_leaving(supervised: Tensor, loops: int, seed: int) -> Tensor:
+    """The loops after which tokens leave, from 1, [B, L] int64.
+
+    A supervised token leaves after each loop with a probability that is drawn for its sequence, evenly from 0 to 1, so
+    that nearly all of a sequence's leave at once, or nearly none. The others take every loop, as a prompt does.
+
+    Args:
+        supervised: [B, L] bool.
+        loops: the most.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = supervised.shape
+    chance = torch.rand(batch, 1, 1, generator=generator)
+    stays = torch.rand(batch, length, loops - 1, generator=generator) >= chance
+    left = 1 + stays.long().cumprod(dim=-1).sum(dim=-1).to(supervised.device)
+    return torch.where(supervised, left, loops)
 
 
 def _cross_entropy(student: MeltCausalLM, states: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:

@@ -131,6 +131,8 @@ class Recipe:
         deep_steps: fraction of steps of phases 1 and 2 at a depth drawn from the teacher's + 1 to ``most_loops``, which
             the teacher runs, too, so that a loop too many does not walk past the answer.
         most_loops: the deepest of those; 0 where there are none.
+        leaving_steps: fraction of steps of phase 2 in which supervised tokens leave the loop anywhere, drawn, so that
+            the student learns to read the rows that they leave.
         warmup_steps: steps over which the rates rise from 0, anew for the joint phase and the exit gate's.
         decay_steps: steps at the end over which they fall to 0: of phases 1 and 2, the joint one, the exit gate's.
         weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
@@ -156,6 +158,7 @@ class Recipe:
     shallow_steps: float = 0.0
     deep_steps: float = 0.0
     most_loops: int = 0
+    leaving_steps: float = 0.0
     warmup_steps: int = 0
     decay_steps: int = 0
     weight_decay: float = 0.0
@@ -331,10 +334,13 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         require(getattr(recipe, name) in values, name, f"one of {', '.join(values)}", getattr(recipe, name))
     sizes = recipe.chunk_sizes
     require(bool(sizes) and min(sizes) >= 0, "chunk_sizes", "one or more numbers of at least 0", list(sizes))
-    for name in ("shallow_steps", "deep_steps"):
+    for name in ("shallow_steps", "deep_steps", "leaving_steps"):
         require(0 <= getattr(recipe, name) <= 1, name, "in [0, 1]", getattr(recipe, name))
     depths = recipe.shallow_steps + recipe.deep_steps
     require(depths <= 1, "shallow_steps + deep_steps", "at most 1", depths)
+    if recipe.leaving_steps > 0:
+        held = recipe.distillation.steps > 0
+        require(held, "leaving_steps", "left out where distillation.steps is 0", recipe.leaving_steps)
     if recipe.deep_steps > 0:
         rule = "given where deep_steps is above 0, above the model's loops"
         require(recipe.paired_steps > 0, "deep_steps", "left out where phases 1 and 2 are", recipe.deep_steps)

@@ -157,8 +157,12 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
         depth = rng.randrange(1, loops)
     elif drawn < recipe.shallow_steps + recipe.deep_steps:
         depth = rng.randrange(loops + 1, recipe.most_loops + 1)
-    phase = recipe.phase_of(step)
-    return Step(phase, depth if isinstance(phase, Phase) else loops, chunk, recipe.alpha_of(step))
+    phase, alpha, leaving = recipe.phase_of(step), recipe.alpha_of(step), None
+    if not isinstance(phase, Phase):
+        depth = loops
+    elif alpha is None and rng.random() < recipe.leaving_steps:
+        leaving = rng.getrandbits(32)
+    return Step(phase, depth, chunk, alpha, leaving)
 
 
 class _Loop:
