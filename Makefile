@@ -97,14 +97,16 @@ bench: $(VENV)/ready
 	$(BIN)/melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512 \
 		--json build/bench/bench.json --plot build/bench/bench.png
 
-## melt-tiny: train the reference model again from its seeds: teacher, model, exit gate (about an hour on 2 cores)
+## melt-tiny: train the reference model again from its seeds: teacher, model, exit gate (about two hours on 2 cores)
 TRAINING := build/melt-tiny-training
 melt-tiny: $(VENV)/ready
 	$(BIN)/python -m melt_models.tiny.teacher --out $(TRAINING)/teacher
 	test -d $(TRAINING)/data || $(BIN)/python -m melt_models.tiny.write_data --out $(TRAINING)/data
-	$(BIN)/melt-train melt-tiny --teacher $(TRAINING)/teacher/stage-8 --data $(TRAINING)/data \
+	$(BIN)/melt-train melt-tiny --teacher $(TRAINING)/teacher/stage-11 --data $(TRAINING)/data \
 		--out $(TRAINING)/run --device cpu --plot
-	$(BIN)/melt-train melt-tiny-exit --student $(TRAINING)/run/model --data $(TRAINING)/data \
+	$(BIN)/melt-train melt-tiny-small-chunks --teacher $(TRAINING)/teacher/stage-11 --data $(TRAINING)/data \
+		--student $(TRAINING)/run/model --out $(TRAINING)/small --device cpu --plot
+	$(BIN)/melt-train melt-tiny-exit --student $(TRAINING)/small/model --data $(TRAINING)/data \
 		--out $(TRAINING)/gate --device cpu --plot
 
 ## train-smoke: every step of a training: teacher, data, all phases, in about a minute; it trains nothing of use
@@ -113,7 +115,7 @@ train-smoke: $(VENV)/ready
 	rm -rf $(SMOKE)
 	$(BIN)/python -m melt_models.tiny.teacher --out $(SMOKE)/teacher --most-steps 2
 	$(BIN)/python -m melt_models.tiny.write_data --out $(SMOKE)/data --rows 64
-	$(BIN)/melt-train smoke --teacher $(SMOKE)/teacher/stage-8 --data $(SMOKE)/data \
+	$(BIN)/melt-train smoke --teacher $(SMOKE)/teacher/stage-11 --data $(SMOKE)/data \
 		--out $(SMOKE)/run --device cpu --plot
 
 ## lock: find the newest release of every package again, for Linux, macOS and Windows, from Python 3.11 on

@@ -16,11 +16,10 @@ from random import Random
 from typing import Any
 
 from melt_models.progress import Progress
-from melt_models.tiny.task import MAX_HOPS, Problem, make_problem
+from melt_models.tiny.task import KINDS, MAX_HOPS, Problem, make_problem
 from melt_runtime import MeltModel
 from melt_runtime.bench.measure import machine
 
-KINDS = ("name",)
 AUTO: dict[str, Any] = {"loops": "auto", "exit_rule": "gate", "exit_threshold": 0.9}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"loops": 4},
@@ -68,7 +67,7 @@ def draw(kind: str, questions: int) -> list[Problem]:
     """Held-out problems, ``questions`` of each number of hops; the same ones each time."""
     rng = Random(f"{kind}/7")
     hops = [hops for hops in range(1, MAX_HOPS + 1) for _ in range(questions)]
-    return [make_problem(rng, held_out=True, questions=1, hops=(n, n)) for n in hops]
+    return [make_problem(rng, held_out=True, questions=1, hops=(n, n), kinds=(kind,)) for n in hops]
 
 
 def ask(model: MeltModel, way: str, settings: dict[str, Any], kind: str, problems: list[Problem]) -> AnswerRow:
@@ -80,7 +79,7 @@ def ask(model: MeltModel, way: str, settings: dict[str, Any], kind: str, problem
     for problem in problems:
         (question,) = problem.questions
         result = model.generate(problem.messages()[:1], max_new_tokens=64, **settings)
-        right[question.hops].append(result.text == f"{question.answer}.")
+        right[question.hops].append(result.text == question.reply)
         on_name[question.hops].append(result.loops_per_token[-3 if len(result.loops_per_token) > 2 else 0])
         loops += sum(result.loops_per_token)
         tokens += len(result.token_ids)

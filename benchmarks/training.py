@@ -2,7 +2,7 @@
 
     python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher
     python -m melt_models.tiny.write_data --rows 6000 --out build/training-data
-    python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data \\
+    python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-11 --data build/training-data \\
         --out build/training-tables --jobs 2 --json docs/data/training.json
 
 Every row is a run of the recipe ``melt-tiny-short`` with a few numbers changed, in a process of its own with

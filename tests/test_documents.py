@@ -8,6 +8,7 @@ import argparse
 import importlib
 import io
 import json
+import random
 import re
 import runpy
 import shutil
@@ -24,6 +25,7 @@ from documents import COMMANDS, DOCUMENTS, SUBCOMMANDS, Example, python_examples
 from published import write_ouro
 
 from melt_export.cli import _parser as export_parser
+from melt_models.tiny.task import make_problem
 from melt_models.training.recipe import read_recipe
 from melt_models.training.recipe_files import recipe_path
 
@@ -56,10 +58,10 @@ NOT_RUN = {
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run": _TRAINS,
     "python -m melt_models.tiny.teacher --out build/melt-tiny-training/teacher": _TRAINS,
     "python -m melt_models.tiny.write_data --rows 6000 --out build/training-data": _MINUTES,
-    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-8 --data build/training-data "
+    "python benchmarks/training.py --teacher build/melt-tiny-training/teacher/stage-11 --data build/training-data "
     "--out build/training-tables --jobs 2 --json docs/data/training.json": _TRAINS,
     "python -m melt_models.tiny.evaluate models/melt-tiny": _MINUTES,
-    "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate": _MINUTES,
+    "python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate --problems 1024": _MINUTES,
     "melt-train melt-tiny-exit --student models/melt-tiny --data tokens --out build/gate": _MINUTES,
     "melt-train melt-tiny-joint --student models/melt-tiny --data tokens --out build/joint": _MINUTES,
     "python -m melt_models.gguf model.gguf --out build/checkpoint": "needs a model of 98 MB (tests/test_smollm2.py)",
@@ -103,13 +105,22 @@ NOT_RUN_PYTHON = {
 }
 """By the first line of the block."""
 
+
+def conversations(count: int) -> str:
+    """Text of the kind that melt-tiny learned, as its template writes it: on any other, rounding costs it too much."""
+    draw = random.Random(0)
+    turns = [turn for _ in range(count) for turn in make_problem(draw, True, 4, kinds=("steps",)).messages()]
+    ends = {"user": "", "assistant": "<|end|>"}
+    return "".join(f"<|{turn['role']}|>{turn['content']}{ends[turn['role']]}" for turn in turns)
+
+
 QUESTION = "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?\n"
 BUNDLES = ("build/melt-tiny", "build/my-model", "build/ouro", "build/small", "build/melt-bundle")
 CHECKPOINTS = ("CHECKPOINT", "build/melt/model", "models/melt-tiny")
 LOOPLMS = ("ByteDance/Ouro-1.4B",)
 TEXTS = {
     "texts.jsonl": "".join(json.dumps({"text": QUESTION * 40}) + "\n" for _ in range(40)),
-    "book.txt": QUESTION * 40,
+    "book.txt": conversations(12),
     "question.txt": QUESTION,
     "questions.txt": QUESTION * 2,
     "prompts.jsonl": "".join(json.dumps({"id": number, "prompt": QUESTION.strip()}) + "\n" for number in range(3)),

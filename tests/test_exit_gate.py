@@ -410,7 +410,6 @@ def test_models_that_do_not_fit_are_refused(recipe, student, data, tmp_path, cap
         ),
         ("[exit]", "joint = 3\n[exit]", "joint must be a table, got 3"),
         ("[exit]", "deep_steps = 0.5\nmost_loops = 6\n[exit]", "deep_steps must be left out where phases 1 and 2 are"),
-        ("[exit]", "leaving_steps = 0.5\n[exit]", "leaving_steps must be left out where distillation.steps is 0"),
     ],
 )
 def test_a_bad_phase_is_refused_with_key_and_rule(recipe, old, new, message):

@@ -88,6 +88,32 @@ def test_held_out_questions_through_onnx(model):
             assert share >= 0.85 if hops <= loops else share <= 0.3, (loops, hops, right, asked)
 
 
+@pytest.mark.parametrize("kind", ["sentence", "steps"])
+def test_sentences_and_steps_through_onnx(model, kind):
+    """As the question asks; in a wave as well, in half the passes of plain decoding, with as many right answers."""
+    rng, settings = random.Random(13), {"loops": 4, "max_new_tokens": 48}
+    right, passes, tokens = {"plain": 0, "wave": 0}, 0, 0
+    for _ in range(40):
+        problem = make_problem(rng, held_out=True, questions=1, kinds=(kind,))
+        (question,) = problem.questions
+        plain = model.generate(problem.messages()[:1], **settings)
+        wave = model.generate(problem.messages()[:1], decode="wave", lag=1, **settings)
+        right["plain"] += plain.text == question.reply
+        right["wave"] += wave.text == question.reply
+        passes += wave.passes
+        tokens += len(wave.token_ids) - 1
+    assert min(right.values()) >= 36, right
+    assert abs(right["plain"] - right["wave"]) <= 2, right
+    assert passes <= 2.2 * tokens
+
+
+def test_a_loop_too_many_does_not_walk_past_the_answer(tiny_model):
+    encoder = Encoder(AutoTokenizer.from_pretrained(MELT_TINY))
+    table = exact_match(tiny_model, encoder, problems=64, loops=(4, 6))
+    for hops in DEPTHS:
+        assert table[6][hops] >= table[4][hops] - 0.08, table
+
+
 def test_torch_and_onnx_answer_alike(model, tiny_model):
     rng = random.Random(12)
     for _ in range(10):
@@ -129,7 +155,7 @@ def test_the_shipped_gate_takes_as_many_loops_as_a_question_has_hops(tiny_model,
     gated, full = depths["apart"], depths["every loop"]
     assert set(full.on_name.values()) == set(full.on_prompt.values()) == {4.0}
     for hops in DEPTHS:
-        assert abs(gated.on_name[hops] - hops) < 0.4, gated
+        assert -0.4 < gated.on_name[hops] - hops < 1.2, gated
         assert gated.on_rest[hops] < 1.5, gated
         assert gated.exact[hops] >= full.exact[hops] - 0.05, (gated, full)
     assert set(gated.on_prompt.values()) == {4.0}

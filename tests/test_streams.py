@@ -10,7 +10,8 @@ import pytest
 from melt_runtime import BusyError, MeltModel, NumericalError, Session, StreamError
 
 PROMPT = "Ana reports to Ben. Who is one level above Ana?"
-FREE = {"stop_ids": ()}
+FREE = {"stop_ids": (), "temperature": 1.0, "seed": 1}
+"""Drawn, so that a random model says some text: greedily it may repeat one token, even one that has none."""
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +287,7 @@ def test_sessions_of_one_model_answer_side_by_side_as_they_do_alone(model):
         session, found = model.new_session(), []
         for turn, loops in zip(turns, (4, 2), strict=True):
             settings = {"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": turn[0], "loops": loops}
-            found.append(session.generate(turn, **settings, **FREE).token_ids)
+            found.append(session.generate(turn, **FREE | settings).token_ids)
         return [*found, session._engine.executor.state.logits.read()[0].tobytes()]
 
     serial = [answer(turns) for turns in prompts]

@@ -2,10 +2,11 @@
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
-from melt_models.tiny.task import DOMAINS, MAX_HOPS, NUMBER_WORDS, make_problem
+from melt_models.tiny.task import DOMAINS, KINDS, MAX_HOPS, NUMBER_WORDS, REQUESTS, make_problem
 
 FACTS = {
     domain.name: [
@@ -44,6 +45,29 @@ def test_answers_follow_from_the_facts(held_out):
             assert NUMBER_WORDS[question.hops] in question.text
             seen.add(question.hops)
     assert seen == set(range(1, MAX_HOPS + 1))
+
+
+def test_answers_are_of_the_kind_that_the_question_asks_for():
+    rng, seen = random.Random(6), set()
+    for _ in range(100):
+        problem = make_problem(rng, held_out=False, kinds=KINDS)
+        links = links_of(problem)
+        for question in problem.questions:
+            seen.add((problem.domain, question.kind))
+            assert question.text.endswith(REQUESTS[question.kind])
+            assert question.reply.endswith(f" {question.answer}." if question.kind != "name" else f"{question.answer}.")
+            sentences = re.findall(r"[^.]+\.", question.reply)
+            if question.kind == "steps":
+                told = [m for s in sentences[:-1] for fact in FACTS[problem.domain] if (m := fact.match(s.strip()))]
+                assert [(match["x"], match["y"]) for match in told] == list(pairwise(question.path))
+                assert all(links[match["x"]] == match["y"] for match in told)
+                assert sentences[-1] == f" So {question.answer}."
+            else:
+                assert len(sentences) == 1
+            if question.kind == "sentence":
+                number, start = NUMBER_WORDS[question.hops], question.path[0]
+                assert re.search(rf"{number} \w+ (above|before|after) .*{start} is", question.reply)
+    assert len(seen) == len(DOMAINS) * len(KINDS)
 
 
 def test_held_out_chains_never_appear_in_training():

@@ -8,7 +8,7 @@ import torch
 from melt_models import load_checkpoint
 from melt_models.tiny import teacher
 from melt_models.tiny.data import ANSWER_TOKENS, IGNORED, Encoder
-from melt_models.tiny.task import make_problem
+from melt_models.tiny.task import KINDS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
 from melt_models.training import TrainingError
 
@@ -37,14 +37,36 @@ def test_targets_are_the_answers_after_each_number_of_steps(encoder):
     assert (batch.targets[0] != IGNORED).sum() == 4 * 8 * ANSWER_TOKENS
 
 
+def test_sentences_name_what_each_loop_finds_and_steps_are_the_same_at_every_loop(encoder):
+    problems = [make_problem(random.Random(seed), held_out=False, kinds=KINDS) for seed in range(6)]
+    batch, number = encoder.batch(problems, loops=4), 0
+    for row, problem in enumerate(problems):
+        for question in problem.questions:
+            here = batch.question[row] == number
+            assert batch.kinds[number] == question.kind
+            for loop_idx in range(4):
+                said = encoder.tokenizer.decode(batch.targets[loop_idx, row, here])
+                found = question.path[min(loop_idx + 1, question.hops)]
+                wanted = question.reply
+                if question.kind != "steps":
+                    assert wanted.endswith(f"{question.answer}.")
+                    wanted = f"{wanted.removesuffix(f'{question.answer}.')}{found}."
+                assert said == f"{wanted}<|end|>"
+            number += 1
+    assert set(batch.kinds) == set(KINDS)
+    assert number == len(batch.kinds)
+    assert (batch.question >= 0).sum() == (batch.targets[0] != IGNORED).sum()
+
+
 def test_every_name_of_the_task_is_one_token_and_any_text_has_tokens(encoder):
     assert encoder.tokenizer.decode(encoder.tokenizer.encode("naïve 日本 🙂")) == "naïve 日本 🙂"
     assert encoder.answer_id("Quinn") != encoder.answer_id("57")
 
 
 def test_training_goes_on_after_the_last_finished_stage(tmp_path, capsys):
-    one, two = (teacher.Stage(n, (0, n), (2, 3), 1, teacher.NEVER, 3, recall=2.0 - n) for n in (1, 2))
-    recipe = teacher.Recipe(batch=2, questions=2)
+    sizes = {"questions": 2, "kinds": KINDS}
+    one, two = (teacher.Stage((1, n), (0, n), (2, 3), 1, teacher.NEVER, 3, recall=2.0 - n, **sizes) for n in (1, 2))
+    recipe = teacher.Recipe(batch=2)
 
     def run(folder, stages) -> dict[str, torch.Tensor]:
         teacher.Trainer(recipe, folder, stages).run()

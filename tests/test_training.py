@@ -88,6 +88,19 @@ def test_rows_of_tokens_that_leave_are_those_of_their_loop_and_read_by_the_chunk
     assert_far(read, full, TORCH)
 
 
+@torch.no_grad()
+def test_a_token_that_leaves_a_looplm_fills_the_caches_of_later_loops_with_copies():
+    looplm, ids = random_model(gate_kind="none"), tokens()[:, :3]
+    full, cache = TrainingCache(), TrainingCache()
+    forward_chunk(looplm.model, ids, LOOPS, full)
+    forward_chunk(looplm.model, ids, LOOPS, cache, left=torch.tensor([[2, 2, 2], [LOOPS] * 3]))
+    for (loop_idx, layer_idx), ((keys, values),) in cache.per_loop.items():
+        copied, own = (full.per_loop[loop, layer_idx][0] for loop in (min(loop_idx, 1), loop_idx))
+        assert torch.equal(keys[0], copied[0][0])
+        assert torch.equal(values[0], copied[1][0])
+        assert torch.equal(keys[1], own[0][1])
+
+
 def test_supervised_tokens_leave_at_all_loops_and_others_at_the_last():
     supervised = torch.rand(400, 30, generator=torch.Generator().manual_seed(2)) < 0.7
     left = draw_leaving(supervised, LOOPS, seed=9)
@@ -319,6 +332,11 @@ def write(path: Path, text: str) -> Path:
             "most_loops must be given where deep_steps is above 0, .* got 0",
         ),
         ("chunk_sizes", "leaving_steps = 2\nchunk_sizes", r"leaving_steps must be in \[0, 1\], got 2.0"),
+        (
+            "[transition]\nsteps = 2\ncross_entropy = 1\n[distillation]\nsteps = 2",
+            "leaving_steps = 0.5\n[transition]\nsteps = 2\ncross_entropy = 1\n[distillation]\nsteps = 0",
+            "leaving_steps must be left out where neither phase 2 nor the exit gate's is, got 0.5",
+        ),
         ("chunk_sizes", "most_loops = 6\nchunk_sizes", "most_loops must be left out where deep_steps is 0, got 6"),
         (
             "chunk_sizes",

@@ -90,8 +90,8 @@ def test_outputs_that_are_there_are_refused(tmp_path, capsys):
 
 
 def test_a_stage_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    stages = (teacher.Stage(1, (0, 1), (2, 3), 1, teacher.NEVER, 1),)
-    trainer = teacher.Trainer(teacher.Recipe(batch=2, questions=2), tmp_path, stages)
+    stages = (teacher.Stage((1, 1), (0, 1), (2, 3), 1, teacher.NEVER, 1, questions=2),)
+    trainer = teacher.Trainer(teacher.Recipe(batch=2), tmp_path, stages)
 
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -115,9 +115,9 @@ def test_the_evaluation_prints_a_table_for_each_way_to_read_a_prompt(monkeypatch
     monkeypatch.setattr(evaluate, "THRESHOLDS", (None, 0.9))
     assert evaluate.main([str(MELT_TINY), "--exit-gate", "--problems", "32"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("prompt: in chunks") for line in lines) == 3
+    assert sum(line.startswith("kind of answer: ") for line in lines) == 5
     rows = [line.split(" | ") for line in lines if line.startswith(("| every loop", "| 0.9"))]
-    assert [len(row) for row in rows] == [12] * 6
+    assert [len(row) for row in rows] == [12] * 10
     assert all(row[6:10] == ["4.00"] * 4 for row in rows if row[0] == "| every loop")
 
 

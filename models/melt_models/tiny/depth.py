@@ -35,7 +35,7 @@ class Measure:
 
     Attributes:
         exact: questions answered exactly, in [0, 1], by hops.
-        on_name: loops that gave the answer's name, by hops.
+        on_name: loops that gave the name that the answer ends with, by hops.
         on_rest: loops that gave each other token of the answer, by hops.
         on_prompt: loops of a token of the prompt's before its last one, by hops.
     """
@@ -131,29 +131,32 @@ def measure_depth(
     loops: int = 4,
     chunk_size: int | None = None,
     seed: int = 1,
+    kind: str = "name",
 ) -> Measure:
     """Answers held-out questions, one a context, 1 to 4 hops evenly drawn; the same seed asks the same ones.
 
     Args:
         threshold: of the exit gate; None: always ``loops``.
         chunk_size: of the prompt; default the model's own.
+        kind: of answers.
     """
     rng = random.Random(seed)
-    groups: dict[int, list[tuple[list[int], list[int], int]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[tuple[list[int], list[int], int]]] = defaultdict(list)
     for _ in range(problems):
-        ids, wanted, hops = _encode(encoder, make_problem(rng, held_out=True, questions=1))
-        groups[len(ids)].append((ids, wanted, hops))
+        ids, wanted, hops = _encode(encoder, make_problem(rng, held_out=True, questions=1, kinds=(kind,)))
+        groups[len(ids), len(wanted)].append((ids, wanted, hops))
     sums = torch.zeros(MAX_HOPS + 1, 4)
     asked = torch.zeros(MAX_HOPS + 1)
-    with Progress(f"threshold {threshold}, prompt {prompt}", problems, "problem") as progress:
-        for group in groups.values():
+    with Progress(f"{kind}, threshold {threshold}, prompt {prompt}", problems, "problem") as progress:
+        for (_, tokens), group in groups.items():
             for start in range(0, len(group), _AT_ONCE):
                 columns = zip(*group[start : start + _AT_ONCE], strict=True)
                 prompts, answers, steps = (torch.tensor(column) for column in columns)
                 chunk = chunk_size or model.config.chunk_size
-                got, taken, read = answer(model, prompts, ANSWER_TOKENS, loops, chunk, threshold, prompt)
-                exact = (got == answers).all(dim=1).float()
-                found = torch.stack((exact, taken[:, 0].float(), taken[:, 1:].float().mean(1), read), dim=1)
+                got, taken, read = answer(model, prompts, tokens, loops, chunk, threshold, prompt)
+                exact, name = (got == answers).all(dim=1).float(), taken[:, -ANSWER_TOKENS].float()
+                rest = (taken.sum(1) - name) / (tokens - 1)
+                found = torch.stack((exact, name, rest, read), dim=1)
                 sums.index_add_(0, steps, found)
                 asked += torch.bincount(steps, minlength=MAX_HOPS + 1)
                 progress.advance(len(steps))
@@ -165,7 +168,8 @@ def _encode(encoder: Encoder, problem: Problem) -> tuple[list[int], list[int], i
     """A prompt's tokens, those of its answer, and its hops."""
     text = encoder.tokenizer.apply_chat_template(problem.messages(), tokenize=False)
     ids = encoder.tokenizer(text)["input_ids"]
-    return ids[:-ANSWER_TOKENS], ids[-ANSWER_TOKENS:], problem.questions[0].hops
+    begin = encoder.answer_begin(ids)
+    return ids[:begin], ids[begin:], problem.questions[0].hops
 
 
 def format_measures(measures: dict[str, Measure]) -> str:

@@ -4,9 +4,10 @@
     python -m melt_models.tiny.evaluate models/melt-tiny --exit-gate
     python -m melt_models.tiny.evaluate models/melt-tiny --write-examples 16
 
-The second command lets tokens leave the loop by the exit gate instead, at several thresholds (``tiny/depth.py``). The
-third writes ``evaluation.jsonl``, the examples that an export measures a bundle by. An answer counts when
-each of its tokens, the end-of-text token included, is the model's greedy choice.
+The first has a table for each kind of answer: a name, a sentence, step by step. The second lets tokens leave the loop
+by the exit gate instead, at several thresholds (``tiny/depth.py``). The third writes ``evaluation.jsonl``, the examples
+that an export measures a bundle by. An answer counts when each of its tokens, the end-of-text token included, is the
+model's greedy choice.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from melt_models.errors import CheckpointError
 from melt_models.evaluation import Example, write_examples
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
-from melt_models.tiny.data import ANSWER_TOKENS, Encoder
+from melt_models.tiny.data import NO_QUESTION, Encoder
 from melt_models.tiny.depth import PROMPTS, format_measures, measure_depth
-from melt_models.tiny.task import MAX_HOPS, make_problem
+from melt_models.tiny.task import KINDS, MAX_HOPS, NAMES, make_problem
 
 THRESHOLDS = (None, 0.5, 0.7, 0.9, 0.95, 0.98)
 """Of the exit gate; with None every token takes every loop."""
@@ -39,6 +40,7 @@ def exact_match(
     loops: tuple[int, ...] = (1, 2, 3, 4),
     chunk_size: int | None = None,
     seed: int = 1,
+    kinds: tuple[str, ...] = NAMES,
 ) -> dict[int, dict[int, float]]:
     """Measures the fraction of questions answered exactly.
 
@@ -46,12 +48,13 @@ def exact_match(
         problems: held-out contexts, of ``questions`` questions each, 1 to 4 hops evenly drawn.
         loops: depths to try; each runs on its own, so that the cache holds states of that depth.
         chunk_size: tokens in parallel; default the model's own.
+        kinds: kinds of answers, evenly drawn.
 
     Returns:
         ``table[loops][hops]``, a fraction in [0, 1].
     """
     rng = random.Random(seed)
-    drawn = [make_problem(rng, held_out=True, questions=questions) for _ in range(problems)]
+    drawn = [make_problem(rng, held_out=True, questions=questions, kinds=kinds) for _ in range(problems)]
     batches = [encoder.batch(drawn[start : start + 64], loops=MAX_HOPS) for start in range(0, problems, 64)]
     table: dict[int, dict[int, float]] = {}
     with Progress("evaluating", len(loops) * len(batches), "part") as progress:
@@ -62,12 +65,11 @@ def exact_match(
                 states, _ = model.model(
                     batch.input_ids, depth, chunk_size or model.config.chunk_size, KVCache(model.config)
                 )
-                rows, places = batch.is_name.nonzero(as_tuple=True)
-                exact = torch.ones(len(rows), dtype=torch.bool)
-                for offset in range(ANSWER_TOKENS):
-                    chosen = model.lm_head(states[-1][rows, places + offset]).argmax(-1)
-                    exact &= chosen == batch.targets[-1][rows, places + offset]
-                hops = batch.hops[rows, places]
+                counted = batch.question != NO_QUESTION
+                chosen = model.lm_head(states[-1][counted]).argmax(-1)
+                wrong = torch.bincount(batch.question[counted], weights=chosen != batch.targets[-1][counted])
+                exact = wrong == 0
+                hops = batch.hops[batch.is_name]
                 right += torch.bincount(hops, weights=exact.float(), minlength=MAX_HOPS + 1)
                 asked += torch.bincount(hops, minlength=MAX_HOPS + 1)
                 progress.advance()
@@ -87,32 +89,32 @@ def format_table(table: dict[int, dict[int, float]]) -> str:
 
 
 def draw_examples(count: int, seed: int = 21) -> tuple[Example, ...]:
-    """Held-out questions, ``count`` of each number of hops."""
+    """Held-out questions, mixed: ``count`` of each number of hops answered by a name, a quarter as many otherwise."""
     rng = random.Random(seed)
     examples: list[Example] = []
-    missing = dict.fromkeys(range(1, MAX_HOPS + 1), count)
-    while any(missing.values()):
-        problem = make_problem(rng, held_out=True, questions=1)
-        (question,) = problem.questions
-        if missing[question.hops]:
-            missing[question.hops] -= 1
-            user, assistant = problem.messages()
-            group = f"{question.hops} hop{'s' * (question.hops > 1)}"
-            examples.append(Example([user], assistant["content"], group))
+    for kind in KINDS:
+        for hops in range(1, MAX_HOPS + 1):
+            group = f"{hops} hop{'s' * (hops > 1)}" if kind == "name" else kind
+            for _ in range(count if kind == "name" else count // 4):
+                problem = make_problem(rng, held_out=True, questions=1, hops=(hops, hops), kinds=(kind,))
+                user, assistant = problem.messages()
+                examples.append(Example([user], assistant["content"], group))
+    rng.shuffle(examples)  # an export takes some of the first ones for its text
     return tuple(examples)
 
 
 def exit_tables(model: MeltCausalLM, encoder: Encoder, problems: int, chunk_size: int) -> str:
-    """What leaving by the exit gate costs and saves, a table for each way to read a prompt."""
+    """What leaving by the exit gate costs and saves: by ways to read a prompt for names, then for the other kinds."""
     tables = []
-    for prompt, meaning in PROMPTS.items():
+    ways = [("name", prompt) for prompt in PROMPTS] + [(kind, "apart") for kind in KINDS if kind != "name"]
+    for kind, prompt in ways:
         measures = {
             "every loop" if threshold is None else f"{threshold:g}": measure_depth(
-                model, encoder, threshold, prompt, problems, model.config.total_ut_steps, chunk_size
+                model, encoder, threshold, prompt, problems, model.config.total_ut_steps, chunk_size, kind=kind
             )
             for threshold in THRESHOLDS
         }
-        tables.append(f"prompt: {meaning}\n{format_measures(measures)}")
+        tables.append(f"kind of answer: {kind}; prompt: {PROMPTS[prompt]}\n{format_measures(measures)}")
     return "\n\n".join(tables)
 
 
@@ -153,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     depths = tuple(range(1, args.max_loops + 1))
     print(f"exact match in percent, {args.problems} held-out contexts, {args.questions} questions each, chunk {chunk}")
-    print(format_table(exact_match(model, encoder, args.problems, args.questions, depths, chunk)))
+    for kind in KINDS:
+        table = exact_match(model, encoder, args.problems, args.questions, depths, chunk, kinds=(kind,))
+        print(f"\nkind of answer: {kind}\n{format_table(table)}")
     return 0
 
 

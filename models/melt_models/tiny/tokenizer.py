@@ -5,7 +5,7 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from melt_models.tiny.task import DOMAINS, make_problem
+from melt_models.tiny.task import DOMAINS, MIXED, make_problem
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 
@@ -37,7 +37,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(seed)
-    problems = [make_problem(rng, held_out=False) for _ in range(4000)]
+    problems = [make_problem(rng, held_out=False, kinds=MIXED) for _ in range(4000)]
     bpe.train_from_iterator((m["content"] for p in problems for m in p.messages()), trainer)
     for name in sorted({name for domain in DOMAINS for name in domain.entities}):
         if len(bpe.encode(name).ids) != 1:

@@ -2,7 +2,8 @@
 
     python -m melt_models.tiny.write_data --out build/melt-tiny-training/data
 
-Every row is a context with eight questions; only the answers' tokens are labels. None of its chains is held out.
+Every row is a context with six questions, half of them answered by a name, the others in a sentence or step by step;
+only the answers' tokens are labels. None of its chains is held out.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from datasets import Dataset, disable_progress_bars
 from melt_files import require_absent, staged
 from melt_models.progress import Progress
 from melt_models.tiny.data import IGNORED, Encoder
-from melt_models.tiny.task import MAX_HOPS, make_problem
+from melt_models.tiny.task import MAX_HOPS, MIXED, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
 from melt_models.training.errors import TrainingError
 
@@ -24,14 +25,14 @@ TOKENIZER_SEED = 0
 _ROWS_AT_ONCE = 64
 
 
-def problem_rows(rows: int, seed: int, questions: int = 8) -> list[dict[str, list[int]]]:
+def problem_rows(rows: int, seed: int, questions: int = 6) -> list[dict[str, list[int]]]:
     """``rows`` contexts of 1 to 4 hops as ``input_ids`` and ``labels``."""
     rng, encoder = random.Random(f"data/{seed}"), Encoder(build_tokenizer(TOKENIZER_SEED))
     written: list[dict[str, list[int]]] = []
     with Progress("writing data", rows, "row") as progress:
         while len(written) < rows:
             count = min(_ROWS_AT_ONCE, rows - len(written))
-            problems = [make_problem(rng, held_out=False, questions=questions) for _ in range(count)]
+            problems = [make_problem(rng, held_out=False, questions=questions, kinds=MIXED) for _ in range(count)]
             batch = encoder.batch(problems, MAX_HOPS)
             for ids, targets in zip(batch.input_ids, batch.targets[-1], strict=True):
                 length = int((ids != encoder.pad_id).sum())

@@ -65,8 +65,8 @@ def forward_chunk(
         alpha: weight of MELT's keys and values against the LoopLM's at every layer and loop (phase 1: interpolated
             transition); None: the model's own alone.
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
-        left: the loop, counted from 1, as whose rows a token's stay for the chunks after this one, [B, C] int64; None:
-            the last one's. MELT's alone.
+        left: the loop, counted from 1, after which a token leaves, [B, C] int64; None: the last. Its rows stay as that
+            one left them for the chunks after this one; a LoopLM's caches of later loops get copies, as Ouro's do.
     """
     frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"

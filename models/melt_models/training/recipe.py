@@ -131,8 +131,8 @@ class Recipe:
         deep_steps: fraction of steps of phases 1 and 2 at a depth drawn from the teacher's + 1 to ``most_loops``, which
             the teacher runs, too, so that a loop too many does not walk past the answer.
         most_loops: the deepest of those; 0 where there are none.
-        leaving_steps: fraction of steps of phase 2 in which supervised tokens leave the loop anywhere, drawn, so that
-            the student learns to read the rows that they leave.
+        leaving_steps: fraction of steps of phase 2 and of the exit gate's in which supervised tokens leave the loop
+            anywhere, drawn, so that the student learns to read the rows that they leave.
         warmup_steps: steps over which the rates rise from 0, anew for the joint phase and the exit gate's.
         decay_steps: steps at the end over which they fall to 0: of phases 1 and 2, the joint one, the exit gate's.
         weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
@@ -339,8 +339,9 @@ def _broken_rules(recipe: Recipe) -> list[str]:
     depths = recipe.shallow_steps + recipe.deep_steps
     require(depths <= 1, "shallow_steps + deep_steps", "at most 1", depths)
     if recipe.leaving_steps > 0:
-        held = recipe.distillation.steps > 0
-        require(held, "leaving_steps", "left out where distillation.steps is 0", recipe.leaving_steps)
+        held = recipe.distillation.steps > 0 or recipe.exit is not None
+        rule = "left out where neither phase 2 nor the exit gate's is"
+        require(held, "leaving_steps", rule, recipe.leaving_steps)
     if recipe.deep_steps > 0:
         rule = "given where deep_steps is above 0, above the model's loops"
         require(recipe.paired_steps > 0, "deep_steps", "left out where phases 1 and 2 are", recipe.deep_steps)

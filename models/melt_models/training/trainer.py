@@ -160,7 +160,7 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     phase, alpha, leaving = recipe.phase_of(step), recipe.alpha_of(step), None
     if not isinstance(phase, Phase):
         depth = loops
-    elif alpha is None and rng.random() < recipe.leaving_steps:
+    if alpha is None and not isinstance(phase, Joint) and rng.random() < recipe.leaving_steps:
         leaving = rng.getrandbits(32)
     return Step(phase, depth, chunk, alpha, leaving)
 
