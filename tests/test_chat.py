@@ -13,7 +13,11 @@ from melt_runtime.cli.chat import Chat
 from melt_runtime.cli.main import main
 from melt_runtime.text.codec import TextCodec
 
-FACTS = "Ana reports to Ben. Ben reports to Cleo. Cleo reports to Dan."
+FACTS = (
+    "Ana reports to Ben. Cleo reports to Ana. Ben works for Dan. Eva reports to Cleo. Dan reports to Finn. "
+    "Gina works for Hugo. Hugo reports to Ana. Iris reports to Gina."
+)
+"""As many as melt-tiny learned from: of fewer it is less sure, and a past that is read in other chunks may turn it."""
 QUESTION = f"{FACTS} Who is two levels above Ana?"
 MORE = "Who is one level above Ana?"
 WITH_SYSTEM = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -281,15 +285,16 @@ needs_terminals = pytest.mark.skipif(sys.platform == "win32", reason="terminals 
 def test_on_a_terminal_arrow_keys_bring_back_lines_and_the_first_tokens_time_is_shown(tiny_bundle, tiny):
     from terminal import PROMPT, Terminal
 
-    answer = tiny.generate(QUESTION, max_new_tokens=8).text.encode()
+    question = "Ana reports to Ben. Who is one level above Ana?"  # as long as a line of the terminal at most
+    answer = tiny.generate(question, max_new_tokens=8).text.encode()
     with Terminal("chat", tiny_bundle, "--device", "cpu", "--max-new-tokens", "8") as terminal:
-        terminal.line(QUESTION)
+        terminal.line(question)
         shown = terminal.wait_for(b"finish: stop]")
         assert answer in shown
         assert b"[prompt " in shown
         terminal.wait_for(PROMPT)
         terminal.send(b"\x1b[A\r")  # arrow up
-        assert QUESTION.encode() in terminal.wait_for(b"finish: ")
+        assert question.encode() in terminal.wait_for(b"finish: ")
         terminal.line("/clear")
         terminal.wait_for(b"forgotten")
         terminal.wait_for(PROMPT)
