@@ -97,6 +97,8 @@ NOT_RUN = {
     "--lags 1": _FULL_SIZE,
     "python benchmarks/decoding.py build/bench/ouro-1.4b-int8 build/bench/melt-1.6b-int4 build/bench/ouro-1.4b-int4 "
     "--positions 4000 --tokens 16 --rounds 1 --shares 90 --lags 1": _FULL_SIZE,
+    "python benchmarks/decoding.py build/bench/ouro-1.4b-4-int8 build/bench/ouro-1.4b-4-int4 --rounds 1 --tokens 16 "
+    "--shares 70,90,100": _FULL_SIZE,
     "python benchmarks/answers.py runtime/melt_runtime/demo/melt-tiny --questions 100 "
     "--json docs/data/answers.json": _MINUTES,
     "melt-export --shape melt-1.6b --out build/bench --precision int4": _FULL_SIZE,
