@@ -23,6 +23,7 @@ import pytest
 from conftest import MELT_TINY, ROOT
 from documents import COMMANDS, DOCUMENTS, SUBCOMMANDS, Example, python_examples, shell_examples
 from published import write_ouro
+from transformers import AutoTokenizer
 
 from melt_export.cli import _parser as export_parser
 from melt_models.tiny.task import make_problem
@@ -116,8 +117,7 @@ def conversations(count: int) -> str:
     """Text of the kind that melt-tiny learned, as its template writes it: on any other, rounding costs it too much."""
     draw = random.Random(0)
     turns = [turn for _ in range(count) for turn in make_problem(draw, True, 4, kinds=("steps",)).messages()]
-    ends = {"user": "", "assistant": "<|end|>"}
-    return "".join(f"<|{turn['role']}|>{turn['content']}{ends[turn['role']]}" for turn in turns)
+    return AutoTokenizer.from_pretrained(MELT_TINY).apply_chat_template(turns, tokenize=False)
 
 
 QUESTION = "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?\n"

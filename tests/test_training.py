@@ -76,8 +76,8 @@ def test_rows_of_tokens_that_leave_are_those_of_their_loop_and_read_by_the_chunk
     caches = {depth: TrainingCache() for depth in (1, 3, LOOPS)}
     for depth, cache in caches.items():
         forward_chunk(student.model, first, depth, cache)
-    left, cache = torch.tensor([[1], [3]]), TrainingCache()
-    forward_chunk(student.model, first, LOOPS, cache, left=left)
+    cache = TrainingCache(left=torch.tensor([[1] + [LOOPS] * (CHUNK - 1), [3] + [LOOPS] * (CHUNK - 1)]))
+    forward_chunk(student.model, first, LOOPS, cache)
     for layer, rows in cache.final.items():
         for part, got in enumerate(rows[0]):
             for row, depth in enumerate((1, 3)):
@@ -91,9 +91,9 @@ def test_rows_of_tokens_that_leave_are_those_of_their_loop_and_read_by_the_chunk
 @torch.no_grad()
 def test_a_token_that_leaves_a_looplm_fills_the_caches_of_later_loops_with_copies():
     looplm, ids = random_model(gate_kind="none"), tokens()[:, :3]
-    full, cache = TrainingCache(), TrainingCache()
+    full, cache = TrainingCache(), TrainingCache(left=torch.tensor([[2, 2, 2], [LOOPS] * 3]))
     forward_chunk(looplm.model, ids, LOOPS, full)
-    forward_chunk(looplm.model, ids, LOOPS, cache, left=torch.tensor([[2, 2, 2], [LOOPS] * 3]))
+    forward_chunk(looplm.model, ids, LOOPS, cache)
     for (loop_idx, layer_idx), ((keys, values),) in cache.per_loop.items():
         copied, own = (full.per_loop[loop, layer_idx][0] for loop in (min(loop_idx, 1), loop_idx))
         assert torch.equal(keys[0], copied[0][0])

@@ -27,11 +27,15 @@ class TrainingCache:
         final: of each layer, the rows after the last loop (MELT).
         per_loop: of each loop and layer, the LoopLM's rows; filled for a LoopLM, and while phase 1 mixes.
         length: tokens.
+        left: the loop, counted from 1, after which each token of the sequences leaves, [B, L] int64; None: the last.
+            Its rows stay as that one left them for the chunks after its own; a LoopLM's caches of later loops get
+            copies, as Ouro's do.
     """
 
     final: dict[int, Rows] = field(default_factory=dict)
     per_loop: dict[tuple[int, int], Rows] = field(default_factory=dict)
     length: int = 0
+    left: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ def forward_chunk(
     cache: TrainingCache,
     alpha: float | None = None,
     recompute: bool = False,
-    left: Tensor | None = None,
 ) -> ChunkPass:
     """Runs one chunk through all loops and adds its rows to ``cache``.
 
@@ -65,12 +68,11 @@ def forward_chunk(
         alpha: weight of MELT's keys and values against the LoopLM's at every layer and loop (phase 1: interpolated
             transition); None: the model's own alone.
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
-        left: the loop, counted from 1, after which a token leaves, [B, C] int64; None: the last. Its rows stay as that
-            one left them for the chunks after this one; a LoopLM's caches of later loops get copies, as Ouro's do.
     """
     frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"
     attended = []
+    left = None if cache.left is None else cache.left[:, cache.length : cache.length + input_ids.shape[1]]
     stayed: dict[int, KeyValue] = {}  # of each layer, the rows so far of tokens that leave at loops of their own
 
     def run_layer(

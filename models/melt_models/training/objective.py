@@ -92,14 +92,12 @@ class Objective(nn.Module):
         length = batch.input_ids.shape[1]
         chunk_size = step.chunk_size or length
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
-        left = _leaving(batch, step)
         sums: dict[str, Tensor] = {}
-        cache = TrainingCache()
+        cache = _new_cache(batch, step)
         for start in range(0, length, chunk_size):
             part = slice(start, start + chunk_size)
-            leaves = None if left is None else left[:, part]
             got = forward_chunk(
-                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute, leaves
+                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute
             )
             for name, value in self._terms(got, wanted, batch, part, phase).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -111,17 +109,14 @@ class Objective(nn.Module):
 
     def _gated(self, batch: TokenBatch, step: Step, phase: Joint | Exit) -> dict[str, Tensor]:
         """The means over supervised tokens of what the exit gate makes of their losses; ``exit`` over loops, too."""
-        gate, cache, left = self.student.model.early_exit_gate, TrainingCache(), _leaving(batch, step)
+        gate, cache = self.student.model.early_exit_gate, _new_cache(batch, step)
         assert gate is not None, "a model without one was refused"
         size = step.chunk_size or batch.input_ids.shape[1]
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, batch.input_ids.shape[1], size):
-            part = slice(start, start + size)
-            ids, targets = batch.input_ids[:, part], batch.targets[:, part]
-            leaves = None if left is None else left[:, part]
+        for ids, targets in zip(batch.input_ids.split(size, dim=1), batch.targets.split(size, dim=1), strict=True):
             counted = targets != IGNORED
             with nullcontext() if phase.trains_model else torch.no_grad():
-                got = forward_chunk(self.student.model, ids, step.loops, cache, None, self.recompute, leaves)
+                got = forward_chunk(self.student.model, ids, step.loops, cache, recompute=self.recompute)
                 states = [state[counted] for state in got.states]
                 entropies = torch.stack(
                     [self._run(_cross_entropy, self.student, state, targets[counted], "none") for state in states]
@@ -171,8 +166,10 @@ class Objective(nn.Module):
         return function(*arguments)
 
 
-def _leaving(batch: TokenBatch, step: Step) -> Tensor | None:
-    return None if step.leaving is None else draw_leaving(batch.targets != IGNORED, step.loops, step.leaving)
+def _new_cache(batch: TokenBatch, step: Step) -> TrainingCache:
+    if step.leaving is None:
+        return TrainingCache()
+    return TrainingCache(left=draw_leaving(batch.targets != IGNORED, step.loops, step.leaving))
 
 
 def draw_leaving(supervised: Tensor, loops: int, seed: int) -> Tensor:
