@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from melt_files import partial_folder, partials, remove_dead, replace_text, require_absent, staged
+from melt_files import matching, partial_folder, partials, remove_dead, replace_text, require_absent, staged
 
 MAKER = """
 import signal, sys, time
@@ -267,3 +267,21 @@ def test_an_output_that_exists_is_refused(tmp_path, kind):
     make(out, kind)
     with pytest.raises(ValueError, match=f"{out} exists: choose another --out"):
         require_absent(out, ValueError)
+
+
+def test_a_folder_that_goes_while_it_is_read_has_nothing_in_it(tmp_path, monkeypatch):
+    """Python 3.11's glob looks whether a folder is there, and then reads it: another process may come between."""
+    place = tmp_path / "cache"
+    place.mkdir()
+    read = os.scandir
+
+    def scandir(folder):
+        if str(folder) == str(place):
+            place.rmdir()
+        return read(folder)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    assert matching(place, "*") == []
+    place.mkdir()
+    with partial_folder(place, "result") as made:
+        assert made.is_dir()

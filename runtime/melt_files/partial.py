@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from melt_files.listing import matching
 from melt_files.locks import lock
 
 _OWNER, _PARTIAL = ".owner", ".partial"
@@ -72,7 +73,7 @@ def partial_folder(parent: Path, name: str, make_parent: Callable[[], None] | No
 
 def remove_dead(parent: Path) -> None:
     """Removes the folders in the making in ``parent`` whose processes have ended; leaves all else alone."""
-    for mark in parent.glob(f".*{_OWNER}"):
+    for mark in matching(parent, f".*{_OWNER}"):
         with _claimed(mark) as dead:
             if dead:
                 shutil.rmtree(mark.with_suffix(_PARTIAL), ignore_errors=True)
@@ -83,7 +84,7 @@ def remove_dead(parent: Path) -> None:
 def partials(parent: Path) -> list[Partial]:
     """Every folder in the making in ``parent``."""
     found = []
-    for mark in sorted(parent.glob(f".*{_OWNER}")):
+    for mark in matching(parent, f".*{_OWNER}"):
         folder = mark.with_suffix(_PARTIAL)
         with _claimed(mark) as dead:
             if folder.is_dir():

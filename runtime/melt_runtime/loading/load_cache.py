@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melt_files import Partial, partial_folder, partials, remove_dead, replace_text
+from melt_files import Partial, matching, partial_folder, partials, remove_dead, replace_text
 from melt_runtime.arguments import instance, path_of, shown, whole_number
 from melt_runtime.bundle.manifest import Manifest
 
@@ -150,7 +150,7 @@ class LoadCache:
     def entries(self) -> list[CacheEntry]:
         """Every entry, the most recently used first."""
         found = []
-        for folder in self.folder.glob("*"):
+        for folder in matching(self.folder, "*"):
             stamp = _read_stamp(folder)
             if stamp is None:
                 continue
@@ -175,14 +175,14 @@ class LoadCache:
         checked = self.folder / _CHECKED
         if not checked.is_symlink():
             remove_dead(checked)
-            for note in checked.glob("*.json"):
+            for note in matching(checked, "*.json"):
                 if _NOTE.fullmatch(note.name) and _read_own(note) is not None:
                     with suppress(OSError):
                         note.unlink()
             with suppress(OSError):
                 checked.rmdir()
         tag = self.folder / _TAG
-        left = tuple(sorted(path for path in self.folder.glob("*") if path != tag))
+        left = tuple(path for path in matching(self.folder, "*") if path != tag)
         with suppress(OSError):
             if not left and tag.read_text(encoding="utf-8") == _TAG_TEXT:
                 tag.unlink()
