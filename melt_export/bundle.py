@@ -192,7 +192,7 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             write_manifest(folder, manifest)
         elif options.verified:
             report("verifying against torch, loop by loop")
-            rounded = reference_model(config, bundle_reader(weights, formats, config.tie_word_embeddings))
+            rounded = reference_model(config, bundle_reader(weights, modules))
             manifest = replace(
                 manifest, parity=verify_bundle(folder, manifest, rounded, brief=not fits_whole(empty_model(config)))
             )
@@ -210,10 +210,7 @@ def _pack(graph: ir.Model, module: nn.Module, source: Source, weights: WeightFil
     keys = {}
     matrices = 0
     for name, owner in bar(list(owners(module)), "module"):
-        origin = f"{module.prefix}{name}".strip(".")
-        if origin == "lm_head" and source.config.tie_word_embeddings:
-            origin = "model.embed_tokens"
-        for tensor, key in weights.add_module(owner, origin, source.read).items():
+        for tensor, key in weights.add_module(owner, f"{module.prefix}{name}".strip("."), source.read).items():
             keys[f"{name}.{tensor}".strip(".")] = key
             matrices += weights.entries[key].nbytes if name else 0  # a graph's own tensors are rotary tables
     weights.attach(graph.graph, keys)

@@ -21,7 +21,7 @@ class WeightFormat:
 
     Attributes:
         precision: one of ``PRECISIONS``; floats are stored in the bundle's activation type.
-        block: weights along the input axis that share a scale; 0 for floats.
+        block: weights along the input axis that share a scale; 0 for floats, and for integers by column.
     """
 
     precision: str
@@ -31,6 +31,11 @@ class WeightFormat:
     def bits(self) -> int:
         """Bits of a quantized weight; 0 for floats."""
         return {"int8": 8, "int4": 4}.get(self.precision, 0)
+
+    @property
+    def by_column(self) -> bool:
+        """Whether all weights of an output share one scale, and products are integer for any number of rows."""
+        return self.bits == 8 and self.block == 0
 
 
 def weight_formats(

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from melt_export.merge import UNGATED
 from melt_export.stored import Read
 from melt_layers import Layer, RMSNorm, rope_tables
 from melt_models.modeling import MeltCausalLM
@@ -56,8 +57,9 @@ class HeadGraph(nn.Module):
 class LoopGraph(nn.Module):
     """One loop over all layers.
 
-    Per layer, with a gate of quantized matrices: seven matrix products and two of the gate, attention, four norms of
-    which two add the residual too, five element-wise steps of the gate and two of the MLP.
+    Per layer, with a gate of quantized matrices: six matrix products (queries with ``W_z``, ``U_z``, keys with values,
+    output, the MLP's two), attention, four norms of which two add the residual too, five element-wise steps of the gate
+    and two of the MLP. Without a gate four products.
     """
 
     prefix: ClassVar = "model."
@@ -98,11 +100,16 @@ class LoopGraph(nn.Module):
         lengths = (seqlens_k, total_sequence_length)
         a = self._norm(self.layers[0].input_layernorm, hidden)
         for layer_idx, layer in enumerate(self.layers):
-            h = layer.gate(a, latents[layer_idx] if latents else None, loop_idx)
-            if latents:
-                latents_out.append(h)
+            query, *others = layer.of_input(a)
+            if layer.gate.kind in UNGATED:
+                source = others
+            else:
+                h = layer.gate.update(a, latents[layer_idx] if latents else None, loop_idx, *(others or [None]))
+                if latents:
+                    latents_out.append(h)
+                source = layer.of_state(h)
             past = (past_keys[layer_idx], past_values[layer_idx])
-            attended, key, value = self._attention(layer, a, h, past, lengths)
+            attended, key, value = self._attention((query, *source), past, lengths)
             keys.append(key)
             values.append(value)
             attended = self._norm(layer.input_layernorm_2, layer.self_attn.o_proj(attended))
@@ -135,18 +142,17 @@ class LoopGraph(nn.Module):
         return outputs[0], outputs[3]
 
     def _mlp(self, layer: Layer, m: Tensor) -> Tensor:
-        gate = layer.mlp.gate_proj(m)
+        gate, up = layer.of_middle(m)
         silu = torch.onnx.ops.symbolic(
             _OPERATORS + "QuickGelu", (gate,), {"alpha": 1.0}, dtype=gate.dtype, shape=gate.shape, version=1
         )
-        return layer.mlp.down_proj(silu * layer.mlp.up_proj(m))
+        return layer.mlp.down_proj(silu * up)
 
     def _attention(
-        self, layer: Layer, a: Tensor, h: Tensor, past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]
+        self, rows: tuple[Tensor, ...], past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention that rewrites its rows of the cache where past and present are one buffer."""
-        attention = layer.self_attn
-        query, key, value = attention.q_proj(a), attention.k_proj(h), attention.v_proj(h)
+        """Attention of queries, keys and values, which rewrites its rows of the cache where past and present are one
+        buffer."""
         attributes = {
             "num_heads": self.config.num_attention_heads,
             "kv_num_heads": self.config.num_key_value_heads,
@@ -154,10 +160,10 @@ class LoopGraph(nn.Module):
         }
         attended, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             _OPERATORS + "GroupQueryAttention",
-            (query, key, value, *past, *lengths, self.cos, self.sin),
+            (*rows, *past, *lengths, self.cos, self.sin),
             attributes,
-            dtypes=(a.dtype, past[0].dtype, past[1].dtype),
-            shapes=(query.shape, past[0].shape, past[1].shape),
+            dtypes=(rows[0].dtype, past[0].dtype, past[1].dtype),
+            shapes=(rows[0].shape, past[0].shape, past[1].shape),
             version=1,
         )
         return attended, present_key, present_value

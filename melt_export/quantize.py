@@ -1,8 +1,11 @@
-"""Rounds weight matrices to 4 or 8 bits in blocks, and back. Knows tensors, not models.
+"""Rounds weight matrices to 4 or 8 bits in blocks, or to 8 bits by column, and back. Knows tensors, not models.
 
 Layout of ``com.microsoft.MatMulNBits``: ``packed [N, blocks, block * bits / 8]`` uint8, ``scales [N, blocks]`` float.
 At 4 bits a zero point for each block, ``zeros [N, ceil(blocks / 2)]`` uint8; two values a byte, the first in the low
 nibble. At 8 bits the zero point is 128 everywhere. A weight is ``(code - zero) * scale``.
+
+Layout of ``com.microsoft.MatMulIntegerToFloat``: ``codes [K, N]`` int8, ``scales [N]`` float32, no zero point: all
+weights of a column, which are those of an output, share a scale.
 """
 
 import torch
@@ -62,6 +65,25 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> T
             codes, points = _split(codes), _split(zeros[here])[:, :blocks, None]
         restored[here] = ((codes.float() - points) * scales[here, :, None]).flatten(1)
     return restored
+
+
+def quantize_columns(weight: Tensor) -> dict[str, Tensor]:
+    """Rounds a matrix [N, K] to ``codes`` [K, N] from -127 to 127 and ``scales`` [N]."""
+    rows, width = weight.shape
+    codes, scales = torch.empty(width, rows, dtype=torch.int8), torch.empty(rows)
+    step = max(1, _SLICE // width)
+    for start in range(0, rows, step):
+        here = slice(start, start + step)
+        piece = weight[here].float()
+        peak = piece.abs().amax(1, keepdim=True)
+        codes[:, here] = (piece * torch.where(peak == 0, 0.0, 127 / peak)).round_().to(torch.int8).T
+        scales[here] = peak[:, 0] / 127
+    return {"codes": codes, "scales": scales}
+
+
+def dequantize_columns(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 matrix [N, K] that ``quantize_columns`` stands for."""
+    return codes.T.float() * scales[:, None]
 
 
 def _round_evenly(blocks: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -4,15 +4,15 @@ A small model is loaded whole; of a large one each part is read when it computes
 same memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from melt_export.formats import WeightFormat
-from melt_export.stored import unpack
-from melt_export.weights import WeightFile
+from melt_export.stored import Matrix, stored
+from melt_export.weights import WeightFile, owners
 from melt_models.checkpoint import empty_model
 from melt_models.configuration import MeltConfig
 from melt_models.modeling import MeltCausalLM
@@ -48,15 +48,24 @@ def fits_whole(model: nn.Module) -> bool:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
 
 
-def bundle_reader(weights: WeightFile, formats: dict[str, WeightFormat], tied: bool) -> Callable[[str], Tensor]:
-    """Reads tensors by their names in the checkpoint, as the bundle rounded them, in float32."""
+def bundle_reader(weights: WeightFile, graphs: Mapping[str, nn.Module]) -> Callable[[str], Tensor]:
+    """Reads tensors by their names in the checkpoint, as the modules of a bundle's graphs rounded them, in float32."""
+    owner: dict[str, tuple[Any, Matrix, str]] = {}
+    biases: dict[str | None, str] = {}
+    for graph in graphs.values():
+        for place, module in owners(graph):
+            matrix = stored(module)
+            if matrix is None:
+                continue
+            owner |= {f"{name}.weight": (module, matrix, name) for name in matrix.names}
+            owner[f"{graph.prefix}{place}.weight"] = (module, matrix, matrix.names[0])  # a tied head's own name
+            biases[matrix.bias] = f"{matrix.key}.bias"
 
     def read(name: str) -> Tensor:
-        module, tensor = name.rsplit(".", 1)
-        origin = "model.embed_tokens" if tied and module == "lm_head" else module
-        if tensor == "weight" and module in formats:
-            return unpack(lambda part: weights.read(f"{origin}.{part}"), formats[module])
-        return weights.read(f"{origin}.{tensor}").float()
+        if name in owner:
+            module, matrix, layer = owner[name]
+            return module.unpack(lambda part: weights.read(f"{matrix.key}.{part}"), matrix.rows(layer))
+        return weights.read(biases.get(name, name)).float()
 
     return read
 

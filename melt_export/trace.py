@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from melt_export.formats import WeightFormat
 from melt_export.graphs import EmbedGraph, HeadGraph, LoopGraph
+from melt_export.merge import Store
 from melt_export.quantize import Rounding
 from melt_export.sampling import GreedyGraph, SampleGraph
-from melt_export.stored import store_modules
 from melt_models.checkpoint import empty_model
 from melt_models.configuration import MeltConfig
 from melt_runtime.bundle.contract import GraphSpec, ModelShape, TensorSpec
@@ -41,7 +41,7 @@ def graph_modules(
     """
     model = empty_model(config).to(getattr(torch, dtype))
     with torch.device("meta"):
-        store_modules(model, formats, getattr(torch, dtype), rounding)
+        Store(model, formats, getattr(torch, dtype), rounding).fill()
         modules = {name: module(model) for name, module in _MODULES.items()}
     return {name: module.eval().to_empty(device="cpu") for name, module in modules.items()}
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from melt_export.stored import stored
 from melt_runtime.bundle.manifest import WEIGHTS_NAME
 from melt_runtime.memory.plan import stored_type
 
@@ -66,23 +67,26 @@ class WeightFile:
         values = np.fromfile(self._path, stored_type(entry.dtype), math.prod(entry.shape), offset=entry.offset)
         return torch.from_numpy(values.reshape(entry.shape)).view(getattr(torch, entry.dtype))
 
-    def add_module(self, module: nn.Module, origin: str, read: Callable[[str], Tensor]) -> dict[str, str]:
+    def add_module(self, module: nn.Module, name: str, read: Callable[[str], Tensor]) -> dict[str, str]:
         """Packs what a module itself owns, unless it stands here already.
 
         Args:
             module: a module with tensors of its own, traced or to be traced.
-            origin: its name in the checkpoint.
+            name: its name in the checkpoint, where it is the checkpoint's own.
             read: gives a tensor of the checkpoint.
 
         Returns:
             Keys by tensor name inside the module.
         """
-        owned = [name for name, _ in module.named_parameters(recurse=False)]
-        owned += [name for name, _ in module.named_buffers(recurse=False)]
-        keys = {name: f"{origin}.{name}" for name in owned}
+        matrix = stored(module)
+        origin = name if matrix is None else matrix.key
+        owned = [tensor for tensor, _ in module.named_parameters(recurse=False)]
+        owned += [tensor for tensor, _ in module.named_buffers(recurse=False)]
+        keys = {tensor: f"{origin}.{tensor}" for tensor in owned}
         if any(key not in self.entries for key in keys.values()):
-            for name, tensor in _pack(module, lambda name: read(f"{origin}.{name}")).items():
-                self.add(keys[name], tensor)
+            reader = (lambda tensor: read(f"{name}.{tensor}")) if matrix is None else matrix.reader(read)
+            for tensor, values in _pack(module, reader).items():
+                self.add(keys[tensor], values)
         return keys
 
     def attach(self, graph: ir.Graph, keys: dict[str, str]) -> None:

@@ -6,7 +6,10 @@ from collections import Counter
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import random_model
 
+from melt_export.formats import weight_formats
+from melt_export.trace import graph_modules, model_shape, trace_graph
 from melt_runtime.bundle.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
 from melt_runtime.bundle.manifest import check_files, read_manifest
 
@@ -64,17 +67,19 @@ PER_LAYER = {
     "Sub": 1,
     "Mul": 2,  # z (h - a); the MLP's product
     "Add": 2,  # W_z a + U_z h; a + z (h - a)
+    "Split": 3,  # queries and W_z; keys and values; the MLP's gate and up
+    "Constant": 3,
 }
-"""Of a gated layer, whatever its precision, without its nine matrices."""
+"""Of a gated layer, whatever its precision, without its nine matrices, which are six products."""
 
 
 @pytest.mark.parametrize("graph", ["loop", "loop_int8", "loop_int4"])
 @pytest.mark.parametrize(
     ("precision", "matrices"),
     [
-        ("float32", {"FusedMatMul": 9 * LAYERS + 1, "Add": LAYERS + 1}),  # b_z and the exit gate's bias are added
-        ("int8", {"MatMulNBits": 9 * LAYERS, "FusedMatMul": 1, "Add": 1}),  # the exit gate stays float
-        ("int4", {"MatMulNBits": 9 * LAYERS, "FusedMatMul": 1, "Add": 1}),
+        ("float32", {"FusedMatMul": 6 * LAYERS + 1, "Add": LAYERS + 1}),  # b_z and the exit gate's bias are added
+        ("int8", {"MatMulNBits": 6 * LAYERS, "FusedMatMul": 1, "Add": 1}),  # the exit gate stays float
+        ("int4", {"MatMulNBits": 6 * LAYERS, "FusedMatMul": 1, "Add": 1}),
     ],
 )
 def test_nothing_decomposes(random_bundle, precision, matrices, graph):
@@ -83,6 +88,25 @@ def test_nothing_decomposes(random_bundle, precision, matrices, graph):
     expected = Counter({name: LAYERS * count for name, count in PER_LAYER.items()}) + Counter(matrices)
     expected["SimplifiedLayerNormalization"] += 1  # the first layer has no residual to add
     assert Counter(node.op_type for node in nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("gate_kind", "layers", "products"),
+    [
+        ("elementwise", {}, 6),  # queries and W_z, U_z, keys and values, output, gate and up, down
+        ("elementwise", {"*.w_z": "int8"}, 7),  # two formats are two products
+        ("ema", {}, 5),
+        ("last", {}, 4),  # keys and values read what the queries read
+        ("none", {}, 4),
+    ],
+)
+def test_matrices_that_read_the_same_rows_are_one_product(gate_kind, layers, products):
+    """Each product is the start and the end of a parallel section."""
+    config = random_model(gate_kind=gate_kind).config
+    formats = weight_formats(random_model(gate_kind=gate_kind), "int4", layers)
+    spec = graph_specs(model_shape(config), "float32")["loop"]
+    graph = trace_graph("loop", graph_modules(config, formats, "float32")["loop"], spec).graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph) == products * LAYERS
 
 
 def test_onnx_runtime_leaves_the_graph_as_it_is(random_bundle, tmp_path):

@@ -1,6 +1,7 @@
 """The layer of MELT and LoopLM, on torch alone: for models over any version of transformers."""
 
 from melt_layers.layers import (
+    LEARNED_GATES,
     MLP,
     Attention,
     Frame,
@@ -21,6 +22,7 @@ __all__ = [
     "Gate",
     "GateLinear",
     "KeyValue",
+    "LEARNED_GATES",
     "Layer",
     "LayerConfig",
     "MLP",

@@ -62,6 +62,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+LEARNED_GATES = ("elementwise", "scalar")
+"""Kinds of gate whose ``z`` is computed from the layer's input and its latent state."""
+
+
 class GateLinear(nn.Linear):
     """A gate's projection; a class of its own because it starts differently from other weights."""
 
@@ -73,7 +77,7 @@ class Gate(nn.Module):
         super().__init__()
         self.kind = config.gate_kind
         self.ema = config.gate_ema
-        if self.kind in ("elementwise", "scalar"):
+        if self.kind in LEARNED_GATES:
             width = config.hidden_size if self.kind == "elementwise" else 1
             self.w_z = GateLinear(config.hidden_size, width)
             self.u_z = GateLinear(config.hidden_size, width, bias=False)
@@ -89,13 +93,17 @@ class Gate(nn.Module):
         Returns:
             ``h_t`` [B, C, D].
         """
+        return self.update(a, latent, loop_idx, self.w_z(a) if self.kind in LEARNED_GATES else None)
+
+    def update(self, a: Tensor, latent: Tensor | None, loop_idx: int | Tensor, read: Tensor | None) -> Tensor:
+        """As ``forward``, with the learned gates' ``W_z a`` in ``read`` [B, C, D or 1], computed elsewhere."""
         if self.kind in ("none", "last"):
             return a
         if latent is None:
             latent = torch.zeros_like(a)
         if self.kind == "mean":
             return latent + (a - latent) / (loop_idx + 1)
-        z = self.ema if self.kind == "ema" else torch.sigmoid(self.w_z(a) + self.u_z(latent))
+        z = self.ema if read is None else torch.sigmoid(read + self.u_z(latent))
         return a + z * (latent - a)
 
 
