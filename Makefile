@@ -33,7 +33,7 @@ SHIPPED := runtime/melt_runtime/demo/melt-tiny
 # 8 bits in blocks of 32: 1.1 MB, and of 2,048 held-out questions it answers as many as float32 (2.0 MB) at every depth.
 demo-bundle: $(VENV)/ready
 	rm -rf build/demo-bundle
-	$(BIN)/python export.py models/melt-tiny --out build/demo-bundle --precision int8 --block 32
+	$(BIN)/python export.py models/melt-tiny --out build/demo-bundle --precision int8 --block 32 --prompts none
 	rm -rf $(SHIPPED)
 	mkdir -p $(dir $(SHIPPED))
 	mv build/demo-bundle $(SHIPPED)

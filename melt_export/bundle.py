@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from melt_export.calibrate import collect_rows, key_scales, value_scales
-from melt_export.formats import BLOCKS, WeightFormat, weight_formats
+from melt_export.choices import PROMPTS
+from melt_export.formats import BLOCKS, WeightFormat, prompt_formats, weight_formats
 from melt_export.limits import LossError, describe_loss
 from melt_export.probe import Probe, choose_probe
 from melt_export.progress import bar
-from melt_export.quality import measure_quality
+from melt_export.quality import compare_prompts, measure_quality
 from melt_export.quantize import ROUNDINGS, Rounding
 from melt_export.record import open_runner
 from melt_export.reference import bundle_reader, fits_whole, reference_model
@@ -35,6 +36,7 @@ from melt_models.hub import checkpoint_folder
 from melt_runtime.arguments import one_of
 from melt_runtime.bundle.contract import (
     ACTIVATIONS,
+    INTEGERS,
     KV_CACHES,
     METADATA_KEY,
     PRECISIONS,
@@ -46,13 +48,16 @@ from melt_runtime.bundle.contract import (
     graph_specs,
     loop_graph,
     offered_kv_caches,
+    prompt_graph,
 )
 from melt_runtime.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
+    PROMPT_WEIGHTS_NAME,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Manifest,
+    Prompts,
     Quantization,
     file_entry,
     write_manifest,
@@ -78,11 +83,13 @@ class ExportOptions:
             for integers. ``float16`` and ``bfloat16`` are for CUDA.
         verified: compare with torch and measure the quality; left out for random weights, which have none.
         allow_loss: write the bundle, with every KV cache, even where rounding costs more than ``limits`` allows.
+        prompts: one of ``PROMPTS``: ``int8`` adds a copy of the layers' weights for passes of several rows, at 8 bits
+            by column; default: for ``int8`` weights on the CPU, else none.
         quantized_caches: whether to offer int8 and int4 KV caches beside that of the activations, where these allow it.
         report: told of each stage.
 
     Raises:
-        ValueError: an unknown precision or rounding.
+        ValueError: an unknown precision, rounding or copy for prompts, or one that the graphs could not use.
     """
 
     precision: str = "float32"
@@ -93,6 +100,7 @@ class ExportOptions:
     activations: str | None = None
     verified: bool = True
     allow_loss: bool = False
+    prompts: str | None = None
     quantized_caches: bool = True
     report: Report = field(default=lambda _: None)
 
@@ -100,6 +108,23 @@ class ExportOptions:
         """Checks the names."""
         for name, known in (("precision", PRECISIONS), ("rounding", ROUNDINGS)):
             one_of(name, getattr(self, name), known)
+        if self.prompts is not None:
+            one_of("prompts", self.prompts, PROMPTS)
+        if self.prompts == "int8" and not self._integer_on_cpu:
+            raise ValueError(
+                f"prompts must be 'none' for {self.precision} weights and {self.dtype} activations, got 'int8': a copy "
+                "for prompts is of int8 or int4 weights on the CPU, whose activations are float32"
+            )
+
+    @property
+    def _integer_on_cpu(self) -> bool:
+        return self.precision in INTEGERS and self.dtype == "float32"
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether to make loops for passes of several rows."""
+        default = "int8" if self.precision == "int8" and self._integer_on_cpu else "none"
+        return (self.prompts or default) == "int8"
 
     @property
     def dtype(self) -> str:
@@ -143,24 +168,28 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
     with staged(out) as folder:
         write_text_files(source, folder)
         probe = choose_probe(source, folder, options.text)
-        specs = graph_specs(shape, dtype, options.kv_caches)
+        specs = graph_specs(shape, dtype, options.kv_caches, options.has_prompts)
         weights = WeightFile(folder)
         modules = graph_modules(config, formats, dtype, options.rounding)
-        streamed = {}
         described = {METADATA_KEY: json.dumps(graph_metadata(shape, precision, dtype))}
-        for name, module in modules.items():
+
+        def write(name: str, module: nn.Module) -> int:
+            """Writes a graph and its weights; returns the bytes of its matrices."""
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
             graph.metadata_props.update(described)
             report(f"packing the weights of {name}.onnx")
-            streamed[name] = _pack(graph, module, source, weights)
+            streamed = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
-        if "greedy" in specs:
-            for name, module in sampling_modules(config).items():
-                report(f"tracing {name}.onnx")
-                graph = trace_graph(name, module, specs[name])
-                graph.metadata_props.update(described)
-                ir.save(graph, folder / f"{name}.onnx")
+            return streamed
+
+        streamed = {name: write(name, module) for name, module in modules.items()}
+        if options.has_prompts:
+            several = modules | {"loop": graph_modules(config, prompt_formats(formats), dtype)["loop"]}
+            with weights.beside(PROMPT_WEIGHTS_NAME):
+                write("prompts", several["loop"])
+        for name, module in sampling_modules(config).items() if "greedy" in specs else ():
+            write(name, module)
         manifest = Manifest(
             model=shape,
             precision=precision,
@@ -174,17 +203,16 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             producer=_producer(),
             parity=None,
             quality=None,
+            prompts=None,
         )
         if len(options.kv_caches) > 1:
             report("calibrating the quantized KV caches")
             _write_quantized_loops(folder, manifest, specs, weights, probe)
         report("describing the files")
-        manifest = replace(
-            manifest,
-            graphs=specs,
-            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
-            weight_bytes=(folder / WEIGHTS_NAME).stat().st_size,
-        )
+        files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+        manifest = replace(manifest, graphs=specs, files=files, weight_bytes=files[WEIGHTS_NAME].size)
+        if options.has_prompts:
+            manifest = replace(manifest, prompts=Prompts("int8", files[PROMPT_WEIGHTS_NAME].size, None, None))
         write_manifest(folder, manifest)
         if options.verified and "cpu" not in manifest.providers:
             report("verifying the same graphs in float32: this machine's processor cannot run them as they are")
@@ -192,13 +220,20 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             write_manifest(folder, manifest)
         elif options.verified:
             report("verifying against torch, loop by loop")
+            brief = not fits_whole(empty_model(config))
             rounded = reference_model(config, bundle_reader(weights, modules))
-            manifest = replace(
-                manifest, parity=verify_bundle(folder, manifest, rounded, brief=not fits_whole(empty_model(config)))
-            )
+            manifest = replace(manifest, parity=verify_bundle(folder, manifest, rounded, brief=brief))
+            if manifest.prompts is not None:
+                report("verifying the loops for prompts")
+                rounded = reference_model(config, bundle_reader(weights, several))
+                parity = verify_bundle(folder, manifest, rounded, brief=brief, prompts=True)
+                manifest = replace(manifest, prompts=replace(manifest.prompts, parity=parity))
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
             manifest = replace(manifest, quality=measure_quality(folder, manifest, source, probe))
+            if manifest.prompts is not None:
+                found = compare_prompts(folder, manifest, probe)
+                manifest = replace(manifest, prompts=replace(manifest.prompts, quality=found))
             manifest = _judge(folder, manifest, options)
             write_manifest(folder, manifest)
     report(f"wrote {out}")
@@ -227,7 +262,12 @@ def _write_quantized_loops(
             scales = key_scales(keys, kind), value_scales(values, kind)
             for key, scale in zip(scale_keys(kind, layer_idx), scales, strict=True):
                 weights.add(key, torch.from_numpy(scale))
-        write_quantized_loop(folder, kind, specs[loop_graph(kind)], weights)
+        for graph in (loop_graph, prompt_graph):
+            name = graph(kind)
+            if name in specs:
+                write_quantized_loop(
+                    folder / f"{graph('float')}.onnx", folder / f"{name}.onnx", kind, specs[name], weights
+                )
 
 
 def _verify_twin(source: Source, out: Path, options: ExportOptions) -> Parity | None:
@@ -236,7 +276,7 @@ def _verify_twin(source: Source, out: Path, options: ExportOptions) -> Parity | 
     rounded = replace(source, read=lambda name: source.read(name).to(dtype).float(), notes=())
     precision = "float32" if options.precision in ACTIVATIONS else options.precision
     with partial_folder(out.parent, out.name) as place:
-        options = replace(options, precision=precision, activations=None, report=lambda _: None)
+        options = replace(options, precision=precision, activations=None, prompts="none", report=lambda _: None)
         twin = export_source(rounded, place / "twin", options)
     return twin.parity
 
@@ -256,10 +296,11 @@ def _judge(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest
             options.report(f"note: {describe_loss(manifest, kind)}")
             continue
         options.report(f"note: left out: {describe_loss(manifest, kind)}")
-        name = loop_graph(kind)
-        (folder / f"{name}.onnx").unlink()
-        graphs = {key: spec for key, spec in manifest.graphs.items() if key != name}
-        files = {key: entry for key, entry in manifest.files.items() if key != f"{name}.onnx"}
+        left = {loop_graph(kind), prompt_graph(kind)} & manifest.graphs.keys()
+        for name in left:
+            (folder / f"{name}.onnx").unlink()
+        graphs = {key: spec for key, spec in manifest.graphs.items() if key not in left}
+        files = {key: entry for key, entry in manifest.files.items() if key.removesuffix(".onnx") not in left}
         manifest = replace(manifest, graphs=graphs, files=files)
     return manifest
 

@@ -8,3 +8,6 @@ a weight at 4 bit where 32 streams 0.641, and on a CPU bytes are time; smaller o
 
 Rounding = Literal["search", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = ("search", "nearest")
+
+PROMPTS = ("int8", "none")
+"""Whether a bundle has a copy of the layers' weights for passes of several rows, at 8 bits by column."""

@@ -105,3 +105,11 @@ def weight_formats(
     if faults:
         raise FormatError("the precision does not fit the model:\n  " + "\n  ".join(faults))
     return formats
+
+
+def prompt_formats(formats: Mapping[str, WeightFormat]) -> dict[str, WeightFormat]:
+    """The formats of a copy for passes of several rows: integers by column, all else as it is."""
+    return {
+        name: WeightFormat("int8") if form.bits and name.startswith("model.layers.") else form
+        for name, form in formats.items()
+    }

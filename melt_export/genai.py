@@ -60,7 +60,9 @@ def export_genai(source: Source, out: Path, loops: int | None, options: ExportOp
     loops = decoder_loops(source.config, loops, options)
     with partial_folder(out.parent, out.name) as place:
         bundle = place / "bundle"
-        step = replace(options, quantized_caches=False, report=lambda line: _report(options, line, bundle))
+        step = replace(
+            options, quantized_caches=False, prompts="none", report=lambda line: _report(options, line, bundle)
+        )
         manifest = export_source(source, bundle, step)
         with staged(out) as folder:
             options.report(f"joining the graphs to a decoder of {loops} loops")
@@ -90,7 +92,7 @@ def decoder_loops(config: MeltConfig, loops: int | None, options: ExportOptions)
 
     Raises:
         ExportError: ``loops`` is no whole number from 1 to ``MAX_LOOPS``, the model keeps a KV cache for each of
-            several loops, or the decoder could not be compared here.
+            several loops, a copy for prompts was asked for, or the decoder could not be compared here.
     """
     loops = config.total_ut_steps if loops is None else loops
     if not isinstance(loops, int) or isinstance(loops, bool) or not 1 <= loops <= MAX_LOOPS:
@@ -100,6 +102,8 @@ def decoder_loops(config: MeltConfig, loops: int | None, options: ExportOptions)
             f"--format genai has one KV cache a layer, and a LoopLM with {loops} loops "
             "needs one for each loop: train it to MELT first (docs/training.md), or give --loops 1"
         )
+    if options.prompts == "int8":
+        raise ExportError("--format genai has one graph for every number of rows: leave --prompts int8 out")
     if options.dtype == "bfloat16":
         raise ExportError("--format genai is compared on this machine, which cannot run bfloat16: choose float16")
     return loops

@@ -24,7 +24,7 @@ from melt_models.evaluation import Example
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime import Manifest, MeltModel
 from melt_runtime.bundle.contract import KVCacheKind
-from melt_runtime.bundle.measured import CacheQuality, Quality, WaveQuality
+from melt_runtime.bundle.measured import CacheQuality, PromptQuality, Quality, WaveQuality
 from melt_runtime.execute.executor import Executor
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.memory.plan import Array
@@ -91,6 +91,16 @@ def compare(reference: Trace, actual: Trace, probe: Probe) -> CacheQuality:
         exact_match={},
         limit=None,
     )
+
+
+def compare_prompts(folder: Path, manifest: Manifest, probe: Probe) -> PromptQuality:
+    """The loops for passes of several rows beside the bundle's own, over a float KV cache."""
+    longest, loops = max(len(passage.ids) for passage in probe.passages), manifest.model.trained_loops
+    own, other = (
+        trace_bundle(open_runner(folder, manifest, longest, prompts=prompts), probe, loops) for prompts in (False, True)
+    )
+    found = compare(own, other, probe)
+    return PromptQuality(found.perplexity, found.kl, found.greedy_agreement, found.hidden_error_by_loop)
 
 
 def perplexity(trace: Trace, probe: Probe) -> float:

@@ -67,8 +67,8 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> T
     return restored
 
 
-def quantize_columns(weight: Tensor) -> dict[str, Tensor]:
-    """Rounds a matrix [N, K] to ``codes`` [K, N] from -127 to 127 and ``scales`` [N]."""
+def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix [N, K] to codes [K, N] from -127 to 127 and scales [N]; an output of zeros has scale 0."""
     rows, width = weight.shape
     codes, scales = torch.empty(width, rows, dtype=torch.int8), torch.empty(rows)
     step = max(1, _SLICE // width)
@@ -78,7 +78,7 @@ def quantize_columns(weight: Tensor) -> dict[str, Tensor]:
         peak = piece.abs().amax(1, keepdim=True)
         codes[:, here] = (piece * torch.where(peak == 0, 0.0, 127 / peak)).round_().to(torch.int8).T
         scales[here] = peak[:, 0] / 127
-    return {"codes": codes, "scales": scales}
+    return codes, scales
 
 
 def dequantize_columns(codes: Tensor, scales: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Runs a bundle through the runtime's own driver, in-place cache and all, and keeps what every loop left behind."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from melt_runtime.bundle.contract import KVCacheKind
@@ -41,10 +41,22 @@ class StepRecord:
 
 
 def open_runner(
-    folder: Path, manifest: Manifest, capacity: int, kv_cache: KVCacheKind = "float", chunk: int | None = None
+    folder: Path,
+    manifest: Manifest,
+    capacity: int,
+    kv_cache: KVCacheKind = "float",
+    chunk: int | None = None,
+    prompts: bool = False,
 ) -> LoopRunner:
-    """A driver over a bundle on the CPU, in chunks of its trained size where none is given."""
+    """A driver over a bundle on the CPU, in chunks of its trained size where none is given.
+
+    All passes run the bundle's own loop, or with ``prompts`` all that for passes of several rows.
+    """
+    if not prompts:
+        manifest = replace(manifest, prompts=None)
     sessions = open_sessions(folder, manifest, choose_provider("cpu", manifest.activations), kv_cache=kv_cache)
+    if sessions.prompts is not None:
+        sessions = replace(sessions, loop=sessions.prompts)
     plan = plan_state(manifest, capacity, kv_cache=kv_cache, chunk=chunk)
     return LoopRunner(sessions, State(plan, "cpu"))
 

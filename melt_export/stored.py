@@ -139,7 +139,7 @@ class ColumnLinear(nn.Module):
         self.matrix = matrix
         outputs = sum(matrix.outputs)
         self.register_buffer("codes", torch.empty(matrix.inputs, outputs, dtype=torch.int8))
-        self.register_buffer("scales", torch.empty(outputs))
+        self.register_buffer("column_scales", torch.empty(outputs))
         self.register_buffer("row_scale", torch.empty(()))
         self.register_buffer("row_zero", torch.empty((), dtype=torch.uint8))
         self.register_buffer("bias", None if matrix.bias is None else torch.empty(outputs))
@@ -153,7 +153,7 @@ class ColumnLinear(nn.Module):
         )
         y = torch.onnx.ops.symbolic(
             _OPERATORS + "MatMulIntegerToFloat",
-            (rows, self.codes, self.row_scale, self.scales, self.row_zero),
+            (rows, self.codes, self.row_scale, self.column_scales, self.row_zero),
             dtype=x.dtype,
             shape=(*x.shape[:-1], sum(self.matrix.outputs)),
             version=1,
@@ -162,14 +162,18 @@ class ColumnLinear(nn.Module):
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the weight."""
-        tensors = quantize_columns(read("weight"))
-        tensors["row_scale"] = torch.tensor(1 / _LARGEST_CODE)
-        tensors["row_zero"] = torch.tensor(128, dtype=torch.uint8)
+        codes, scales = quantize_columns(read("weight"))
+        tensors = {
+            "codes": codes,
+            "column_scales": scales,
+            "row_scale": torch.tensor(1 / _LARGEST_CODE),
+            "row_zero": torch.tensor(128, dtype=torch.uint8),
+        }
         return tensors if self.bias is None else tensors | {"bias": read("bias").float()}
 
     def unpack(self, read: Read, rows: slice) -> Tensor:
         """Some of its outputs' weights, as the bundle rounded them, float32."""
-        return dequantize_columns(read("codes")[:, rows], read("scales")[rows])
+        return dequantize_columns(read("codes")[:, rows], read("column_scales")[rows])
 
 
 Linear = FloatLinear | BlockLinear | ColumnLinear

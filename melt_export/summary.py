@@ -8,12 +8,15 @@ from melt_runtime import Manifest
 def summarize(out: Path, manifest: Manifest) -> str:
     """What was made, in a few lines."""
     lines = [f"{out}: {manifest.weight_bytes / 1e6:.2f} MB of {manifest.precision} weights"]
-    parity, quality = manifest.parity, manifest.quality
+    parity, quality, prompts = manifest.parity, manifest.quality, manifest.prompts
+    if prompts is not None:
+        lines[0] += f" and {prompts.weight_bytes / 1e6:.2f} MB of {prompts.precision} ones for prompts"
     if parity is None:
         return f"{lines[0]}, not compared with torch"
-    closest = max((found.error / found.allowed for run in parity.runs for found in run.tensors.values()), default=0.0)
-    equal = sum(run.greedy_tokens_equal for run in parity.runs)
-    chosen = sum(run.greedy_tokens for run in parity.runs)
+    runs = parity.runs + (() if prompts is None or prompts.parity is None else prompts.parity.runs)
+    closest = max((found.error / found.allowed for run in runs for found in run.tensors.values()), default=0.0)
+    equal = sum(run.greedy_tokens_equal for run in runs)
+    chosen = sum(run.greedy_tokens for run in runs)
     lines.append(
         f"beside torch, over {' and '.join(run.kv_cache for run in parity.runs)} KV caches: largest difference "
         f"{100 * closest:.2g} % of what is allowed, first choice equal for {equal} of {chosen} tokens"
@@ -35,6 +38,8 @@ def summarize(out: Path, manifest: Manifest) -> str:
             + ("" if kind in manifest.kv_caches else "; left out")
         )
     lines += [f"  {line}" for line in quality.describe_waves()]
+    if prompts is not None:
+        lines += [f"  {line}" for line in prompts.describe_quality()]
     if any(found.limit is None for found in quality.kv_cache.values()):
         lines.append(f"not judged: {quality.text} do not say what rounding costs in use; give --eval-text")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ OPSET = 21
 
 # All different from each other and from 1, so that the tracer takes none for a constant.
 _EXAMPLE_SIZES = {"B": 2, "C": 3, "S": 8}
+_LOOPS = ("loop", "prompts")
 _MODULES = {"embed": EmbedGraph, "loop": LoopGraph, "head": HeadGraph}
 
 
@@ -75,7 +76,7 @@ def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
     """Traces one graph.
 
     Args:
-        name: ``embed``, ``loop``, ``head``, ``greedy`` or ``sample``.
+        name: ``embed``, ``loop``, ``prompts``, ``head``, ``greedy`` or ``sample``.
         module: one of ``graph_modules`` or ``sampling_modules``.
         spec: the contract's inputs and outputs of this graph.
     """
@@ -129,7 +130,7 @@ def _example(tensor: TensorSpec) -> Tensor:
 def _arguments(name: str, spec: GraphSpec) -> tuple:
     """The contract's input names in the form of the module's arguments: a list for one tensor per layer."""
     names = [tensor.name for tensor in spec.inputs]
-    if name != "loop":
+    if name not in _LOOPS:
         return tuple(names)
     families = (_family(names, family) for family in ("latent", "past_key", "past_value"))
     loop_idx = "loop_idx" if "loop_idx" in names else None
@@ -139,7 +140,7 @@ def _arguments(name: str, spec: GraphSpec) -> tuple:
 def _results(name: str, spec: GraphSpec) -> tuple:
     """The contract's output names in the form of what the module returns."""
     names = [tensor.name for tensor in spec.outputs]
-    if name != "loop":
+    if name not in _LOOPS:
         return tuple(names)
     families = (_family(names, family) for family in ("latent_out", "present_key", "present_value"))
     return ("hidden_out", *families, *(name for name in names if name == "exit_logit"))

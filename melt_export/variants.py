@@ -47,16 +47,17 @@ def cache_codes(rows: Array, kv_cache: KVCacheKind) -> Array:
     return pairs.reshape(*rows.shape[:-1], -1).astype(np.int32) + CODES["int4"][0]
 
 
-def write_quantized_loop(folder: Path, kv_cache: KVCacheKind, spec: GraphSpec, weights: WeightFile) -> None:
-    """Writes the loop over a quantized KV cache beside ``loop.onnx``.
+def write_quantized_loop(path: Path, out: Path, kv_cache: KVCacheKind, spec: GraphSpec, weights: WeightFile) -> None:
+    """Writes a loop over a quantized KV cache.
 
     Args:
-        folder: of the bundle.
+        path: the loop over the float one.
+        out: the file to write.
         kv_cache: ``int8`` or ``int4``.
         spec: the contract's inputs and outputs of this loop.
         weights: holds the scales under ``scale_keys``.
     """
-    model = ir.load(folder / "loop.onnx")
+    model = ir.load(path)
     keys = {}
     for layer_idx, node in enumerate(_nodes(model, "GroupQueryAttention")):
         node.resize_inputs(_INPUTS_BEFORE_SCALES + 2)
@@ -76,7 +77,7 @@ def write_quantized_loop(folder: Path, kv_cache: KVCacheKind, spec: GraphSpec, w
             value.shape = ir.Shape(tensor.shape)
             value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
     weights.attach(model.graph, keys)
-    ir.save(model, folder / f"{loop_graph(kv_cache)}.onnx")
+    ir.save(model, out)
 
 
 def write_exact(path: Path, out: Path) -> None:
@@ -84,6 +85,14 @@ def write_exact(path: Path, out: Path) -> None:
     model = ir.load(path)
     for node in _nodes(model, "MatMulNBits"):
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    for node in _nodes(model, "MatMulIntegerToFloat"):
+        rows, codes, _, scales, _ = node.inputs
+        (unrounded, *_) = rows.producer().inputs
+        weight = ir.node("DequantizeLinear", (codes, scales), {"axis": 1})
+        product = ir.node("MatMul", (unrounded, *weight.outputs))
+        model.graph.insert_before(node, (weight, product))
+        ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
+        model.graph.remove((node, rows.producer()), safe=True)
     ir.save(model, out)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -28,10 +29,10 @@ from melt_export.variants import CODES, cache_codes, cache_scales, write_exact
 from melt_layers import Frame
 from melt_layers.layers import KeyValue
 from melt_models.modeling import KVCache, MeltCausalLM
-from melt_runtime.bundle.contract import KVCacheKind, loop_graph
+from melt_runtime.bundle.contract import KVCacheKind, loop_graph, prompt_graph
 from melt_runtime.bundle.manifest import Manifest
 from melt_runtime.bundle.measured import Difference, Parity, ParityRun
-from melt_runtime.device.providers import choose_provider, make_session
+from melt_runtime.device.providers import choose_provider, make_session, session_options
 from melt_runtime.errors import MeltError
 from melt_runtime.execute.bindings import Sessions
 from melt_runtime.loading.opening import open_sessions
@@ -51,7 +52,12 @@ class ParityError(MeltError):
 
 
 def verify_bundle(
-    folder: Path, manifest: Manifest, reference: MeltCausalLM, prompt: list[int] | None = None, brief: bool = False
+    folder: Path,
+    manifest: Manifest,
+    reference: MeltCausalLM,
+    prompt: list[int] | None = None,
+    brief: bool = False,
+    prompts: bool = False,
 ) -> Parity:
     """Compares every loop graph of a bundle with its model, through every loop that it was trained with.
 
@@ -61,6 +67,7 @@ def verify_bundle(
         reference: the model in float32, with the bundle's own weights.
         prompt: token ids, at least one chunk and a part of the next; default: random ones.
         brief: fewer tokens, for large models.
+        prompts: compare the loops for passes of several rows, with any number of them; the reference has their weights.
 
     Raises:
         ParityError: a difference above the tolerance, or a greedy token that torch would clearly not choose.
@@ -76,7 +83,7 @@ def verify_bundle(
     lanes: list[_Lane] = []
     for kind in bar(manifest.kv_caches, "KV cache", "ONNX Runtime"):
         plan = plan_state(manifest, len(prompt) + count, chunk=chunk, kv_cache=kind)
-        runner = LoopRunner(_exact_sessions(folder, manifest, kind), State(plan, "cpu"))
+        runner = LoopRunner(_exact_sessions(folder, manifest, kind, prompts), State(plan, "cpu"))
         decoded = [step.ids[0] for step in lanes[0].steps[-count:]] if lanes else None
         steps = record_steps(runner, prompt, loops, decoded, count)
         lanes.append(_Lane(kind, steps, cache_scales(folder, kind), exact))
@@ -92,16 +99,19 @@ def verify_bundle(
     )
 
 
-def _exact_sessions(folder: Path, manifest: Manifest, kind: KVCacheKind) -> Sessions:
+def _exact_sessions(folder: Path, manifest: Manifest, kind: KVCacheKind, prompts: bool) -> Sessions:
     """The bundle's graphs over one kind of KV cache; quantized matrices with unrounded activations."""
     provider = choose_provider("cpu", manifest.activations)
     if not _is_quantized(manifest):
         return open_sessions(folder, manifest, provider, kv_cache=kind)
     sessions = {"embed": make_session(folder / "embed.onnx", provider)}
-    for role, name in (("loop", loop_graph(kind)), ("head", "head")):
+    for role, name in (("loop", prompt_graph(kind) if prompts else loop_graph(kind)), ("head", "head")):
         exact = folder / f"{name}.exact.onnx"
         write_exact(folder / f"{name}.onnx", exact)
-        sessions[role] = make_session(exact, provider)
+        options = session_options()
+        if prompts:  # else every matrix would be unpacked to floats at once
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        sessions[role] = make_session(exact, provider, options=options)
         exact.unlink()
     return Sessions(**sessions)
 

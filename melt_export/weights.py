@@ -1,11 +1,13 @@
-"""``weights.data``: every tensor of every graph, once, written one at a time.
+"""``weights.data``: every tensor of every graph, once, written one at a time. What only graphs for prompts need stands
+in ``prompts.data``.
 
 Tensors are known by their name in the checkpoint and inside the module that stores them, so that graphs which share a
 tensor (a tied head, the loops over other KV caches) share its bytes.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +31,9 @@ def onnx_type(name: str) -> ir.DataType:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor stands: offset in bytes, shape, type name."""
+    """Where a tensor stands: file, offset in bytes, shape, type name."""
 
+    file: str
     offset: int
     shape: tuple[int, ...]
     dtype: str
@@ -47,8 +50,16 @@ class WeightFile:
     def __init__(self, folder: Path):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        self._path = folder / WEIGHTS_NAME
-        self._path.touch()
+        self._name = WEIGHTS_NAME
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """What is added in the block, and stands nowhere yet, goes to a file of its own."""
+        before, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = before
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Appends one tensor."""
@@ -56,15 +67,16 @@ class WeightFile:
         dtype = str(tensor.dtype).removeprefix("torch.")
         values = tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
         align = _PAGE if values.nbytes >= _PAGE else _LINE
-        with self._path.open("ab") as stream:
+        with (self.folder / self._name).open("ab") as stream:
             stream.write(b"\0" * (-stream.tell() % align))
-            self.entries[key] = Entry(stream.tell(), tuple(values.shape), dtype)
+            self.entries[key] = Entry(self._name, stream.tell(), tuple(values.shape), dtype)
             stream.write(values.data)
 
     def read(self, key: str) -> Tensor:
         """Reads one tensor back."""
         entry = self.entries[key]
-        values = np.fromfile(self._path, stored_type(entry.dtype), math.prod(entry.shape), offset=entry.offset)
+        path = self.folder / entry.file
+        values = np.fromfile(path, stored_type(entry.dtype), math.prod(entry.shape), offset=entry.offset)
         return torch.from_numpy(values.reshape(entry.shape)).view(getattr(torch, entry.dtype))
 
     def add_module(self, module: nn.Module, name: str, read: Callable[[str], Tensor]) -> dict[str, str]:
@@ -83,10 +95,13 @@ class WeightFile:
         owned = [tensor for tensor, _ in module.named_parameters(recurse=False)]
         owned += [tensor for tensor, _ in module.named_buffers(recurse=False)]
         keys = {tensor: f"{origin}.{tensor}" for tensor in owned}
-        if any(key not in self.entries for key in keys.values()):
+        missing = {tensor for tensor, key in keys.items() if key not in self.entries}
+        if missing:
             reader = (lambda tensor: read(f"{name}.{tensor}")) if matrix is None else matrix.reader(read)
-            for tensor, values in _pack(module, reader).items():
-                self.add(keys[tensor], values)
+            packed = _pack(module, reader)
+            for tensor in keys:
+                if tensor in missing:
+                    self.add(keys[tensor], packed[tensor])
         return keys
 
     def attach(self, graph: ir.Graph, keys: dict[str, str]) -> None:
@@ -102,7 +117,7 @@ class WeightFile:
             assert value.dtype == dtype, f"{name} is {value.dtype}, stored as {dtype}"
             assert math.prod(value.shape) == math.prod(entry.shape), f"{name} is {value.shape}, stored as {entry.shape}"
             value.const_value = ir.ExternalTensor(
-                WEIGHTS_NAME,
+                entry.file,
                 entry.offset,
                 entry.nbytes,
                 dtype,

@@ -30,6 +30,9 @@ With past tokens in the cache and C > 1, B must be 1 (a rule of GroupQueryAttent
 loop_int8.onnx, loop_int4.onnx: the same loop over a quantized KV cache, with scales per channel inside. Only the types
 of the cache differ: int8 [B, Hk, S, dh], or uint8 [B, Hk, S, dh / 2], two values a byte, the first in the low nibble.
 
+prompts.onnx, prompts_int8.onnx, prompts_int4.onnx, only where the bundle has them: the same loops, for passes of
+several rows. Their matrices are 8-bit integers by column, whose products cost half for many rows and more for one.
+
 head.onnx: the normed value to logits.
 
     in   hidden [B, C, D] float
@@ -53,7 +56,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Interval, Len
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of ``manifest.json`` and of this contract; a reader refuses any other."""
 
 Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
@@ -62,6 +65,8 @@ Activations = Literal["float32", "float16", "bfloat16"]
 """Types of hidden states, latent states and the unquantized KV cache."""
 PRECISIONS = get_args(Precision)
 ACTIVATIONS = get_args(Activations)
+INTEGERS = ("int8", "int4")
+"""Precisions of weights that are rounded."""
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
@@ -158,6 +163,11 @@ def loop_graph(kv_cache: KVCacheKind) -> str:
     return "loop" if kv_cache == "float" else f"loop_{kv_cache}"
 
 
+def prompt_graph(kv_cache: KVCacheKind) -> str:
+    """Name of the loop graph for passes of several rows, over a kind of KV cache."""
+    return "prompts" if kv_cache == "float" else f"prompts_{kv_cache}"
+
+
 def cache_tensor(shape: ModelShape, dtype: str, kv_cache: KVCacheKind) -> tuple[str, int]:
     """Type of a KV cache's elements, and how many of them a head's row takes."""
     if kv_cache == "int4":
@@ -165,13 +175,16 @@ def cache_tensor(shape: ModelShape, dtype: str, kv_cache: KVCacheKind) -> tuple[
     return ("int8" if kv_cache == "int8" else dtype), shape.head_dim
 
 
-def graph_specs(shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...] = ("float",)) -> dict[str, GraphSpec]:
+def graph_specs(
+    shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...] = ("float",), prompts: bool = False
+) -> dict[str, GraphSpec]:
     """The contract of a bundle's graphs: embed, a loop for each kind of KV cache, head; for CUDA greedy and sample.
 
     Args:
         shape: the model.
         dtype: activation type.
         kv_caches: kinds of KV cache that the bundle offers.
+        prompts: whether each has a loop for passes of several rows too.
     """
     hidden: tuple[Dimension, ...] = ("B", "C", shape.hidden_size)
     latent: tuple[Dimension, ...] = (shape.layers, *hidden)
@@ -179,6 +192,8 @@ def graph_specs(shape: ModelShape, dtype: str, kv_caches: tuple[KVCacheKind, ...
     if shape.has_latent:
         embed_outputs.append(TensorSpec("latent", dtype, latent))
     loops = {loop_graph(kind): _loop_spec(shape, dtype, kind, hidden) for kind in kv_caches}
+    if prompts:
+        loops |= {prompt_graph(kind): loops[loop_graph(kind)] for kind in kv_caches}
     return {
         "embed": GraphSpec((TensorSpec("ids", "int64", ("B", "C")),), tuple(embed_outputs)),
         **loops,

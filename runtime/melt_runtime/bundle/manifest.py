@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, Len
 
 from melt_runtime.arguments import path_of, shown
 from melt_runtime.bundle.contract import (
+    INTEGERS,
     KV_CACHES,
     PROVIDERS,
     SCHEMA_VERSION,
@@ -29,7 +30,7 @@ from melt_runtime.bundle.contract import (
     graph_specs,
     loop_graph,
 )
-from melt_runtime.bundle.measured import Parity, Quality
+from melt_runtime.bundle.measured import Parity, PromptQuality, Quality
 from melt_runtime.errors import BundleError
 from melt_runtime.progress import Report
 
@@ -42,6 +43,7 @@ TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_CONFIG_NAME = "generation_config.json"
 WEIGHTS_NAME = "weights.data"
+PROMPT_WEIGHTS_NAME = "prompts.data"
 GENAI_CONFIG_NAME = "genai_config.json"
 """Of a model for ONNX Runtime GenAI, which is no bundle."""
 
@@ -86,6 +88,33 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """A copy of the layers' weights for passes of several rows.
+
+    Attributes:
+        precision: of it.
+        weight_bytes: size of its file, which is mapped into memory.
+        parity: as the bundle's, of these graphs; None where that was not checked.
+        quality: how far they are from the bundle's own; None where not measured.
+    """
+
+    precision: Literal["int8"]
+    weight_bytes: Bytes
+    parity: Parity | None
+    quality: PromptQuality | None
+
+    def describe_quality(self) -> list[str]:
+        """How far these graphs are from the bundle's own, in one line; none where it was not measured."""
+        found = self.quality
+        if found is None:
+            return []
+        return [
+            f"prompts beside the bundle's own loop: perplexity {found.perplexity:.4g}, KL divergence {found.kl:.2g}, "
+            f"first choice equal for {100 * found.greedy_agreement:.1f} %"
+        ]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of ``manifest.json``.
 
@@ -96,7 +125,7 @@ class Manifest:
         providers: devices that the bundle was made for, the best one first.
         quantization: how they were rounded.
         graphs: inputs and outputs of ``embed``, ``loop``, ``head``, and of the loops over quantized KV caches; the file
-            is ``{name}.onnx``. All graphs share one file of weights.
+            is ``{name}.onnx``. All graphs share one file of weights, to which those for prompts add one of their own.
         files: every file of the bundle but the manifest, by its name relative to the folder.
         weight_bytes: bytes of weights that stay in memory while the model runs.
         streamed_bytes: bytes of matrices that one run of ``loop`` and of ``head`` reads whole: what decoding on a CPU
@@ -105,6 +134,7 @@ class Manifest:
         parity: how far ONNX Runtime was from torch with the same weights when the bundle was made; None where that was
             not checked.
         quality: how far the bundle was from the float32 checkpoint, by kind of KV cache; None where not measured.
+        prompts: its copy for passes of several rows; None: it has none.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
@@ -121,6 +151,7 @@ class Manifest:
     producer: dict[Name, Name]
     parity: Parity | None
     quality: Quality | None
+    prompts: Prompts | None
 
     @property
     def kv_caches(self) -> tuple[KVCacheKind, ...]:
@@ -295,7 +326,7 @@ def _check_values(manifest: Manifest) -> list[str]:
             f"providers must be {list(PROVIDERS[manifest.activations])} for {manifest.activations} activations, got "
             f"{list(manifest.providers)}"
         )
-    expected = graph_specs(shape, manifest.activations, manifest.kv_caches)
+    expected = graph_specs(shape, manifest.activations, manifest.kv_caches, manifest.prompts is not None)
     faults += [
         f"graphs.{name} does not follow the contract"
         for name in sorted(expected.keys() | manifest.graphs.keys() | {"loop"})
@@ -308,12 +339,21 @@ def _check_values(manifest: Manifest) -> list[str]:
     faults += [f"files.{name} must belong to one of graphs" for name in strangers]
     needed = [f"{name}.onnx" for name in expected]
     needed += [WEIGHTS_NAME, TOKENIZER_NAME, CHAT_TEMPLATE_NAME, GENERATION_CONFIG_NAME]
+    sizes = {"weight_bytes": (WEIGHTS_NAME, manifest.weight_bytes)}
+    if manifest.prompts is not None:
+        needed.append(PROMPT_WEIGHTS_NAME)
+        sizes["prompts.weight_bytes"] = (PROMPT_WEIGHTS_NAME, manifest.prompts.weight_bytes)
+        if manifest.precision not in INTEGERS or manifest.activations != "float32":
+            faults.append(
+                f"prompts must be null for {manifest.precision} weights and {manifest.activations} activations: "
+                "only integers on the CPU have such a copy"
+            )
     faults += [f"files.{name} is missing" for name in needed if name not in manifest.files]
-    if WEIGHTS_NAME in manifest.files and manifest.weight_bytes != manifest.files[WEIGHTS_NAME].size:
-        faults.append(
-            f"weight_bytes must be the size of {WEIGHTS_NAME} ({manifest.files[WEIGHTS_NAME].size}), got "
-            f"{manifest.weight_bytes}"
-        )
+    faults += [
+        f"{field} must be the size of {name} ({manifest.files[name].size}), got {size}"
+        for field, (name, size) in sizes.items()
+        if name in manifest.files and size != manifest.files[name].size
+    ]
     if manifest.quality is not None:
         tables = {kind: found.exact_match for kind, found in manifest.quality.kv_cache.items()}
         groups = {kind: {loops: set(table[loops]) for loops in table} for kind, table in tables.items()}

@@ -123,6 +123,23 @@ class WaveQuality:
 
 
 @dataclass(frozen=True)
+class PromptQuality:
+    """The graphs for passes of several rows beside the bundle's own, on the same tokens, over a float KV cache.
+
+    Attributes:
+        perplexity: of the tokens that count, as ``CacheQuality`` has it for the bundle's own graphs.
+        kl: mean KL divergence of the next token's distribution from the bundle's own, in nats.
+        greedy_agreement: fraction of the tokens with the same first choice.
+        hidden_error_by_loop: by number of the loop, norm of the hidden state's difference over its norm.
+    """
+
+    perplexity: float
+    kl: float
+    greedy_agreement: float
+    hidden_error_by_loop: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Quality:
     """What rounding costs: the bundle beside the float32 checkpoint.
 

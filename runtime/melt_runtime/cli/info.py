@@ -72,11 +72,14 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False, widt
         *_defaults(folder, shape),
         f"weights     {format_bytes(manifest.weight_bytes)}, {manifest.precision} ({', '.join(rounding.formats)})",
         *(f"            layers {pattern}: {precision}" for pattern, precision in rounding.layers.items()),
+        *_prompts(manifest),
         f"KV caches   {', '.join(manifest.kv_caches)}; activations {manifest.activations}",
         f"made for    {', '.join(manifest.providers)}",
         f"made by     {', '.join(f'{name} {version}' for name, version in manifest.producer.items())}",
         *_parity(manifest.parity),
+        *_prompt_parity(manifest),
         *_quality(manifest.quality, manifest.kv_caches),
+        *([] if manifest.prompts is None else [f"  {line}" for line in manifest.prompts.describe_quality()]),
     ]
     for name, graph in manifest.graphs.items():
         lines.append(f"{name}.onnx  {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
@@ -95,10 +98,31 @@ def _defaults(folder: Path, shape: ModelShape) -> list[str]:
     ]
 
 
+def _prompts(manifest: Manifest) -> list[str]:
+    prompts = manifest.prompts
+    if prompts is None:
+        return []
+    return [f"            {format_bytes(prompts.weight_bytes)} more, {prompts.precision} by column, for prompts"]
+
+
+def _prompt_parity(manifest: Manifest) -> list[str]:
+    if manifest.prompts is None or manifest.prompts.parity is None:
+        return []
+    runs = _runs(manifest.prompts.parity)
+    return ["prompts     the same for the loops of passes of several rows:", *runs]
+
+
 def _parity(parity: Parity | None) -> list[str]:
     if parity is None:
         return ["parity      not compared with torch"]
-    lines = [f"parity      beside torch with the same weights, in {parity.activations}, every tensor after every loop:"]
+    return [
+        f"parity      beside torch with the same weights, in {parity.activations}, every tensor after every loop:",
+        *_runs(parity),
+    ]
+
+
+def _runs(parity: Parity) -> list[str]:
+    lines = []
     for run in parity.runs:
         lines.append(
             f"  {run.kv_cache:<9} KV cache: {run.loops} loops, {run.prompt_tokens} prompt tokens in chunks of "

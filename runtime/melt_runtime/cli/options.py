@@ -201,9 +201,9 @@ def load_model(args: argparse.Namespace, quiet: bool, loops: int | None, slots: 
     if not quiet:
         plan = plan_memory(read_manifest(args.bundle), args.capacity, slots, loops, args.kv_cache)
         ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
-        times = f"{slots} x " if slots > 1 else ""
+        times, weights = f"{slots} x " if slots > 1 else "", format_bytes(plan.weight_bytes + plan.prompt_bytes)
         print(
-            f"memory: {format_bytes(plan.weight_bytes)} of weights + {ours} of state for {times}{plan.state.capacity} "
+            f"memory: {weights} of weights + {ours} of state for {times}{plan.state.capacity} "
             f"tokens (with a KV cache per loop: {theirs})",
             file=sys.stderr,
         )

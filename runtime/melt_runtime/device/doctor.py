@@ -6,6 +6,7 @@ import platform
 import onnxruntime as ort
 
 from melt_runtime.device.cuda import cuda_obstacle, missing_libraries
+from melt_runtime.device.integers import instructions, overflows
 
 _PACKAGES = ("melt-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "jinja2")
 
@@ -21,6 +22,7 @@ def diagnose() -> str:
         lines.append(f"{package:<17} {version}")
     lines.append(f"built for         {', '.join(ort.get_available_providers())}")
     lines.append("device='cpu'      can run")
+    lines.append(f"  8-bit products: {', '.join(instructions()) or 'instructions unknown'}; {_exactness()}")
     obstacle = cuda_obstacle()
     lines.append(f"device='cuda'     {'can run' if obstacle is None else 'cannot run'}")
     missing = missing_libraries()
@@ -28,3 +30,9 @@ def diagnose() -> str:
     if obstacle is not None and not missing:
         lines.append(f"  {obstacle}")
     return "\n".join(lines)
+
+
+def _exactness() -> str:
+    if overflows():
+        return "ONNX Runtime's fast kernels overflow here, its exact ones are used"
+    return "exact"

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.bundle.contract import PROVIDERS
 from melt_runtime.device.cuda import PROVIDER, CudaOptions, cuda_obstacle
+from melt_runtime.device.integers import EXACT_PRODUCTS, overflows
 from melt_runtime.errors import BundleError, ProviderError
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -130,6 +131,8 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
         options.intra_op_num_threads = threads
     # The three graphs alternate within a token; workers that spin after one would take the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if overflows():
+        options.add_session_config_entry(*EXACT_PRODUCTS)
     return options
 
 

@@ -28,6 +28,8 @@ class Sessions:
     Attributes:
         greedy: chooses tokens on the device; None on the CPU.
         sample: likewise.
+        prompts: the loop for passes of several rows; None where the bundle has none.
+        prompt_rows: rows of a pass from which that one runs.
         replayed: whether steps are captured as CUDA graphs.
         graph_ids: numbers for captured graphs, each given once.
     """
@@ -37,8 +39,14 @@ class Sessions:
     head: ort.InferenceSession
     greedy: ort.InferenceSession | None = None
     sample: ort.InferenceSession | None = None
+    prompts: ort.InferenceSession | None = None
+    prompt_rows: int = 0
     replayed: bool = False
     graph_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def loop_for(self, rows: int) -> ort.InferenceSession:
+        """The loop for a pass of so many rows."""
+        return self.loop if self.prompts is None or rows < self.prompt_rows else self.prompts
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,8 @@ class Bindings:
         state, model = self._state, self._state.plan.shape
         is_step = rows is state.step
         hidden = (*shape, model.hidden_size)
-        loop = self._sessions.loop.io_binding()
+        session = self._sessions.loop_for(shape[0] * shape[1])
+        loop = session.io_binding()
         rows.hidden.bind_input(loop, "hidden", hidden, row * model.hidden_size)
         left = row + (state.row_shift if is_step else 0)
         rows.hidden.bind_output(loop, "hidden_out", hidden, left * model.hidden_size)
@@ -184,7 +193,7 @@ class Bindings:
             state.loop_idx.bind_input(loop, "loop_idx", ())
         if rows.exit_logit is not None:
             rows.exit_logit.bind_output(loop, "exit_logit", (*shape, 1), row)
-        return Bound(self._sessions.loop, loop, self._run_options(is_step and self.captured))
+        return Bound(session, loop, self._run_options(is_step and self.captured))
 
     def _head(self, rows: TokenRows, first: int, place: int, count: int) -> Bound:
         model, head = self._state.plan.shape, self._sessions.head.io_binding()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from melt_runtime.arguments import shown
-from melt_runtime.bundle.contract import METADATA_KEY, KVCacheKind, ModelShape, graph_metadata, loop_graph
+from melt_runtime.bundle.contract import METADATA_KEY, KVCacheKind, ModelShape, graph_metadata, loop_graph, prompt_graph
 from melt_runtime.bundle.manifest import REMAKE, TOKENIZER_NAME, Manifest, check_files
 from melt_runtime.device.cuda import free_memory
 from melt_runtime.device.providers import ORT_TYPES, ProviderChoice, make_session
@@ -23,6 +23,9 @@ from melt_runtime.text.codec import TextCodec
 
 _LIBRARY_ROOM = 256 << 20
 _SHOWN = 8
+_PROMPT_ROWS = {"int8": 6, "int4": 12}
+"""Rows of a pass from which the loop for several is the faster one, by precision of the bundle's own; measured at
+hidden sizes 576 and 2048 with AVX-512 VNNI (docs/performance.md). Processors without gain from fewer rows on."""
 
 
 def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache, progress: Report | None = None) -> None:
@@ -134,7 +137,10 @@ def open_sessions(
     """
     opened = {}
     tell = progress or (lambda what, done, total: None)
-    for role, name in (("embed", "embed"), ("loop", loop_graph(kv_cache)), ("head", "head")):
+    roles = {"embed": "embed", "loop": loop_graph(kv_cache), "head": "head"}
+    if manifest.prompts is not None:
+        roles["prompts"] = prompt_graph(kv_cache)
+    for role, name in roles.items():
         tell(f"opening {name}.onnx", 0, 0)
         if cache is None:
             opened[role] = make_session(folder / f"{name}.onnx", provider, threads)
@@ -146,7 +152,11 @@ def open_sessions(
         plain = replace(provider, cuda=replace(provider.cuda, graphs=False))
         opened[name] = make_session(folder / f"{name}.onnx", plain, threads)
         _check_graph(name, opened[name], manifest)
-    return Sessions(**opened, replayed=provider.device == "cuda" and provider.cuda.graphs)
+    return Sessions(
+        **opened,
+        prompt_rows=_PROMPT_ROWS.get(manifest.precision, 0),
+        replayed=provider.device == "cuda" and provider.cuda.graphs,
+    )
 
 
 def _check_graph(name: str, session: Any, manifest: Manifest) -> None:

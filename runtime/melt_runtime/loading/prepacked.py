@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from melt_runtime.bundle.contract import GraphSpec
-from melt_runtime.bundle.manifest import WEIGHTS_NAME, Manifest
+from melt_runtime.bundle.manifest import PROMPT_WEIGHTS_NAME, WEIGHTS_NAME, Manifest
 from melt_runtime.device.providers import ProviderChoice, make_session, session_options
 from melt_runtime.errors import BundleError
 from melt_runtime.loading.load_cache import LoadCache
@@ -88,7 +88,7 @@ def open_graph(
 
 def _make_copy(key: str, path: Path, manifest: Manifest, choice: ProviderChoice, cache: LoadCache) -> Path | None:
     """Makes the copy; None where another process deleted it at once."""
-    _require_disk(cache, manifest.weight_bytes)
+    _require_disk(cache, manifest.weight_bytes + (manifest.prompts.weight_bytes if manifest.prompts else 0))
     with cache.making(key, f"{path.resolve()}") as made:
         _write_copy(path, made, manifest.graphs[path.stem], choice)
     return cache.find(key)
@@ -141,7 +141,8 @@ def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, spec: Gra
 
 
 def _key(manifest: Manifest, graph: str) -> str:
-    parts = [ort.__version__, _processor(), manifest.files[graph].sha256, manifest.files[WEIGHTS_NAME].sha256]
+    files = [graph, WEIGHTS_NAME, *([PROMPT_WEIGHTS_NAME] if manifest.prompts is not None else [])]
+    parts = [ort.__version__, _processor(), *(manifest.files[name].sha256 for name in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -20,6 +20,7 @@ class MemoryPlan:
 
     Attributes:
         weight_bytes: weights of the three graphs.
+        prompt_bytes: those of the loop for passes of several rows, mapped, so that only what runs takes memory.
         state: the state that this bundle allocates.
         per_loop: the state if every loop had a KV cache of its own, as in a LoopLM.
         program_bytes: Python, its libraries and the open sessions, about: what this process takes now, which has
@@ -27,6 +28,7 @@ class MemoryPlan:
     """
 
     weight_bytes: int
+    prompt_bytes: int
     state: StatePlan
     per_loop: StatePlan
     program_bytes: int
@@ -34,7 +36,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """Weights and state."""
-        return self.weight_bytes + self.state.total_bytes
+        return self.weight_bytes + self.prompt_bytes + self.state.total_bytes
 
     @property
     def process_bytes(self) -> int:
@@ -74,7 +76,8 @@ def plan_memory(
         ValueError: a size outside its rule.
     """
     state = plan_state(manifest, capacity, batch=batch, chunk=chunk, loops=loops, kv_cache=kv_cache)
-    return MemoryPlan(manifest.weight_bytes, state, state.as_per_loop(), current_bytes() + OPENING_BYTES)
+    prompt_bytes = 0 if manifest.prompts is None else manifest.prompts.weight_bytes
+    return MemoryPlan(manifest.weight_bytes, prompt_bytes, state, state.as_per_loop(), current_bytes() + OPENING_BYTES)
 
 
 def format_bytes(count: int) -> str:
@@ -93,6 +96,7 @@ def format_plan(plan: MemoryPlan) -> str:
     sizes = f"capacity {state.capacity} tokens, batch {state.batch}, loops {state.loops}, KV cache {plan.kv_cache_name}"
     rows = (
         ("weights", plan.weight_bytes, plan.weight_bytes),
+        *([("for prompts", plan.prompt_bytes, plan.prompt_bytes)] if plan.prompt_bytes else []),
         ("KV cache", state.cache_bytes, plan.per_loop.cache_bytes),
         ("other state", state.work_bytes, plan.per_loop.work_bytes),
         ("total", plan.total_bytes, plan.total_bytes + more),
@@ -102,5 +106,7 @@ def format_plan(plan: MemoryPlan) -> str:
     )
     lines = [sizes, f"{'':<12} {'this bundle':>16} {'a cache per loop':>18}"]
     lines += [f"{name:<12} {format_bytes(ours):>16} {format_bytes(theirs):>18}" for name, ours, theirs in rows]
+    if plan.prompt_bytes:
+        lines.append("for prompts: weights of passes of several rows, mapped; the system drops them between prompts")
     lines.append(f"total is exact; program, activations (chunks of {state.chunk}) and process are estimates for a CPU")
     return "\n".join(lines)
