@@ -114,15 +114,18 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
         layers: dict[str, str] | None = None,
         verified: bool = False,
         activations: str | None = None,
+        prompts: str | None = None,
         **changes,
     ) -> Path:
         def make(folder: Path) -> None:
             with staged(folder) as place:
                 checkpoint = save_checkpoint(random_model(**changes), place / "checkpoint")
-                options = ExportOptions(precision, layers or {}, activations=activations, verified=verified)
+                options = ExportOptions(
+                    precision, layers or {}, activations=activations, verified=verified, prompts=prompts
+                )
                 export_bundle(checkpoint, place / "bundle", options)
 
-        name = f"random {precision} {layers} {verified} {activations} {sorted(changes.items())}"
+        name = f"random {precision} {layers} {verified} {activations} {prompts} {sorted(changes.items())}"
         return made_once(tmp_path_factory, name, make) / "bundle"
 
     return bundle

@@ -110,6 +110,17 @@ def test_cpp_runs_other_gates_and_weights(cpp_program, random_bundle):
     assert [int(token) for token in done.stdout.split()] == list(expected)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_cpp_reads_prompts_through_their_own_loop(precision, cpp_program, random_bundle):
+    """Chunks of 16, of which the last has 3 tokens and runs the bundle's own."""
+    bundle = random_bundle(precision, prompts="int8", chunk_size=16)
+    prompt = list(range(3, 22))
+    model = MeltModel.load(bundle, device="cpu", capacity=64)
+    expected = model.generate(prompt, loops=3, max_new_tokens=20, temperature=0).token_ids
+    done = run_cpp(cpp_program, bundle, 3, 20, *prompt)
+    assert [int(token) for token in done.stdout.split()] == list(expected)
+
+
 def test_cpp_refuses_arguments_in_a_sentence(cpp_program, tiny_bundle, tmp_path):
     whole = "must be a whole number from"
     for arguments, message in (

@@ -5,7 +5,8 @@
 
 Every runtime has a process of its own and takes its turn in every round, so that a machine that drifts drifts for all.
 A token goes through the layers once. Ratios are ours over theirs in the same round, per parameter that the step reads:
-gates make our layers 16 % larger than a Llama's, and that counts against nobody.
+gates make our layers 16 % larger than a Llama's, and that counts against nobody. Our bundles have a copy at 8 bits for
+prompts; ``alone`` is the one without.
 """
 
 import argparse
@@ -25,7 +26,20 @@ from melt_runtime.bench.measure import machine, read_bandwidth
 
 WORK = Path("build/peers")
 OUR_KEYS = ("total_ut_steps", "gate_kind", "norm_placement", "exit_gate")
-PEERS = ("llama.cpp", "genai", "torch", "torch.compile")
+OURS = {
+    "melt-onnx int4": ExportOptions(precision="int4", prompts="int8", verified=False, quantized_caches=False),
+    "melt-onnx int4 alone": ExportOptions(precision="int4", verified=False, quantized_caches=False),
+    "melt-onnx int8": ExportOptions(precision="int8", verified=False, quantized_caches=False),
+}
+PEERS = {
+    "llama.cpp Q4_0": "melt-onnx int4",
+    "genai": "melt-onnx int4",
+    "torch": "melt-onnx int4",
+    "torch.compile": "melt-onnx int4",
+    "llama.cpp Q8_0": "melt-onnx int8",
+}
+"""Each with the bundle of ours that it stands beside."""
+BESIDE = {"melt-onnx int4 alone": "melt-onnx int4", **PEERS}
 
 
 def llama_shape(name: str, **changes: int) -> dict:
@@ -47,7 +61,7 @@ POSITION, STEPS, PREFILL = 64, 16, 512
 
 def open_worker(runtime: str, model: Path, threads: int) -> Worker:
     """A runtime in its environment."""
-    python = sys.executable if runtime == "melt-onnx" else str(WORK / "venv" / "bin" / "python")
+    python = sys.executable if runtime in OURS else str(WORK / "venv" / "bin" / "python")
     return Worker([python, str(WORKER), runtime, str(model), str(threads)])
 
 
@@ -73,7 +87,7 @@ def main() -> int:
 def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers: list[str]) -> dict:
     """Measures one shape in every runtime."""
     folder, ours, theirs, streamed = make_models(label, shape, gate)
-    workers = {name: open_worker(name, folder, threads) for name in ("melt-onnx", *peers)}
+    workers = {name: open_worker(name, folder, threads) for name in (*OURS, *peers)}
     found: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in workers}
     bandwidths = []
     for turn in range(rounds + 1):
@@ -85,7 +99,7 @@ def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers
                 found[name]["prefill"].append(prefill)
     for worker in workers.values():
         worker.close()
-    reached = streamed / (statistics.median(found["melt-onnx"]["decode"]) / 1e3)
+    reached = streamed / (statistics.median(found["melt-onnx int4"]["decode"]) / 1e3)
     share = reached / statistics.median(bandwidths[1:])
     print(f"\n### {label}\n\n{ours / 1e6:.1f} M parameters a step in melt-onnx, {theirs / 1e6:.1f} M in the others.")
     print(f"Weights read in decoding: {reached / 1e9:.1f} GB/s, {100 * share:.0f} % of a plain loop's.\n")
@@ -94,9 +108,12 @@ def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers
     for name, times in found.items():
         cells = [f"{statistics.median(times[kind]):.2f}" for kind in ("decode", "prefill")]
         for kind in ("decode", "prefill"):
-            mine = found["melt-onnx"][kind]
-            ratios = [(m / ours) / (t / theirs) for m, t in zip(mine, times[kind], strict=True)]
-            cells.append("" if name == "melt-onnx" else spread(ratios))
+            if name not in BESIDE:
+                cells.append("")
+                continue
+            size = ours if name in OURS else theirs
+            pairs = zip(found[BESIDE[name]][kind], times[kind], strict=True)
+            cells.append(spread([(m / ours) / (t / size) for m, t in pairs]))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return {"ours": ours, "theirs": theirs, "bandwidth_share": share, "milliseconds": found}
 
@@ -107,13 +124,14 @@ def make_models(label: str, shape: dict, gate: str) -> tuple[Path, int, int, int
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")
     config = MeltConfig(**shape, gate_kind=gate, total_ut_steps=1, chunk_size=512)
-    if not (folder / "melt").is_dir():
-        options = ExportOptions(precision="int4", verified=False)
-        export_source(random_source(config), folder / "melt", options)
+    for name, options in OURS.items():
+        bundle = folder / name.replace("-onnx", "").replace(" ", "-")
+        if not bundle.is_dir():
+            export_source(random_source(config), bundle, options)
     python = str(WORK / "venv" / "bin" / "python")
     make = Path(__file__).parent / "make_models.py"
     subprocess.run([python, str(make), str(folder / "shape.json"), str(folder)], check=True, stdout=sys.stderr)
-    manifest = json.loads((folder / "melt" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / "melt-int4" / "manifest.json").read_text(encoding="utf-8"))
     ours = _matrix_parameters(config)
     theirs = _matrix_parameters(MeltConfig(**shape, gate_kind="none", total_ut_steps=1))
     return folder, ours, theirs, sum(manifest["streamed_bytes"].values())

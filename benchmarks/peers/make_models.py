@@ -3,7 +3,7 @@
     build/peers/venv/bin/python benchmarks/peers/make_models.py SHAPE.json OUT
 
 SHAPE.json has the keys of a Hugging Face Llama configuration. Made are OUT/hf (safetensors, bfloat16), OUT/q4_0.gguf
-(all matrices Q4_0) and OUT/genai (the int4 that its own builder makes for the CPU).
+and OUT/q8_0.gguf (all matrices of one kind) and OUT/genai (the int4 that its own builder makes for the CPU).
 """
 
 import json
@@ -29,8 +29,10 @@ def main() -> int:
         tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config.vocab_size)}, unk_token="t0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1").save_pretrained(out / "hf")
-    if not (out / "q4_0.gguf").is_file():
-        write_gguf(config, LlamaForCausalLM.from_pretrained(out / "hf", dtype=torch.float32), out / "q4_0.gguf")
+    for kind in ("Q4_0", "Q8_0"):
+        path = out / f"{kind.lower()}.gguf"
+        if not path.is_file():
+            write_gguf(config, LlamaForCausalLM.from_pretrained(out / "hf", dtype=torch.float32), path, kind)
     if not (out / "genai" / "genai_config.json").is_file():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(out / "hf"), "-e", "cpu"]
         builder += ["-o", str(out / "genai"), "-p", "int4", "-c", str(out / "cache")]
@@ -38,8 +40,8 @@ def main() -> int:
     return 0
 
 
-def write_gguf(config: LlamaConfig, model: LlamaForCausalLM, path: Path) -> None:
-    """Writes the model with every matrix, embedding and head included, at Q4_0."""
+def write_gguf(config: LlamaConfig, model: LlamaForCausalLM, path: Path, kind: str) -> None:
+    """Writes the model with every matrix, embedding and head included, of one kind."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -60,8 +62,8 @@ def write_gguf(config: LlamaConfig, model: LlamaForCausalLM, path: Path) -> None
         if values.ndim == 1:
             writer.add_tensor(place, values)
         else:
-            kind = gguf.GGMLQuantizationType.Q4_0
-            writer.add_tensor(place, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            raw = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(place, gguf.quants.quantize(values, raw), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,7 +20,7 @@ CAPACITY = 1024
 class Llama:
     """llama.cpp, through the C functions of llama-cpp-python."""
 
-    def __init__(self, model: Path, threads: int):
+    def __init__(self, model: Path, threads: int, kind: str):
         import llama_cpp
 
         self.api = llama_cpp
@@ -28,7 +28,7 @@ class Llama:
         llama_cpp.llama_log_set(self.silence, None)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
-            str(model / "q4_0.gguf").encode(), llama_cpp.llama_model_default_params()
+            str(model / f"{kind}.gguf").encode(), llama_cpp.llama_model_default_params()
         )
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = CAPACITY, 512, 512
@@ -106,11 +106,11 @@ class Torch:
 class Melt:
     """This project's runtime."""
 
-    def __init__(self, model: Path, threads: int, loops: int):
+    def __init__(self, model: Path, threads: int, loops: int = 1, bundle: str = "melt"):
         from melt_runtime import MeltModel
 
         self.loops = loops
-        loaded = MeltModel.load(model / "melt", device="cpu", capacity=CAPACITY, chunk=512, threads=threads)
+        loaded = MeltModel.load(model / bundle, device="cpu", capacity=CAPACITY, chunk=512, threads=threads)
         self.runner = loaded.new_runner()
 
     def reset(self) -> None:
@@ -159,9 +159,13 @@ def peak_bytes() -> int:
 
 RUNTIMES: dict[str, Callable] = {
     "melt-onnx": Melt,
+    "melt-onnx int4": lambda model, threads: Melt(model, threads, bundle="melt-int4"),
+    "melt-onnx int4 alone": lambda model, threads: Melt(model, threads, bundle="melt-int4-alone"),
+    "melt-onnx int8": lambda model, threads: Melt(model, threads, bundle="melt-int8"),
     "optimum": lambda model, threads: Optimum(model, threads, reuse=False),
     "optimum, default session": lambda model, threads: Optimum(model, threads, reuse=True),
-    "llama.cpp": Llama,
+    "llama.cpp Q4_0": lambda model, threads: Llama(model, threads, "q4_0"),
+    "llama.cpp Q8_0": lambda model, threads: Llama(model, threads, "q8_0"),
     "genai": GenAI,
     "torch": lambda model, threads: Torch(model, threads, compiled=False),
     "torch.compile": lambda model, threads: Torch(model, threads, compiled=True),

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-constexpr int kSchemaVersion = 4;
+constexpr int kSchemaVersion = 5;
 // Layers and loops, sizes, tokens, as in the contract: a number beyond them is damage.
 constexpr int64_t kMostDepth = 1 << 10, kMostWidth = 1 << 20, kMostTokens = 1 << 26;
 constexpr int kMostNesting = 64;  // copying and printing call themselves
@@ -43,6 +43,7 @@ class Fields {
     if (!field(name).is_boolean()) refuse(name, "be true or false", field(name));
     return field(name).get<bool>();
   }
+  bool is_null(const char* name) const { return field(name).is_null(); }
   std::string text(const char* name) const {
     if (!field(name).is_string()) refuse(name, "be a string", field(name));
     return field(name).get<std::string>();
@@ -100,6 +101,7 @@ class Fields {
 
 struct Shape {
   int64_t layers, kv_heads, head_dim, hidden_size, vocab_size, max_positions, trained_chunk;
+  int64_t prompt_rows;  // of a pass from which prompts.onnx runs it; 0: the bundle has no such graph
   bool has_latent, has_loop_idx, has_exit_gate;
 };
 
@@ -123,6 +125,7 @@ inline Shape read_shape(const Fields& manifest) {
   shape.vocab_size = tokens("vocab_size");
   shape.max_positions = tokens("max_positions");
   shape.trained_chunk = tokens("trained_chunk");
+  shape.prompt_rows = manifest.is_null("prompts") ? 0 : manifest.inner("prompts").whole("rows", 2, kMostWidth);
   shape.has_latent = model.flag("has_latent");
   shape.has_loop_idx = model.text("gate_kind") == "mean";
   shape.has_exit_gate = model.flag("has_exit_gate");

@@ -12,7 +12,7 @@ const VENDOR = {
   "@huggingface/tokenizers/dist/tokenizers.min.mjs": "tokenizers.min.mjs",
   "@huggingface/jinja/dist/index.js": "jinja.js",
 };
-const unused = /^loop_int/; // loops over quantized caches, which the page does not use
+const unused = /^(loop_int|prompts)/; // loops over quantized caches and for many rows, which the page does not use
 
 /** Names of the files to copy. */
 async function filesOf(bundle) {

@@ -1,6 +1,6 @@
 // Reads the files of a bundle as its manifest describes them. Knows nothing of ONNX Runtime.
 
-export const SCHEMA_VERSION = 4;
+export const SCHEMA_VERSION = 5;
 const REMAKE = "export the checkpoint again with the export.py that belongs to this page";
 // Sizes of a model and the most that each may be, as in the contract: a number beyond is damage.
 const [DEPTH, WIDTH, TOKENS] = [2 ** 10, 2 ** 20, 2 ** 26];

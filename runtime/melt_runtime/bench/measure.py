@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest, read_manifest
+from melt_runtime.device.integers import instructions
 from melt_runtime.errors import RunError
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.process import resident_bytes
@@ -209,6 +210,8 @@ def machine() -> dict[str, str]:
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
+    if instructions():
+        processor += f" ({', '.join(instructions())})"
     return {
         "processor": processor,
         "cores": str(os.cpu_count()),

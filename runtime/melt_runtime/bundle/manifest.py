@@ -93,12 +93,14 @@ class Prompts:
 
     Attributes:
         precision: of it.
+        rows: of a pass from which its loops are the faster ones.
         weight_bytes: size of its file, which is mapped into memory.
         parity: as the bundle's, of these graphs; None where that was not checked.
         quality: how far they are from the bundle's own; None where not measured.
     """
 
     precision: Literal["int8"]
+    rows: Annotated[int, Interval(ge=2, le=1 << 20)]
     weight_bytes: Bytes
     parity: Parity | None
     quality: PromptQuality | None

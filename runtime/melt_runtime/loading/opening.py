@@ -23,9 +23,6 @@ from melt_runtime.text.codec import TextCodec
 
 _LIBRARY_ROOM = 256 << 20
 _SHOWN = 8
-_PROMPT_ROWS = {"int8": 6, "int4": 12}
-"""Rows of a pass from which the loop for several is the faster one, by precision of the bundle's own; measured at
-hidden sizes 576 and 2048 with AVX-512 VNNI (docs/performance.md). Processors without gain from fewer rows on."""
 
 
 def check_bundle(folder: Path, manifest: Manifest, cache: LoadCache, progress: Report | None = None) -> None:
@@ -154,7 +151,7 @@ def open_sessions(
         _check_graph(name, opened[name], manifest)
     return Sessions(
         **opened,
-        prompt_rows=_PROMPT_ROWS.get(manifest.precision, 0),
+        prompt_rows=0 if manifest.prompts is None else manifest.prompts.rows,
         replayed=provider.device == "cuda" and provider.cuda.graphs,
     )
 

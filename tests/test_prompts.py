@@ -1,0 +1,241 @@
+"""The loops for passes of several rows: which passes run them, what they compute, what is refused."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import random_model, save_checkpoint
+
+from melt_export.bundle import ExportOptions, export_bundle
+from melt_export.cli import main as export_main
+from melt_export.formats import FormatError, prompt_formats, weight_formats
+from melt_export.quantize import dequantize_columns, quantize_columns
+from melt_export.tolerances import PARITY
+from melt_models.checkpoint import CheckpointError
+from melt_runtime import BundleError, MeltModel, read_manifest
+from melt_runtime.bundle.contract import KV_CACHES, prompt_graph
+from melt_runtime.cli.main import main
+from melt_runtime.device import integers
+from melt_runtime.device.integers import EXACT_PRODUCTS, extreme_weights
+from melt_runtime.device.providers import choose_provider, session_options
+from melt_runtime.loading.load_cache import LoadCache
+from melt_runtime.loading.opening import open_sessions
+from melt_runtime.memory.estimate import format_plan, plan_memory
+
+PROMPT = [(7 * place) % 650 for place in range(50)]
+
+
+def sessions_of(bundle):
+    return open_sessions(bundle, read_manifest(bundle), choose_provider("cpu", "float32"))
+
+
+def test_a_column_of_weights_shares_a_scale():
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    weight[7] = 0  # an output that is always zero
+    codes, scales = quantize_columns(weight)
+    assert codes.dtype == torch.int8
+    assert codes.shape == (96, 40)
+    assert int(codes.abs().max()) == 127
+    assert scales[7] == 0
+    assert not codes[:, 7].any()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert bool(((dequantize_columns(codes, scales) - weight).abs() <= step / 2 * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("kind", KV_CACHES)
+def test_rows_are_rounded_once_for_all_that_reads_them(random_bundle, kind):
+    """Six products a gated layer, of six different rows; norms, attention and the gate stay as they are."""
+    graph = onnx.load(random_bundle("int4", prompts="int8") / f"{prompt_graph(kind)}.onnx", load_external_data=False)
+    count = Counter(node.op_type for node in graph.graph.node)
+    assert count["MatMulIntegerToFloat"] == count["QuantizeLinear"] == count["ReduceMax"] == 6 * 3
+    assert count["MatMulNBits"] == 0
+    assert count["GroupQueryAttention"] == 3
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_passes_of_many_rows_run_it(random_bundle, precision):
+    sessions = sessions_of(random_bundle(precision, prompts="int8"))
+    first = sessions.prompt_rows
+    assert 2 <= first <= 16
+    assert sessions.loop_for(1) is sessions.loop_for(first - 1) is sessions.loop
+    assert sessions.loop_for(first) is sessions.loop_for(512) is sessions.prompts
+    without = sessions_of(random_bundle(precision, prompts="none"))
+    assert without.prompts is None
+    assert without.loop_for(512) is without.loop
+
+
+def test_int8_bundles_have_it_unless_told_otherwise(random_bundle):
+    assert read_manifest(random_bundle("int8")).prompts is not None
+    assert read_manifest(random_bundle("int8", prompts="none")).prompts is None
+    assert read_manifest(random_bundle("int4")).prompts is None
+    assert read_manifest(random_bundle("float32")).prompts is None
+    assert read_manifest(random_bundle("int8", activations="float16")).prompts is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate_kind": "none"}])
+def test_a_prompt_is_what_the_copy_of_the_weights_says(random_bundle, changes):
+    """Chunks of 8 rows and single tokens after them, against torch with either's weights: each where it belongs."""
+    bundle = random_bundle("int8", prompts="int8", **changes)
+    own = random_bundle("int8", prompts="none", **changes)
+    both, one = (MeltModel.load(folder, device="cpu", capacity=128) for folder in (bundle, own))
+    short, long = PROMPT[:5], PROMPT[:48]
+    np.testing.assert_array_equal(both.new_runner().prefill(short, 4), one.new_runner().prefill(short, 4))
+    ours, theirs = both.new_runner().prefill(long, 4), one.new_runner().prefill(long, 4)
+    assert not np.array_equal(ours, theirs)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.98  # two roundings of the same weights
+
+
+@pytest.mark.parametrize("decode", ["plain", "wave"])
+def test_waves_batches_and_sessions_work_with_it(random_bundle, decode):
+    model = MeltModel.load(random_bundle("int8", prompts="int8"), device="cpu", capacity=96, slots=8)
+    settings = {"max_new_tokens": 6, "temperature": 0.0, "decode": decode}
+    prompts = [PROMPT[place : place + 12 + place] for place in range(8)]
+    together = [answer.token_ids for answer in model.generate_batch(prompts, **settings)]
+    assert [len(ids) for ids in together] == [6] * 8
+    session = model.new_session()
+    assert len(session.generate(PROMPT[:20], **settings).token_ids) == 6
+
+
+def test_a_copy_for_the_next_load_holds_it_too(random_bundle, tmp_path):
+    bundle, cache = random_bundle("int4", prompts="int8"), LoadCache(tmp_path / "cache", min_bytes=0)
+    fresh = MeltModel.load(bundle, device="cpu", capacity=64).new_runner().prefill(PROMPT, 4)
+    for _ in range(2):
+        loaded = MeltModel.load(bundle, device="cpu", capacity=64, cache=cache).new_runner().prefill(PROMPT, 4)
+        np.testing.assert_array_equal(loaded, fresh)
+    assert len(cache.entries()) == 3  # loop, prompts, head
+
+
+def test_the_exact_kernels_give_the_same_bits(random_bundle, tmp_path, monkeypatch):
+    """As on a processor whose fast ones overflow: the weights are rewritten at load, and in the copy."""
+    bundle = random_bundle("int4", prompts="int8")
+    expected = MeltModel.load(bundle, device="cpu", capacity=64).new_runner().prefill(PROMPT, 4)
+    monkeypatch.setattr("melt_runtime.device.providers.overflows", lambda: True)
+    assert session_options().get_session_config_entry(EXACT_PRODUCTS[0]) == "1"
+    cache = LoadCache(tmp_path / "cache", min_bytes=0)
+    for _ in range(2):
+        loaded = MeltModel.load(bundle, device="cpu", capacity=64, cache=cache).new_runner().prefill(PROMPT, 4)
+        np.testing.assert_allclose(loaded, expected, atol=PARITY["quantized"].allowed(expected))
+
+
+def test_extreme_values_are_multiplied_exactly(tmp_path):
+    """Through the graph as it ships, on the machine that runs this: rows of 255 and 1, weights of 127 and -127."""
+    model = random_model(gate_kind="none", num_hidden_layers=1, total_ut_steps=1, norm_placement="pre")
+    layer, width = model.model.layers[0], model.config.hidden_size
+    weights = torch.from_numpy(extreme_weights(width, 32).T.copy()).float()
+    with torch.no_grad():
+        layer.input_layernorm.weight.fill_(1)
+        layer.self_attn.v_proj.weight.copy_(weights)
+        # Embeddings of one magnitude: after the norm every value is the row's largest or its negative.
+        turns = torch.from_numpy(extreme_weights(width, 650).T.copy()).float() / 127
+        model.model.embed_tokens.weight[:650].copy_(turns)
+    bundle = tmp_path / "bundle"
+    options = ExportOptions("int8", {"model.embed_tokens": "float32"}, verified=False)
+    export_bundle(save_checkpoint(model, tmp_path / "checkpoint"), bundle, options)
+    loaded = MeltModel.load(bundle, device="cpu", capacity=64)
+    runner = loaded.new_runner()
+    runner.prefill(PROMPT[:8], 1)
+    (_, values), *_ = runner.state.caches[0]
+    rows = torch.from_numpy(values.values()[0, :, :8]).transpose(0, 1).flatten(1).double()
+    exact = turns[PROMPT[:8]].double() @ weights.T.double()
+    assert float((rows - exact).abs().max()) <= 1e-4 * float(exact.abs().max())
+
+
+def test_the_manifest_says_what_it_costs(random_bundle):
+    bundle = random_bundle("int4", verified=True, prompts="int8")
+    prompts = read_manifest(bundle).prompts
+    assert prompts.weight_bytes == (bundle / "prompts.data").stat().st_size
+    assert [run.kv_cache for run in prompts.parity.runs] == list(KV_CACHES)
+    for run in prompts.parity.runs:
+        assert all(found.error <= found.allowed for found in run.tensors.values())
+        assert run.tensors["hidden"].error > 0
+    own = read_manifest(bundle).quality.kv_cache["float"]
+    assert list(prompts.quality.hidden_error_by_loop) == ["1", "2", "3", "4"]
+    # The bundle's own weights have 4 bits, the copy 8: their difference is about what 4 bits cost.
+    assert 0.3 * own.kl < prompts.quality.kl < 3 * own.kl
+    plan = plan_memory(read_manifest(bundle), 64)
+    assert plan.prompt_bytes == prompts.weight_bytes
+    assert plan.total_bytes == plan.weight_bytes + plan.prompt_bytes + plan.state.total_bytes
+    assert "for prompts" in format_plan(plan)
+
+
+def test_only_the_layers_have_a_copy():
+    formats = weight_formats(random_model(), "int4", {"*.u_z": "float32"})
+    copies = prompt_formats(formats)
+    assert copies["model.layers.0.mlp.up_proj"].by_column
+    for name in ("model.layers.0.gate.u_z", "model.embed_tokens", "lm_head", "model.early_exit_gate"):
+        assert copies[name] == formats[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "float32"}, "prompts must be 'none' for float32 weights and float32 activations"),
+        ({"precision": "int4", "activations": "float16"}, "for int4 weights and float16 activations"),
+        ({"precision": "float16"}, "whose activations are float32"),
+    ],
+)
+def test_weights_that_have_no_integer_products_are_refused(options, message):
+    with pytest.raises(ValueError, match="prompts must be") as raised:
+        ExportOptions(**options, prompts="int8")
+    assert message in str(raised.value)
+
+
+def test_an_unknown_copy_is_refused():
+    with pytest.raises(ValueError, match="prompts must be one of int8, none, got 'int4'"):
+        ExportOptions("int4", prompts="int4")
+
+
+def test_a_bundle_without_quantized_layers_has_nothing_to_copy(tmp_path):
+    checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
+    with pytest.raises(FormatError, match="no layer is quantized"):
+        export_bundle(
+            checkpoint, tmp_path / "bundle", ExportOptions("int4", {"model.layers.*": "float32"}, prompts="int8")
+        )
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = random_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("inf")
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight"):
+        export_bundle(checkpoint, tmp_path / "bundle", ExportOptions("int4", prompts="int8"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
+    checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
+    arguments = [str(checkpoint), "--out", str(tmp_path / "out"), "--prompts", "int8"]
+    assert export_main(arguments) == 1
+    assert "prompts must be 'none' for float32 weights" in capsys.readouterr().err
+    assert export_main([*arguments, "--precision", "int4", "--format", "genai"]) == 1
+    assert "leave --prompts int8 out" in capsys.readouterr().err
+    assert export_main([*arguments, "--melt"]) == 1
+    assert "--prompts is for bundles" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prompts.data", "prompts.onnx", "prompts_int8.onnx"])
+def test_a_missing_or_altered_copy_is_refused(random_bundle, tmp_path, name):
+    bundle = shutil.copytree(random_bundle("int4", prompts="int8"), tmp_path / "bundle")
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        MeltModel.load(bundle, device="cpu")
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        MeltModel.load(bundle, device="cpu")
+
+
+def test_doctor_names_the_kernels(monkeypatch, capsys):
+    assert main(["doctor"]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if "8-bit products" in line)
+    assert all(name in said for name in integers.instructions())
+    monkeypatch.setattr("melt_runtime.device.doctor.overflows", lambda: True)
+    assert main(["doctor"]) == 0
+    assert "overflow here" in capsys.readouterr().out
