@@ -35,7 +35,7 @@ OPTIONS = {
     "int4": ExportOptions("int4"),
     "int4, blocks of 32": ExportOptions("int4", block=32),
     "int4, embedding int8": ExportOptions("int4", EIGHT_BIT_EMBEDDING),
-    "int4, blocks of 32, embedding int8": ExportOptions("int4", EIGHT_BIT_EMBEDDING, block=32),
+    "int4, blocks of 32, embedding int8": ExportOptions("int4", EIGHT_BIT_EMBEDDING, block=32, prompts="int8"),
 }
 
 
@@ -58,6 +58,10 @@ def main() -> int:
         manifest = read_manifest(folder)
         found = [f"{_perplexity(folder, manifest, ids, kind):.2f}" for kind in manifest.kv_caches]
         print(f"| {name} | {manifest.weight_bytes / 1e6:.0f} | {' | '.join(found)} |", flush=True)
+        if manifest.prompts is not None:
+            found = [f"{_perplexity(folder, manifest, ids, kind, prompts=True):.2f}" for kind in manifest.kv_caches]
+            size = manifest.prompts.weight_bytes / 1e6
+            print(f"| {name}: its copy for prompts | {size:.0f} | {' | '.join(found)} |", flush=True)
     print(f"\ngreedy answers of up to {TOKENS} tokens, float32, beside transformers\n")
     print("| prompt | tokens | equal |\n|---|---|---|")
     model = MeltModel.load(bundles["float32"], device="cpu", capacity=512)
@@ -78,9 +82,9 @@ def _bundle(checkpoint: Path, name: str, options: ExportOptions) -> Path:
     return folder
 
 
-def _perplexity(folder: Path, manifest: Manifest, ids: list[int], kind: str) -> float:
+def _perplexity(folder: Path, manifest: Manifest, ids: list[int], kind: str, prompts: bool = False) -> float:
     probe = Probe((Passage(ids, 1),), "text")
-    return perplexity(trace_bundle(open_runner(folder, manifest, len(ids), kind), probe, 1), probe)
+    return perplexity(trace_bundle(open_runner(folder, manifest, len(ids), kind, prompts=prompts), probe, 1), probe)
 
 
 def _llama_row(ids: list[int]) -> str:

@@ -42,7 +42,7 @@ def test_graphs_follow_the_contract(random_bundle, kind, precision):
     check_files(bundle, manifest)
     kv_caches = ("float",) if precision == "float16" else KV_CACHES
     assert manifest.kv_caches == kv_caches
-    assert manifest.graphs == graph_specs(manifest.model, manifest.activations, kv_caches)
+    assert manifest.graphs == graph_specs(manifest.model, manifest.activations, kv_caches, precision == "int8")
     for name in manifest.graphs:
         model = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
         said = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY}

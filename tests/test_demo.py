@@ -85,7 +85,7 @@ def content(path) -> dict:
 
 def test_the_exporter_makes_the_bundle_that_ships(tmp_path):
     again = tmp_path / "again"
-    export_bundle(MELT_TINY, again, ExportOptions("int8", block=32, verified=False))
+    export_bundle(MELT_TINY, again, ExportOptions("int8", block=32, verified=False, prompts="none"))
     ours, theirs = (json.loads((folder / "manifest.json").read_text()) for folder in (BUNDLE, again))
     hint = "the bundle in the package is of another exporter: make demo-bundle"
     assert ours.keys() == theirs.keys(), hint

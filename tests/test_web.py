@@ -66,7 +66,7 @@ def test_the_browser_gives_pythons_tokens(web, tiny_bundle, tmp_path):
     [
         ({"gate_kind": "none"}, PARITY["float32"]),
         ({"gate_kind": "mean"}, PARITY["float32"]),
-        ({"precision": "int8"}, INTEGER_PRODUCTS),
+        ({"precision": "int8", "prompts": "none"}, INTEGER_PRODUCTS),
     ],
     ids=["looplm", "mean", "int8"],
 )
