@@ -16,6 +16,7 @@ from melt_export.formats import FormatError, prompt_formats, weight_formats
 from melt_export.quantize import dequantize_columns, quantize_columns
 from melt_export.tolerances import PARITY
 from melt_models.checkpoint import CheckpointError
+from melt_models.modeling import KVCache
 from melt_runtime import BundleError, MeltModel, read_manifest
 from melt_runtime.bundle.contract import KV_CACHES, prompt_graph
 from melt_runtime.cli.main import main
@@ -87,6 +88,39 @@ def test_a_prompt_is_what_the_copy_of_the_weights_says(random_bundle, changes):
     ours, theirs = both.new_runner().prefill(long, 4), one.new_runner().prefill(long, 4)
     assert not np.array_equal(ours, theirs)
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.98  # two roundings of the same weights
+
+
+@torch.no_grad()
+def test_activations_are_rounded_row_by_row(tmp_path):
+    """Torch with the same rounding of weights and rows is far nearer than torch with that of the weights alone."""
+    model = random_model(norm_placement="pre")
+    bundle = tmp_path / "bundle"
+    export_bundle(save_checkpoint(model, tmp_path / "checkpoint"), bundle, ExportOptions("int8", verified=False))
+    linears = [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    for linear in linears:
+        linear.weight.copy_(dequantize_columns(*quantize_columns(linear.weight)))
+    sessions = sessions_of(bundle)
+    model.model.embed_tokens.weight.copy_(  # as the bundle's own blocks of 8 bits have them
+        torch.from_numpy(sessions.embed.run(["hidden"], {"ids": np.arange(703)[None]})[0][0])
+    )
+    found = MeltModel.load(bundle, device="cpu", capacity=64).new_runner()
+    found.prefill(PROMPT[:8], 1)
+    hidden = found.flight.hidden
+
+    def distance() -> float:
+        states = model.model.forward_chunk(torch.tensor([PROMPT[:8]]), 1, KVCache(model.config))
+        return float(np.linalg.norm(states[0][0].numpy() - hidden) / np.linalg.norm(hidden))
+
+    weights_alone = distance()
+    for linear in linears:
+        linear.register_forward_pre_hook(lambda _, inputs: rounded(*inputs))
+    assert distance() < 0.2 * weights_alone
+
+
+def rounded(rows: torch.Tensor) -> torch.Tensor:
+    """As the graph rounds activations: to 8 bits, with a scale for each row."""
+    scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (rows / scale).round() * scale
 
 
 @pytest.mark.parametrize("decode", ["plain", "wave"])

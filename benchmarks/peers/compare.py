@@ -26,6 +26,7 @@ from melt_runtime.bench.measure import machine, read_bandwidth
 
 WORK = Path("build/peers")
 OUR_KEYS = ("total_ut_steps", "gate_kind", "norm_placement", "exit_gate")
+"""Of a shape; the others are those of a Llama configuration."""
 OURS = {
     "melt-onnx int4": ExportOptions(precision="int4", prompts="int8", verified=False, quantized_caches=False),
     "melt-onnx int4 alone": ExportOptions(precision="int4", verified=False, quantized_caches=False),
@@ -43,9 +44,8 @@ BESIDE = {"melt-onnx int4 alone": "melt-onnx int4", **PEERS}
 
 
 def llama_shape(name: str, **changes: int) -> dict:
-    """A published shape with the keys of a Llama configuration, for short contexts."""
-    shape = {key: value for key, value in SHAPES[name].items() if key not in OUR_KEYS}
-    return {**shape, "max_position_embeddings": 2048, **changes}
+    """A published shape for short contexts."""
+    return {**SHAPES[name], "max_position_embeddings": 2048, "total_ut_steps": 1, **changes}
 
 
 WIDE = llama_shape("melt-1.6b", num_hidden_layers=4, vocab_size=256)
@@ -92,7 +92,9 @@ def compare(label: str, shape: dict, gate: str, rounds: int, threads: int, peers
     bandwidths = []
     for turn in range(rounds + 1):
         bandwidths.append(read_bandwidth(threads))
-        for name, worker in workers.items():
+        first = turn % len(workers)
+        for name in [*workers][first:] + [*workers][:first]:  # whoever comes after another is not always the same
+            worker = workers[name]
             decode, prefill = worker.ask(f"decode {POSITION} {STEPS}"), worker.ask(f"prefill {PREFILL}")
             if turn:  # the first turn warms up
                 found[name]["decode"].append(decode)
@@ -122,8 +124,9 @@ def make_models(label: str, shape: dict, gate: str) -> tuple[Path, int, int, int
     """Makes the model in every format; returns the folder, parameters a step (ours, theirs), our streamed bytes."""
     folder = WORK / label.replace(" ", "-").replace(",", "")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")
-    config = MeltConfig(**shape, gate_kind=gate, total_ut_steps=1, chunk_size=512)
+    theirs = {key: value for key, value in shape.items() if key not in OUR_KEYS}
+    (folder / "shape.json").write_text(json.dumps(theirs), encoding="utf-8")
+    config = MeltConfig(**{**shape, "gate_kind": gate})
     for name, options in OURS.items():
         bundle = folder / name.replace("-onnx", "").replace(" ", "-")
         if not bundle.is_dir():
@@ -133,8 +136,8 @@ def make_models(label: str, shape: dict, gate: str) -> tuple[Path, int, int, int
     subprocess.run([python, str(make), str(folder / "shape.json"), str(folder)], check=True, stdout=sys.stderr)
     manifest = json.loads((folder / "melt-int4" / "manifest.json").read_text(encoding="utf-8"))
     ours = _matrix_parameters(config)
-    theirs = _matrix_parameters(MeltConfig(**shape, gate_kind="none", total_ut_steps=1))
-    return folder, ours, theirs, sum(manifest["streamed_bytes"].values())
+    llama = _matrix_parameters(MeltConfig(**{**shape, "gate_kind": "none"}))
+    return folder, ours, llama, sum(manifest["streamed_bytes"].values())
 
 
 def _matrix_parameters(config: MeltConfig) -> int:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 CAPACITY = 1024
+CHUNK = 256
+"""Tokens that we process in parallel: attention sees the whole chunk, so that long ones cost more, short ones too."""
 
 
 class Llama:
@@ -110,7 +112,7 @@ class Melt:
         from melt_runtime import MeltModel
 
         self.loops = loops
-        loaded = MeltModel.load(model / bundle, device="cpu", capacity=CAPACITY, chunk=512, threads=threads)
+        loaded = MeltModel.load(model / bundle, device="cpu", capacity=CAPACITY, chunk=CHUNK, threads=threads)
         self.runner = loaded.new_runner()
 
     def reset(self) -> None:
