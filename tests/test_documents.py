@@ -79,6 +79,8 @@ NOT_RUN = {
     "./generate ../../build/melt-tiny 4 20 1 56 3": _CPP,
     "benchmarks/peers/install.sh": _PEERS,
     "python benchmarks/peers/compare.py --rounds 7": _PEERS,
+    "python benchmarks/passes.py build/peers/4-layers-of-2048-gated/melt-int8": _PEERS,
+    "python benchmarks/passes.py build/peers/30-layers-of-576/melt-int4-alone --nodes 1": _PEERS,
     "melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512": _FULL_SIZE,
     "melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,2,4,8 --positions 100,1000,4000 "
     "--plot bench.png": _FULL_SIZE,
