@@ -18,7 +18,7 @@ from torch import nn
 from melt_export.calibrate import collect_rows, key_scales, value_scales
 from melt_export.choices import PROMPTS
 from melt_export.formats import BLOCKS, FormatError, WeightFormat, prompt_formats, weight_formats
-from melt_export.limits import LossError, describe_loss
+from melt_export.limits import LossError, describe_loss, describe_prompt_loss
 from melt_export.probe import Probe, choose_probe
 from melt_export.progress import bar
 from melt_export.quality import compare_prompts, measure_quality
@@ -88,7 +88,7 @@ class ExportOptions:
         verified: compare with torch and measure the quality; left out for random weights, which have none.
         allow_loss: write the bundle, with every KV cache, even where rounding costs more than ``limits`` allows.
         prompts: one of ``PROMPTS``: ``int8`` adds a copy of the layers' weights for passes of several rows, at 8 bits
-            by column; default: for ``int8`` weights on the CPU, else none.
+            by column, and refuses one that costs too much; default: for ``int8`` weights on the CPU, where it does not.
         quantized_caches: whether to offer int8 and int4 KV caches beside that of the activations, where these allow it.
         report: told of each stage.
 
@@ -171,7 +171,7 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
     shape, dtype = model_shape(config), options.dtype
     prompts = prompt_formats(formats) if options.has_prompts else formats
     if options.prompts == "int8" and prompts == formats:
-        raise FormatError("--prompts int8 copies quantized layers, and no layer is quantized: leave it out")
+        raise FormatError("--prompts int8 copies the integer matrices of model.layers, which has none: leave it out")
     with staged(out) as folder:
         write_text_files(source, folder)
         probe = choose_probe(source, folder, options.text)
@@ -239,10 +239,12 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
                 manifest = replace(manifest, prompts=replace(manifest.prompts, parity=parity))
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
-            manifest = replace(manifest, quality=measure_quality(folder, manifest, source, probe))
             if manifest.prompts is not None:
-                found = compare_prompts(folder, manifest, probe)
+                found = compare_prompts(folder, manifest, source, probe)
                 manifest = replace(manifest, prompts=replace(manifest.prompts, quality=found))
+                manifest = _judge_prompts(folder, manifest, probe, options)
+                write_manifest(folder, manifest)  # the answers are those of what is left
+            manifest = replace(manifest, quality=measure_quality(folder, manifest, source, probe))
             manifest = _judge(folder, manifest, options)
             write_manifest(folder, manifest)
     report(f"wrote {out}")
@@ -305,13 +307,38 @@ def _judge(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest
             options.report(f"note: {describe_loss(manifest, kind)}")
             continue
         options.report(f"note: left out: {describe_loss(manifest, kind)}")
-        left = {loop_graph(kind), prompt_graph(kind)} & manifest.graphs.keys()
-        for name in left:
-            (folder / f"{name}.onnx").unlink()
-        graphs = {key: spec for key, spec in manifest.graphs.items() if key not in left}
-        files = {key: entry for key, entry in manifest.files.items() if key.removesuffix(".onnx") not in left}
-        manifest = replace(manifest, graphs=graphs, files=files)
+        manifest = _without(folder, manifest, {f"{graph(kind)}.onnx" for graph in (loop_graph, prompt_graph)})
     return manifest
+
+
+def _judge_prompts(folder: Path, manifest: Manifest, probe: Probe, options: ExportOptions) -> Manifest:
+    """The manifest without a copy for prompts that costs more than is allowed, unless the copy was asked for.
+
+    Raises:
+        LossError: it was.
+    """
+    prompts = manifest.prompts
+    if prompts is None or prompts.quality is None or prompts.quality.loss.within_limit:
+        return manifest
+    said = describe_prompt_loss(prompts.quality.loss, probe.scored, probe.name)
+    if options.allow_loss:
+        options.report(f"note: {said}")
+        return manifest
+    if options.prompts == "int8":
+        raise LossError(said)
+    options.report(f"note: left out: {said}")
+    copies = {f"{prompt_graph(kind)}.onnx" for kind in KV_CACHES} | {PROMPT_WEIGHTS_NAME}
+    return replace(_without(folder, manifest, copies), prompts=None)
+
+
+def _without(folder: Path, manifest: Manifest, names: set[str]) -> Manifest:
+    """The manifest without some files, which leave the folder, and the graphs among them."""
+    left = names & manifest.files.keys()
+    for name in left:
+        (folder / name).unlink()
+    graphs = {name: spec for name, spec in manifest.graphs.items() if f"{name}.onnx" not in left}
+    files = {name: entry for name, entry in manifest.files.items() if name not in left}
+    return replace(manifest, graphs=graphs, files=files)
 
 
 def _describe(formats: dict[str, WeightFormat], options: ExportOptions) -> Quantization:

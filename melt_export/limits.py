@@ -5,7 +5,7 @@ Knows figures, not models.
 
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest
-from melt_runtime.bundle.measured import LossLimit
+from melt_runtime.bundle.measured import CacheQuality, LossLimit
 from melt_runtime.errors import MeltError
 
 LIMITS = {
@@ -28,17 +28,30 @@ def loss_limit(precision: str, kv_cache: KVCacheKind) -> LossLimit:
     return LossLimit(max(limit.kl for limit in allowed), min(limit.greedy_agreement for limit in allowed))
 
 
+def describe_prompt_loss(loss: CacheQuality, tokens: int, text: str) -> str:
+    """What a copy for prompts costs beyond its limit over so many tokens of a text, and what costs less."""
+    fix = "leave it out with --prompts none, --allow-loss keeps it"
+    return _describe("the copy for prompts costs", loss, tokens, text, fix)
+
+
 def describe_loss(manifest: Manifest, kind: KVCacheKind) -> str:
     """What a kind of KV cache costs beyond its limit, and what costs less."""
     assert manifest.quality is not None
     found = manifest.quality.kv_cache[kind]
-    assert found.limit is not None
-    what, fix = f"{manifest.precision} weights cost", "--block 32 or --layer PATTERN=int8 cost less"
+    what, fix = (
+        f"{manifest.precision} weights cost",
+        "--block 32 or --layer PATTERN=int8 cost less, --allow-loss keeps them",
+    )
     if kind != "float":
-        what, fix = f"an {kind} KV cache costs", f"over a float cache it is {manifest.quality.kv_cache['float'].kl:.3g}"
+        own = manifest.quality.kv_cache["float"].kl
+        what, fix = f"an {kind} KV cache costs", f"over a float cache it is {own:.3g}, --allow-loss keeps it"
+    return _describe(what, found, manifest.quality.tokens, manifest.quality.text, fix)
+
+
+def _describe(what: str, found: CacheQuality, tokens: int, text: str, fix: str) -> str:
+    assert found.limit is not None
     return (
         f"{what} more than is allowed: KL divergence from float32 {found.kl:.3g} (limit {found.limit.kl:g}), first "
         f"choice equal for {100 * found.greedy_agreement:.1f} % (limit {100 * found.limit.greedy_agreement:g} %), over "
-        f"{manifest.quality.tokens} tokens of {manifest.quality.text}; {fix}, --allow-loss keeps "
-        f"{'them' if kind == 'float' else 'it'}"
+        f"{tokens} tokens of {text}; {fix}"
     )

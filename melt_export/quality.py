@@ -1,6 +1,7 @@
 """What rounding costs: a bundle beside the float32 checkpoint, over a text and over the model's own evaluation.
 
-Unlike parity this runs the bundle as it ships, activations rounded too. Whether loops add up the error of rounding or
+Unlike parity this runs the graphs as they ship, activations rounded too: the bundle's own loop for all tokens, then the
+one for prompts for all tokens; answers run each where it belongs. Whether loops add up the error of rounding or
 wash it out differs from model to model, so the error of the hidden state is given after every loop.
 """
 
@@ -93,14 +94,16 @@ def compare(reference: Trace, actual: Trace, probe: Probe) -> CacheQuality:
     )
 
 
-def compare_prompts(folder: Path, manifest: Manifest, probe: Probe) -> PromptQuality:
-    """The loops for passes of several rows beside the bundle's own, over a float KV cache."""
+def compare_prompts(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> PromptQuality:
+    """The loop for passes of several rows, over a float KV cache, beside float32 and beside the bundle's own."""
     longest, loops = max(len(passage.ids) for passage in probe.passages), manifest.model.trained_loops
-    own, other = (
+    own, copy = (
         trace_bundle(open_runner(folder, manifest, longest, prompts=prompts), probe, loops) for prompts in (False, True)
     )
-    found = compare(own, other, probe)
-    return PromptQuality(found.perplexity, found.kl, found.greedy_agreement, found.hidden_error_by_loop)
+    limit = loss_limit(manifest.precision, "float") if probe.says_loss else None
+    loss = compare(trace_reference(reference_model(source.config, source.read), probe), copy, probe)
+    beside = compare(own, copy, probe)
+    return PromptQuality(replace(loss, limit=limit), beside.kl, beside.greedy_agreement, beside.hidden_error_by_loop)
 
 
 def perplexity(trace: Trace, probe: Probe) -> float:

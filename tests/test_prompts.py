@@ -1,21 +1,26 @@
 """The loops for passes of several rows: which passes run them, what they compute, what is refused."""
 
+import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import random_model, save_checkpoint
+from conftest import MELT_TINY, random_model, save_checkpoint
 from tolerances import assert_close
 
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.cli import main as export_main
 from melt_export.formats import FormatError, prompt_formats, weight_formats
+from melt_export.limits import LossError
 from melt_export.quantize import dequantize_columns, quantize_columns
 from melt_export.tolerances import PARITY
+from melt_models import load_checkpoint
 from melt_models.checkpoint import CheckpointError
+from melt_models.evaluation import EVALUATION_NAME
 from melt_models.modeling import KVCache
 from melt_runtime import BundleError, MeltModel, read_manifest
 from melt_runtime.bundle.contract import KV_CACHES, prompt_graph
@@ -195,6 +200,49 @@ def test_the_manifest_says_what_it_costs(random_bundle):
     assert "for prompts" in format_plan(plan)
 
 
+def outlier_checkpoint(folder):
+    """melt-tiny with one channel of a norm 300 times as large, which every matrix that reads it undoes.
+
+    Nothing changes but that the channel alone then says how a row is rounded.
+    """
+    model = load_checkpoint(MELT_TINY)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[3] *= 300
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[:, 3] /= 300
+    save_checkpoint(model, folder)
+    shutil.copyfile(MELT_TINY / EVALUATION_NAME, folder / EVALUATION_NAME)
+    return folder
+
+
+def test_a_copy_that_costs_too_much_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
+    checkpoint, notes = outlier_checkpoint(tmp_path / "checkpoint"), []
+    options = ExportOptions("int8", block=32, quantized_caches=False, report=notes.append)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", options)
+    assert manifest.prompts is None
+    assert manifest.quality.kv_cache["float"].within_limit
+    assert any("left out: the copy for prompts costs more than is allowed" in note for note in notes)
+    assert not list((tmp_path / "bundle").glob("prompts*"))
+    assert read_manifest(tmp_path / "bundle") == manifest
+    MeltModel.load(tmp_path / "bundle", device="cpu")
+    with pytest.raises(LossError, match="--prompts none"):
+        export_bundle(checkpoint, tmp_path / "asked", replace(options, prompts="int8"))
+    assert not (tmp_path / "asked").exists()
+    kept = export_bundle(checkpoint, tmp_path / "kept", replace(options, allow_loss=True))
+    assert not kept.prompts.quality.loss.within_limit
+
+
+def test_a_file_of_no_copy_is_a_stranger(random_bundle, tmp_path):
+    bundle = shutil.copytree(random_bundle("int4"), tmp_path / "bundle")
+    values = json.loads((bundle / "manifest.json").read_text())
+    values["files"]["prompts.data"] = values["files"]["weights.data"]
+    (bundle / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BundleError, match="files.prompts.data must be absent where prompts is null"):
+        read_manifest(bundle)
+
+
 def test_only_the_layers_have_a_copy():
     formats = weight_formats(random_model(), "int4", {"*.u_z": "float32"})
     copies = prompt_formats(formats)
@@ -224,7 +272,7 @@ def test_an_unknown_copy_is_refused():
 
 def test_a_bundle_without_quantized_layers_has_nothing_to_copy(tmp_path):
     checkpoint = save_checkpoint(random_model(), tmp_path / "checkpoint")
-    with pytest.raises(FormatError, match="no layer is quantized"):
+    with pytest.raises(FormatError, match="which has none"):
         export_bundle(
             checkpoint, tmp_path / "bundle", ExportOptions("int4", {"model.layers.*": "float32"}, prompts="int8")
         )

@@ -96,7 +96,7 @@ class Prompts:
         rows: of a pass from which its loops are the faster ones.
         weight_bytes: size of its file, which is mapped into memory.
         parity: as the bundle's, of these graphs; None where that was not checked.
-        quality: how far they are from the bundle's own; None where not measured.
+        quality: how far they are from float32 and from the bundle's own; None where not measured.
     """
 
     precision: Literal["int8"]
@@ -106,13 +106,14 @@ class Prompts:
     quality: PromptQuality | None
 
     def describe_quality(self) -> list[str]:
-        """How far these graphs are from the bundle's own, in one line; none where it was not measured."""
+        """How far these graphs are from float32 and from the bundle's own, in a line; none where not measured."""
         found = self.quality
         if found is None:
             return []
         return [
-            f"prompts beside the bundle's own loop: perplexity {found.perplexity:.4g}, KL divergence {found.kl:.2g}, "
-            f"first choice equal for {100 * found.greedy_agreement:.1f} %"
+            f"prompts (passes of {self.rows} rows and more): perplexity {found.loss.perplexity:.4g}, KL divergence "
+            f"{found.loss.kl:.2g}, first choice equal for {100 * found.loss.greedy_agreement:.1f} %; beside the "
+            f"bundle's own loop {found.kl:.2g} and {100 * found.greedy_agreement:.1f} %"
         ]
 
 
@@ -339,6 +340,8 @@ def _check_values(manifest: Manifest) -> list[str]:
             faults.append(f"files: a name must be of letters, digits, '.', '_' and '-', got {shown(name)}")
     strangers = [name for name in manifest.files if name.endswith(".onnx") and name[:-5] not in manifest.graphs]
     faults += [f"files.{name} must belong to one of graphs" for name in strangers]
+    if manifest.prompts is None and PROMPT_WEIGHTS_NAME in manifest.files:
+        faults.append(f"files.{PROMPT_WEIGHTS_NAME} must be absent where prompts is null")
     needed = [f"{name}.onnx" for name in expected]
     needed += [WEIGHTS_NAME, TOKENIZER_NAME, CHAT_TEMPLATE_NAME, GENERATION_CONFIG_NAME]
     sizes = {"weight_bytes": (WEIGHTS_NAME, manifest.weight_bytes)}

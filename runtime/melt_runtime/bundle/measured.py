@@ -82,14 +82,15 @@ class LossLimit:
 
 @dataclass(frozen=True)
 class CacheQuality:
-    """The bundle over one kind of KV cache beside the float32 checkpoint.
+    """The bundle over one kind of KV cache beside the float32 checkpoint: its own loop, whatever a pass's rows.
 
     Attributes:
         perplexity: of the tokens that count.
         kl: mean KL divergence of the next token's distribution from the checkpoint's, in nats.
         greedy_agreement: fraction of the tokens with the same first choice.
         hidden_error_by_loop: by number of the loop, norm of the hidden state's difference over its norm.
-        exact_match: fraction of examples answered exactly, by loops, then by group; empty without an evaluation.
+        exact_match: fraction of examples answered exactly, by loops, then by group, by the bundle as it ships, whose
+            prompts run its copy for them; empty without an evaluation.
         limit: what was allowed; None where nothing is: random tokens do not say what a text costs.
     """
 
@@ -127,13 +128,13 @@ class PromptQuality:
     """The graphs for passes of several rows beside the bundle's own, on the same tokens, over a float KV cache.
 
     Attributes:
-        perplexity: of the tokens that count, as ``CacheQuality`` has it for the bundle's own graphs.
+        loss: beside the float32 checkpoint, as for the bundle's own graphs; without exact answers.
         kl: mean KL divergence of the next token's distribution from the bundle's own, in nats.
         greedy_agreement: fraction of the tokens with the same first choice.
         hidden_error_by_loop: by number of the loop, norm of the hidden state's difference over its norm.
     """
 
-    perplexity: float
+    loss: CacheQuality
     kl: float
     greedy_agreement: float
     hidden_error_by_loop: dict[str, float]

@@ -88,7 +88,8 @@ def open_graph(
 
 def _make_copy(key: str, path: Path, manifest: Manifest, choice: ProviderChoice, cache: LoadCache) -> Path | None:
     """Makes the copy; None where another process deleted it at once."""
-    _require_disk(cache, manifest.weight_bytes + (manifest.prompts.weight_bytes if manifest.prompts else 0))
+    copied = manifest.prompts if path.stem.startswith("prompts") else None
+    _require_disk(cache, manifest.weight_bytes if copied is None else copied.weight_bytes)
     with cache.making(key, f"{path.resolve()}") as made:
         _write_copy(path, made, manifest.graphs[path.stem], choice)
     return cache.find(key)
@@ -141,7 +142,7 @@ def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, spec: Gra
 
 
 def _key(manifest: Manifest, graph: str) -> str:
-    files = [graph, WEIGHTS_NAME, *([PROMPT_WEIGHTS_NAME] if manifest.prompts is not None else [])]
+    files = [graph, WEIGHTS_NAME, *([PROMPT_WEIGHTS_NAME] if graph.startswith("prompts") else [])]
     parts = [ort.__version__, _processor(), *(manifest.files[name].sha256 for name in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

@@ -107,6 +107,8 @@ def format_plan(plan: MemoryPlan) -> str:
     lines = [sizes, f"{'':<12} {'this bundle':>16} {'a cache per loop':>18}"]
     lines += [f"{name:<12} {format_bytes(ours):>16} {format_bytes(theirs):>18}" for name, ours, theirs in rows]
     if plan.prompt_bytes:
-        lines.append("for prompts: weights of passes of several rows, mapped; the system drops them between prompts")
+        lines.append(
+            "for prompts: weights of passes of several rows; the system may drop what the load cache has mapped"
+        )
     lines.append(f"total is exact; program, activations (chunks of {state.chunk}) and process are estimates for a CPU")
     return "\n".join(lines)
