@@ -21,7 +21,7 @@ from melt_export.formats import BLOCKS, FormatError, WeightFormat, prompt_format
 from melt_export.limits import LossError, describe_loss, describe_prompt_loss
 from melt_export.probe import Probe, choose_probe
 from melt_export.progress import bar
-from melt_export.quality import compare_prompts, measure_quality
+from melt_export.quality import compare_prompts, measure_quality, trace_reference
 from melt_export.quantize import ROUNDINGS, Rounding
 from melt_export.record import open_runner
 from melt_export.reference import bundle_reader, fits_whole, reference_model
@@ -40,6 +40,7 @@ from melt_runtime.bundle.contract import (
     KV_CACHES,
     METADATA_KEY,
     PRECISIONS,
+    PROMPT_GRAPHS,
     PROVIDERS,
     GraphSpec,
     KVCacheKind,
@@ -185,11 +186,12 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             report(f"tracing {name}.onnx")
             graph = trace_graph(name, module, specs[name])
             graph.metadata_props.update(described)
+            matrices = 0
             if owns_weights:
                 report(f"packing the weights of {name}.onnx")
-            streamed = _pack(graph, module, source, weights) if owns_weights else 0
+                matrices = _pack(graph, module, source, weights)
             ir.save(graph, folder / f"{name}.onnx")
-            return streamed
+            return matrices
 
         streamed = {name: write(name, module) for name, module in modules.items()}
         if "prompts" in specs:
@@ -239,12 +241,14 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
                 manifest = replace(manifest, prompts=replace(manifest.prompts, parity=parity))
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
+            unrounded = trace_reference(reference_model(config, source.read), probe)
             if manifest.prompts is not None:
-                found = compare_prompts(folder, manifest, source, probe)
+                found = compare_prompts(folder, manifest, unrounded, probe)
                 manifest = replace(manifest, prompts=replace(manifest.prompts, quality=found))
                 manifest = _judge_prompts(folder, manifest, probe, options)
                 write_manifest(folder, manifest)  # the answers are those of what is left
-            manifest = replace(manifest, quality=measure_quality(folder, manifest, source, probe))
+            quality = measure_quality(folder, manifest, source.examples, unrounded, probe)
+            manifest = replace(manifest, quality=quality)
             manifest = _judge(folder, manifest, options)
             write_manifest(folder, manifest)
     report(f"wrote {out}")
@@ -327,7 +331,7 @@ def _judge_prompts(folder: Path, manifest: Manifest, probe: Probe, options: Expo
     if options.prompts == "int8":
         raise LossError(said)
     options.report(f"note: left out: {said}")
-    copies = {f"{prompt_graph(kind)}.onnx" for kind in KV_CACHES} | {PROMPT_WEIGHTS_NAME}
+    copies = {f"{name}.onnx" for name in PROMPT_GRAPHS} | {PROMPT_WEIGHTS_NAME}
     return replace(_without(folder, manifest, copies), prompts=None)
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from melt_export.choices import BLOCKS as BLOCKS
-from melt_runtime.bundle.contract import ACTIVATIONS, PRECISIONS, activation_dtype
+from melt_runtime.bundle.contract import ACTIVATIONS, INTEGERS, PRECISIONS, activation_dtype
 from melt_runtime.errors import MeltError
 
 
@@ -85,7 +85,7 @@ def weight_formats(
         matches = [name for name in shapes if fnmatchcase(name, pattern)]
         if not matches:
             faults.append(f"pattern {pattern!r} matches no layer; the last of them are {', '.join([*shapes][-12:])}")
-        if wanted not in ("int8", "int4", dtype):
+        if wanted not in (*INTEGERS, dtype):
             faults.append(f"pattern {pattern!r} asks for {wanted} in a bundle of {dtype} activations")
         chosen.update(dict.fromkeys(matches, wanted))
     # A single row (the exit gate, a scalar gate) decides much and costs nothing.
@@ -96,7 +96,7 @@ def weight_formats(
     for name, kind in chosen.items():
         width = shapes[name][1]
         fitting = next((size for size in BLOCKS if size <= block and width % size == 0), None)
-        if kind not in ("int8", "int4"):
+        if kind not in INTEGERS:
             formats[name] = WeightFormat(kind)
         elif fitting is None:
             faults.append(f"{name} has rows of {width}, which no block of {BLOCKS} divides: keep it at {dtype}")

@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from melt_export.merge import UNGATED
 from melt_export.stored import Read
-from melt_layers import Layer, RMSNorm, rope_tables
+from melt_layers import UNGATED, Layer, RMSNorm, rope_tables
 from melt_models.modeling import MeltCausalLM
 
 _OPERATORS = "com.microsoft::"

@@ -21,11 +21,8 @@ from melt_export.stored import (
     Matrix,
     Products,
 )
-from melt_layers import LEARNED_GATES, Layer
+from melt_layers import LEARNED_GATES, UNGATED, Layer
 from melt_models.modeling import MeltCausalLM
-
-UNGATED = ("none", "last")
-"""Kinds of gate whose state is the layer's input: keys and values read what the queries read."""
 
 
 class Store:

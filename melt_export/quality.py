@@ -18,8 +18,6 @@ from melt_export.limits import loss_limit
 from melt_export.probe import Probe
 from melt_export.progress import bar
 from melt_export.record import open_runner
-from melt_export.reference import reference_model
-from melt_export.source import Source
 from melt_export.waves import measure_waves
 from melt_models.evaluation import Example
 from melt_models.modeling import KVCache, MeltCausalLM
@@ -94,14 +92,14 @@ def compare(reference: Trace, actual: Trace, probe: Probe) -> CacheQuality:
     )
 
 
-def compare_prompts(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> PromptQuality:
+def compare_prompts(folder: Path, manifest: Manifest, reference: Trace, probe: Probe) -> PromptQuality:
     """The loop for passes of several rows, over a float KV cache, beside float32 and beside the bundle's own."""
     longest, loops = max(len(passage.ids) for passage in probe.passages), manifest.model.trained_loops
     own, copy = (
         trace_bundle(open_runner(folder, manifest, longest, prompts=prompts), probe, loops) for prompts in (False, True)
     )
     limit = loss_limit(manifest.precision, "float") if probe.says_loss else None
-    loss = compare(trace_reference(reference_model(source.config, source.read), probe), copy, probe)
+    loss = compare(reference, copy, probe)
     beside = compare(own, copy, probe)
     return PromptQuality(replace(loss, limit=limit), beside.kl, beside.greedy_agreement, beside.hidden_error_by_loop)
 
@@ -125,14 +123,15 @@ def exact_match(model: MeltModel, examples: Sequence[Example], loops: int) -> di
     return {str(depth): {group: found[group] / asked[group] for group in groups} for depth, found in right.items()}
 
 
-def measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Probe) -> Quality:
+def measure_quality(
+    folder: Path, manifest: Manifest, examples: Sequence[Example], reference: Trace, probe: Probe
+) -> Quality:
     """Runs a probe, and the model's own evaluation where it has one, over every kind of KV cache of a bundle.
 
     Waves only over a float one.
     """
     loops = manifest.model.trained_loops
     longest = max(len(passage.ids) for passage in probe.passages)
-    reference = trace_reference(reference_model(source.config, source.read), probe)
     by_cache: dict[KVCacheKind, CacheQuality] = {}
     waves: dict[str, WaveQuality] = {}
     for kind in manifest.kv_caches:
@@ -142,16 +141,16 @@ def measure_quality(folder: Path, manifest: Manifest, source: Source, probe: Pro
             waves = measure_waves(Executor(runner.sessions, runner.state), probe, loops)
         limit = loss_limit(manifest.precision, kind) if probe.says_loss else None
         answers = {}
-        if source.examples:
+        if examples:
             model = MeltModel.load(folder, device="cpu", kv_cache=kind, cache=LoadCache(min_bytes=sys.maxsize))
-            answers = exact_match(model, source.examples, loops)
+            answers = exact_match(model, examples, loops)
         by_cache[kind] = replace(found, exact_match=answers, limit=limit)
     return Quality(
         text=probe.name,
         tokens=probe.scored,
         loops=loops,
         chunk=manifest.model.trained_chunk,
-        examples=len(source.examples),
+        examples=len(examples),
         perplexity_of_float32=perplexity(reference, probe),
         kv_cache=by_cache,
         waves=waves,

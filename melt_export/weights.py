@@ -95,13 +95,12 @@ class WeightFile:
         owned = [tensor for tensor, _ in module.named_parameters(recurse=False)]
         owned += [tensor for tensor, _ in module.named_buffers(recurse=False)]
         keys = {tensor: f"{origin}.{tensor}" for tensor in owned}
-        missing = {tensor for tensor, key in keys.items() if key not in self.entries}
+        missing = [tensor for tensor, key in keys.items() if key not in self.entries]
         if missing:
             reader = (lambda tensor: read(f"{name}.{tensor}")) if matrix is None else matrix.reader(read)
             packed = _pack(module, reader)
-            for tensor in keys:
-                if tensor in missing:
-                    self.add(keys[tensor], packed[tensor])
+            for tensor in missing:
+                self.add(keys[tensor], packed[tensor])
         return keys
 
     def attach(self, graph: ir.Graph, keys: dict[str, str]) -> None:

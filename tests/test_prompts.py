@@ -84,7 +84,7 @@ def test_int8_bundles_have_it_unless_told_otherwise(random_bundle):
 
 @pytest.mark.parametrize("changes", [{}, {"gate_kind": "none"}])
 def test_a_prompt_is_what_the_copy_of_the_weights_says(random_bundle, changes):
-    """Chunks of 8 rows and single tokens after them, against torch with either's weights: each where it belongs."""
+    """A prompt of few rows is the very one of a bundle without the copy; one of many is near it, and another."""
     bundle = random_bundle("int8", prompts="int8", **changes)
     own = random_bundle("int8", prompts="none", **changes)
     both, one = (MeltModel.load(folder, device="cpu", capacity=128) for folder in (bundle, own))
@@ -148,7 +148,7 @@ def test_a_copy_for_the_next_load_holds_it_too(random_bundle, tmp_path):
     assert len(cache.entries()) == 3  # loop, prompts, head
 
 
-def test_the_exact_kernels_give_the_same_bits(random_bundle, tmp_path, monkeypatch):
+def test_the_exact_kernels_give_the_same_numbers(random_bundle, tmp_path, monkeypatch):
     """As on a processor whose fast ones overflow: the weights are rewritten at load, and in the copy."""
     bundle = random_bundle("int4", prompts="int8")
     expected = MeltModel.load(bundle, device="cpu", capacity=64).new_runner().prefill(PROMPT, 4)

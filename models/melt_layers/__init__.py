@@ -3,6 +3,7 @@
 from melt_layers.layers import (
     LEARNED_GATES,
     MLP,
+    UNGATED,
     Attention,
     Frame,
     Gate,
@@ -28,6 +29,7 @@ __all__ = [
     "MLP",
     "RMSNorm",
     "RunLayer",
+    "UNGATED",
     "apply_rope",
     "rope_tables",
     "run_loops",

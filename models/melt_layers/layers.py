@@ -66,6 +66,10 @@ LEARNED_GATES = ("elementwise", "scalar")
 """Kinds of gate whose ``z`` is computed from the layer's input and its latent state."""
 
 
+UNGATED = ("none", "last")
+"""Kinds of gate whose state is the layer's input: keys and values read what the queries read."""
+
+
 class GateLinear(nn.Linear):
     """A gate's projection; a class of its own because it starts differently from other weights."""
 
@@ -97,7 +101,7 @@ class Gate(nn.Module):
 
     def update(self, a: Tensor, latent: Tensor | None, loop_idx: int | Tensor, read: Tensor | None) -> Tensor:
         """As ``forward``, with the learned gates' ``W_z a`` in ``read`` [B, C, D or 1], computed elsewhere."""
-        if self.kind in ("none", "last"):
+        if self.kind in UNGATED:
             return a
         if latent is None:
             latent = torch.zeros_like(a)

@@ -26,6 +26,7 @@ import onnxruntime as ort
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.integers import instructions
+from melt_runtime.device.processor import cpuinfo
 from melt_runtime.errors import RunError
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.process import resident_bytes
@@ -204,14 +205,11 @@ def _read_memory(threads: int | None) -> float:
 
 def machine() -> dict[str, str]:
     """What a reader must know to compare figures."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if instructions():
-        processor += f" ({', '.join(instructions())})"
+    named = [line.split(":", 1)[1].strip() for line in cpuinfo("model name")]
+    processor = named[0] if named else platform.processor() or platform.machine()
+    known = instructions()
+    if known:
+        processor += f" ({', '.join(known)})"
     return {
         "processor": processor,
         "cores": str(os.cpu_count()),

@@ -66,7 +66,7 @@ Activations = Literal["float32", "float16", "bfloat16"]
 PRECISIONS = get_args(Precision)
 ACTIVATIONS = get_args(Activations)
 INTEGERS = ("int8", "int4")
-"""Precisions of weights that are rounded."""
+"""Precisions of weights that are rounded to integers."""
 PROVIDERS = {"float32": ("cpu",), "float16": ("cuda", "cpu"), "bfloat16": ("cuda",)}
 """Devices that a bundle is made for, by activation type: whose execution provider has every operator in that type."""
 
@@ -166,6 +166,10 @@ def loop_graph(kv_cache: KVCacheKind) -> str:
 def prompt_graph(kv_cache: KVCacheKind) -> str:
     """Name of the loop graph for passes of several rows, over a kind of KV cache."""
     return "prompts" if kv_cache == "float" else f"prompts_{kv_cache}"
+
+
+PROMPT_GRAPHS = tuple(map(prompt_graph, KV_CACHES))
+"""Names of all graphs whose matrices stand in a file of their own, the copy for prompts."""
 
 
 def cache_tensor(shape: ModelShape, dtype: str, kv_cache: KVCacheKind) -> tuple[str, int]:

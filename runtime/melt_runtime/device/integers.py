@@ -13,6 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from melt_runtime.device.processor import cpuinfo
+
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 """The session's entry that asks for exact kernels."""
 
@@ -38,11 +40,7 @@ def overflows() -> bool:
 
 def instructions() -> tuple[str, ...]:
     """What the processor has for products, as far as Linux says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ()
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    flags = {flag for line in cpuinfo("flags", "Features") for flag in line.split()}
     return tuple(name for flag, name in _INSTRUCTIONS.items() if flag in flags)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from melt_runtime.bundle.contract import GraphSpec
+from melt_runtime.bundle.contract import PROMPT_GRAPHS, GraphSpec
 from melt_runtime.bundle.manifest import PROMPT_WEIGHTS_NAME, WEIGHTS_NAME, Manifest
+from melt_runtime.device.processor import cpuinfo
 from melt_runtime.device.providers import ProviderChoice, make_session, session_options
 from melt_runtime.errors import BundleError
 from melt_runtime.loading.load_cache import LoadCache
@@ -60,7 +61,7 @@ def open_graph(
     # Rows of an embedding are read as they stand in the bundle, mapped into memory already.
     if name == "embed" or choice.device != "cpu" or manifest.weight_bytes < cache.min_bytes:
         return make_session(path, choice, threads)
-    key = _key(manifest, f"{name}.onnx")
+    key = _key(manifest, name)
     obstacle: str | Exception = "it is deleted again and again"
     for _ in range(_TRIES):
         try:
@@ -88,7 +89,7 @@ def open_graph(
 
 def _make_copy(key: str, path: Path, manifest: Manifest, choice: ProviderChoice, cache: LoadCache) -> Path | None:
     """Makes the copy; None where another process deleted it at once."""
-    copied = manifest.prompts if path.stem.startswith("prompts") else None
+    copied = manifest.prompts if path.stem in PROMPT_GRAPHS else None
     _require_disk(cache, manifest.weight_bytes if copied is None else copied.weight_bytes)
     with cache.making(key, f"{path.resolve()}") as made:
         _write_copy(path, made, manifest.graphs[path.stem], choice)
@@ -142,19 +143,15 @@ def _agree(original: ort.InferenceSession, copy: ort.InferenceSession, spec: Gra
 
 
 def _key(manifest: Manifest, graph: str) -> str:
-    files = [graph, WEIGHTS_NAME, *([PROMPT_WEIGHTS_NAME] if graph.startswith("prompts") else [])]
+    files = [f"{graph}.onnx", WEIGHTS_NAME, *([PROMPT_WEIGHTS_NAME] if graph in PROMPT_GRAPHS else [])]
     parts = [ort.__version__, _processor(), *(manifest.files[name].sha256 for name in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _processor() -> str:
     """The kind of processor, with what it can do where the system says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    known = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(known)}))
+    lines = set(cpuinfo("model name", "flags", "Features", "CPU part"))
+    return "\n".join(sorted(lines)) or f"{platform.machine()} {platform.processor()}"
 
 
 def _require_disk(cache: LoadCache, weight_bytes: int) -> None:
