@@ -25,6 +25,7 @@ from melt_export.quality import compare_prompts, measure_quality, trace_referenc
 from melt_export.quantize import ROUNDINGS, Rounding
 from melt_export.record import open_runner
 from melt_export.reference import bundle_reader, fits_whole, reference_model
+from melt_export.smooth import give_peaks, observed_peaks
 from melt_export.source import ExportError, Source, checkpoint_source
 from melt_export.trace import graph_modules, model_shape, sampling_modules, trace_graph
 from melt_export.variants import scale_keys, write_quantized_loop
@@ -122,6 +123,11 @@ class ExportOptions:
             )
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU can run the graphs."""
+        return "cpu" in PROVIDERS[self.dtype]
+
+    @property
     def _integer_on_cpu(self) -> bool:
         return self.precision in INTEGERS and self.dtype == "float32"
 
@@ -194,8 +200,16 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             return matrices
 
         streamed = {name: write(name, module) for name, module in modules.items()}
+        if options.verified and options.on_cpu:
+            report(f"running float32 over {probe.name}")
+            exact = reference_model(config, source.read)
+            with observed_peaks(exact) as peaks:
+                unrounded = trace_reference(exact, probe)
+            del exact
         if "prompts" in specs:
             several = modules | {"loop": graph_modules(config, prompts, dtype)["loop"]}
+            if options.verified:
+                give_peaks(several["loop"], peaks)
             with weights.beside(PROMPT_WEIGHTS_NAME):
                 write("prompts", several["loop"])
         for name, module in sampling_modules(config).items() if "greedy" in specs else ():
@@ -225,7 +239,7 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             size = files[PROMPT_WEIGHTS_NAME].size
             manifest = replace(manifest, prompts=Prompts("int8", _PROMPT_ROWS[precision], size, None, None))
         write_manifest(folder, manifest)
-        if options.verified and "cpu" not in manifest.providers:
+        if options.verified and not options.on_cpu:
             report("verifying the same graphs in float32: this machine's processor cannot run them as they are")
             manifest = replace(manifest, parity=_verify_twin(source, out, options))
             write_manifest(folder, manifest)
@@ -241,7 +255,6 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
                 manifest = replace(manifest, prompts=replace(manifest.prompts, parity=parity))
             del rounded
             report(f"measuring what {precision} costs on {probe.name}")
-            unrounded = trace_reference(reference_model(config, source.read), probe)
             if manifest.prompts is not None:
                 found = compare_prompts(folder, manifest, unrounded, probe)
                 manifest = replace(manifest, prompts=replace(manifest.prompts, quality=found))

@@ -24,6 +24,10 @@ from melt_export.stored import (
 from melt_layers import LEARNED_GATES, UNGATED, Layer
 from melt_models.modeling import MeltCausalLM
 
+_UNSMOOTHED = (".o_proj", ".down_proj")
+"""Matrices whose rows have no channels that are large in every row; of ``down_proj`` single tokens are large, which
+smoothing makes worse. All others read normed rows or latent states."""
+
 
 class Store:
     """Makes the modules of one model."""
@@ -87,4 +91,6 @@ class Store:
     def _module(self, matrix: Matrix) -> Linear:
         if not matrix.form.bits:
             return FloatLinear(matrix, self.dtype)
-        return ColumnLinear(matrix) if matrix.form.by_column else BlockLinear(matrix, self.rounding, self.dtype)
+        if matrix.form.by_column:
+            return ColumnLinear(matrix, not matrix.names[0].endswith(_UNSMOOTHED))
+        return BlockLinear(matrix, self.rounding, self.dtype)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from melt_export.formats import WeightFormat
-from melt_export.quantize import Rounding, dequantize_blocks, dequantize_columns, quantize_blocks, quantize_columns
+from melt_export.quantize import (
+    Rounding,
+    dequantize_blocks,
+    dequantize_columns,
+    quantize_blocks,
+    quantize_columns,
+    smooth_columns,
+)
 
 Read = Callable[[str], Tensor]
 """Gives a tensor by its name: of a module, such as ``weight``, or of a checkpoint."""
@@ -132,12 +139,17 @@ class ColumnLinear(nn.Module):
     """``x W^T + b`` of 8-bit integers: W with a scale for each output, x with one for each row.
 
     The operator takes unsigned activations and signed weights: the pair that has a kernel for AMX on x86.
+
+    Attributes:
+        peaks: largest magnitude of each column of x, [K], of a matrix that is smoothed; None: not known, as they are.
     """
 
-    def __init__(self, matrix: Matrix):
+    def __init__(self, matrix: Matrix, smoothed: bool):
         super().__init__()
         self.matrix = matrix
+        self.peaks: Tensor | None = None
         outputs = sum(matrix.outputs)
+        self.register_buffer("smoothing", torch.empty(matrix.inputs) if smoothed else None)
         self.register_buffer("codes", torch.empty(matrix.inputs, outputs, dtype=torch.int8))
         self.register_buffer("column_scales", torch.empty(outputs))
         self.register_buffer("row_scale", torch.empty(()))
@@ -146,6 +158,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        x = x if self.smoothing is None else x * self.smoothing
         peak = x.abs().amax(-1, keepdim=True) + _SMALLEST_PEAK
         rounding = (self.row_scale, self.row_zero)
         rows = torch.onnx.ops.symbolic(
@@ -162,8 +175,13 @@ class ColumnLinear(nn.Module):
 
     def pack(self, read: Read) -> dict[str, Tensor]:
         """Rounds the weight."""
-        codes, scales = quantize_columns(read("weight"))
-        tensors = {
+        weight, tensors = read("weight"), {}
+        if self.smoothing is not None:
+            known = self.peaks is not None
+            tensors["smoothing"] = smooth_columns(weight, self.peaks) if known else torch.ones(weight.shape[1])
+            weight = weight / tensors["smoothing"]
+        codes, scales = quantize_columns(weight)
+        tensors |= {
             "codes": codes,
             "column_scales": scales,
             "row_scale": torch.tensor(1 / _LARGEST_CODE),
@@ -173,7 +191,8 @@ class ColumnLinear(nn.Module):
 
     def unpack(self, read: Read, rows: slice) -> Tensor:
         """Some of its outputs' weights, as the bundle rounded them, float32."""
-        return dequantize_columns(read("codes")[:, rows], read("column_scales")[rows])
+        weight = dequantize_columns(read("codes")[:, rows], read("column_scales")[rows])
+        return weight if self.smoothing is None else weight * read("smoothing")
 
 
 Linear = FloatLinear | BlockLinear | ColumnLinear

@@ -14,9 +14,10 @@ from tolerances import assert_close
 
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_export.cli import main as export_main
-from melt_export.formats import FormatError, prompt_formats, weight_formats
+from melt_export.formats import FormatError, WeightFormat, prompt_formats, weight_formats
 from melt_export.limits import LossError
 from melt_export.quantize import dequantize_columns, quantize_columns
+from melt_export.stored import ColumnLinear, Matrix
 from melt_export.tolerances import PARITY
 from melt_models import load_checkpoint
 from melt_models.checkpoint import CheckpointError
@@ -200,25 +201,56 @@ def test_the_manifest_says_what_it_costs(random_bundle):
     assert "for prompts" in format_plan(plan)
 
 
-def outlier_checkpoint(folder):
-    """melt-tiny with one channel of a norm 300 times as large, which every matrix that reads it undoes.
+def outlier_checkpoint(folder, rows, reading, factor):
+    """melt-tiny with one column of the rows that matrices read ``factor`` times as large, which the matrices undo.
 
-    Nothing changes but that the channel alone then says how a row is rounded.
+    Nothing changes but that the column alone then says how a row is rounded.
     """
     model = load_checkpoint(MELT_TINY)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.post_attention_layernorm.weight[3] *= 300
-            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                linear.weight[:, 3] /= 300
+            layer.get_submodule(rows).weight[3] *= factor
+            for linear in reading:
+                layer.get_submodule(linear).weight[:, 3] /= factor
     save_checkpoint(model, folder)
     shutil.copyfile(MELT_TINY / EVALUATION_NAME, folder / EVALUATION_NAME)
     return folder
 
 
+def test_a_column_that_is_large_in_every_row_costs_nothing(tmp_path, monkeypatch):
+    """Half of its range moves to the weights."""
+    monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
+    reading = ["mlp.gate_proj", "mlp.up_proj"]
+    checkpoint = outlier_checkpoint(tmp_path / "checkpoint", "post_attention_layernorm", reading, 300)
+    options = ExportOptions("int8", block=32, quantized_caches=False)
+    loss = export_bundle(checkpoint, tmp_path / "bundle", options).prompts.quality.loss
+    plain = export_bundle(MELT_TINY, tmp_path / "plain", options).prompts.quality.loss
+    assert loss.within_limit
+    for loops, error in loss.hidden_error_by_loop.items():
+        assert error < 2 * plain.hidden_error_by_loop[loops]
+
+
+def test_smoothing_is_undone_by_the_weights():
+    draw = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(40, 96, generator=draw), torch.randn(64, 96, generator=draw)
+    rows[:, 5] *= 300
+    rows[:, 6], weight[:, 5], weight[:, 7] = 0, weight[:, 5] / 300, 0
+    errors = []
+    for smoothed in (True, False):
+        column = ColumnLinear(Matrix(("q_proj",), (40,), 96, WeightFormat("int8")), smoothed)
+        column.peaks = rows.abs().amax(0)
+        packed = column.pack(lambda _: weight)
+        factors = packed.get("smoothing", torch.ones(96))
+        assert bool((factors > 0).all() and factors.isfinite().all())
+        restored = column.unpack(packed.__getitem__, slice(None))
+        product = rounded(rows * factors) @ (restored / factors).T
+        errors.append(float((product - rows @ weight.T).norm() / (rows @ weight.T).norm()))
+    assert errors[0] < 0.02 < 10 * errors[0] < errors[1]
+
+
 def test_a_copy_that_costs_too_much_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
-    checkpoint, notes = outlier_checkpoint(tmp_path / "checkpoint"), []
+    checkpoint, notes = outlier_checkpoint(tmp_path / "checkpoint", "mlp.up_proj", ["mlp.down_proj"], 3000), []
     options = ExportOptions("int8", block=32, quantized_caches=False, report=notes.append)
     manifest = export_bundle(checkpoint, tmp_path / "bundle", options)
     assert manifest.prompts is None
