@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from melt_layers import Gate
 from melt_models import MeltCausalLM
 from melt_models.convert import as_melt
 from melt_models.modeling import KVCache
-from melt_models.training import Phase, Recipe, TrainingError, read_recipe
+from melt_models.training import Joint, Phase, Recipe, TrainingError, read_recipe
 from melt_models.training.forward import TrainingCache, forward_chunk
 from melt_models.training.objective import IGNORED, Objective, Step, TokenBatch, draw_leaving
 from melt_models.training.recipe_files import RECIPES, recipe_path
@@ -227,6 +229,44 @@ def test_recomputation_changes_nothing_but_memory():
     assert kept[1] < kept[0] / 5
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler about torch itself
+def test_compiled_pieces_give_the_same_loss_and_gradients():
+    """Of whole sequences: one shape, so that little is compiled."""
+    ids, found = tokens(), []
+    for compiles in (False, True):
+        model = random_model(gate_kind="none", num_hidden_layers=1)
+        got = Objective(model, None, compiles=compiles)(batch_of(ids), Step(Joint(1, 0.1, 0.05), 2, 0, alpha=None))
+        got["loss"].backward()
+        found.append((got["loss"].detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (fused, others) = found
+    assert_close(fused, loss, TORCH)
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, TORCH)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own, since the setting stays: a block that came and went is there without page faults."""
+    code = """
+import ctypes, resource
+from melt_models.training.allocator import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(1 << 26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+without = faults()
+assert keep_freed_memory()
+faults()
+print(without, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without, kept = map(int, done.stdout.split())
+    assert kept < without / 10
+
+
 def test_mixed_precision_stays_near_full_precision():
     teacher, ids = random_model(gate_kind="none"), tokens()
     student = student_of(teacher)
@@ -382,6 +422,6 @@ def test_every_recipe_that_ships_can_be_read():
         read_recipe(recipe_path(str(ROOT / "nowhere.toml")))
     with pytest.raises(
         TrainingError,
-        match="a .toml file or one of melt-tiny, melt-tiny-exit, melt-tiny-joint, .*, ouro-1.4b, smoke, got",
+        match="a .toml file or one of melt-code, .*, melt-tiny, melt-tiny-exit, .*, ouro-1.4b, smoke, got",
     ):
         recipe_path("ouro")

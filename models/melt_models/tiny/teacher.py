@@ -32,6 +32,7 @@ from melt_files import staged
 from melt_models.checkpoint import load_checkpoint
 from melt_models.configuration import MeltConfig
 from melt_models.errors import CheckpointError
+from melt_models.fresh import new_looplm
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.tiny.data import IGNORED, Batch, Encoder
@@ -40,7 +41,6 @@ from melt_models.tiny.task import FACTS, MIXED, NAMES, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
 from melt_models.training.errors import TrainingError
 
-BRANCH_SCALE = 0.3
 RECORD = "stage.json"
 
 
@@ -164,7 +164,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(recipe.seed)
         self.encoder = Encoder(self.tokenizer)
         torch.manual_seed(recipe.seed)
-        self.model = new_model(teacher_config(len(self.tokenizer), self.encoder.pad_id, self.tokenizer.eos_token_id))
+        self.model = new_looplm(teacher_config(len(self.tokenizer), self.encoder.pad_id, self.tokenizer.eos_token_id))
 
     def run(self) -> None:
         """Every stage that has not been finished yet.
@@ -227,15 +227,6 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss.item(), right, batch.input_ids.numel()
-
-
-def new_model(config: MeltConfig) -> MeltCausalLM:
-    """Random weights; a layer's branches start as large as the embeddings, so as not to drown a token's identity."""
-    model = MeltCausalLM(config)
-    for layer in model.model.layers:
-        nn.init.constant_(layer.input_layernorm_2.weight, BRANCH_SCALE)
-        nn.init.constant_(layer.post_attention_layernorm_2.weight, BRANCH_SCALE)
-    return model
 
 
 def make_optimizers(model: MeltCausalLM, recipe: Recipe) -> Optimizers:

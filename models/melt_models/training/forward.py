@@ -6,7 +6,9 @@ with the same weights, with ``alpha`` 1 or None MELT, number for number. Rows of
 joined where they are attended to, so that recomputation holds each row once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from melt_layers import Frame, KeyValue, Layer, run_loops
 from melt_models.modeling import MeltBackbone
+
+_SHAPES = 256
+"""Of a compiled function at most: chunk sizes, the last chunk's, with gradients and without."""
 
 Rows = list[KeyValue]
 """Rows of one layer, a pair for each chunk, each [B, Hk, C, dh]."""
@@ -59,6 +64,7 @@ def forward_chunk(
     cache: TrainingCache,
     alpha: float | None = None,
     recompute: bool = False,
+    pieces: "Pieces | None" = None,
 ) -> ChunkPass:
     """Runs one chunk through all loops and adds its rows to ``cache``.
 
@@ -68,6 +74,7 @@ def forward_chunk(
         alpha: weight of MELT's keys and values against the LoopLM's at every layer and loop (phase 1: interpolated
             transition); None: the model's own alone.
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
+        pieces: what of a layer needs no earlier rows; default: as they stand here.
     """
     frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"
@@ -81,7 +88,7 @@ def forward_chunk(
         own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
         past = own if is_looplm else cache.final.setdefault(layer_idx, [])
         # The lists grow below; a recomputation in the backward pass must see them as they are now.
-        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha)
+        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces or Pieces())
         if recompute and torch.is_grad_enabled():
             result = checkpoint(_layer, *arguments, use_reentrant=False)
         else:
@@ -113,11 +120,10 @@ def _layer(
     frame: Frame,
     loop_idx: int,
     alpha: float | None,
+    pieces: "Pieces",
 ) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
     """One layer: ``x``, the latent state, the attention output, the chunk's rows, and the LoopLM's while mixing."""
-    a = layer.input_layernorm(x)
-    h = layer.gate(a, latent, loop_idx)
-    rows = layer.self_attn.keys_values(h, frame)
+    a, h, rows = pieces.enter(layer, x, latent, frame, loop_idx)
     present, looplm_rows = _join(past, rows), None
     if alpha is not None:
         looplm_rows = layer.self_attn.keys_values(a, frame)
@@ -126,8 +132,42 @@ def _layer(
             alpha * present[0] + (1 - alpha) * looplm[0],
             alpha * present[1] + (1 - alpha) * looplm[1],
         )
-    output = layer.input_layernorm_2(layer.self_attn.attend(a, present, frame))
-    return layer.after_attention(x + output), h, output, rows, looplm_rows
+    x, output = pieces.close(layer, x, layer.self_attn.attend(a, present, frame))
+    return x, h, output, rows, looplm_rows
+
+
+def _enter(
+    layer: Layer, x: Tensor, latent: Tensor | None, frame: Frame, loop_idx: int
+) -> tuple[Tensor, Tensor, KeyValue]:
+    """What comes before attention: the normed input, the latent state, the chunk's rows."""
+    a = layer.input_layernorm(x)
+    h = layer.gate(a, latent, loop_idx)
+    return a, h, layer.self_attn.keys_values(h, frame)
+
+
+def _close(layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes after it: the layer's result, and what attention adds to the residual stream."""
+    output = layer.input_layernorm_2(attended)
+    return layer.after_attention(x + output), output
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The parts of a layer whose shapes depend on the chunk alone, so that a compiled one serves every chunk."""
+
+    enter: Callable[..., tuple[Tensor, Tensor, KeyValue]] = _enter
+    close: Callable[..., tuple[Tensor, Tensor]] = _close
+
+    @classmethod
+    def compiled(cls) -> "Pieces":
+        """Fused by torch's compiler, at their first call."""
+        return cls(compiled(_enter), compiled(_close))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch's compiler makes anew for every shape that it meets."""
+    torch._dynamo.config.recompile_limit = _SHAPES
+    return torch.compile(function, dynamic=False)
 
 
 def _join(past: Rows, new: KeyValue) -> KeyValue:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from melt_models.modeling import MeltCausalLM
 from melt_models.training.exit_gate import continue_targets, expected_loops, gate_loss, joint_terms
-from melt_models.training.forward import ChunkPass, TrainingCache, forward_chunk
+from melt_models.training.forward import ChunkPass, Pieces, TrainingCache, compiled, forward_chunk
 from melt_models.training.recipe import Exit, Joint, Phase
 
 IGNORED = -100
@@ -61,9 +61,17 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, student: MeltCausalLM, teacher: MeltCausalLM | None, every_loop: bool = False, recompute: bool = False
+        self,
+        student: MeltCausalLM,
+        teacher: MeltCausalLM | None,
+        every_loop: bool = False,
+        recompute: bool = False,
+        compiles: bool = False,
     ):
         super().__init__()
+        self._pieces = Pieces.compiled() if compiles else Pieces()
+        self._cross_entropy = compiled(_cross_entropy) if compiles else _cross_entropy
+        self._divergence = compiled(_divergence) if compiles else _divergence
         self.student = student
         self.every_loop, self.recompute = every_loop, recompute
         # In a list: no part of this module's parameters.
@@ -97,7 +105,13 @@ class Objective(nn.Module):
         for start in range(0, length, chunk_size):
             part = slice(start, start + chunk_size)
             got = forward_chunk(
-                self.student.model, batch.input_ids[:, part], step.loops, cache, step.alpha, self.recompute
+                self.student.model,
+                batch.input_ids[:, part],
+                step.loops,
+                cache,
+                step.alpha,
+                self.recompute,
+                self._pieces,
             )
             for name, value in self._terms(got, wanted, batch, part, phase).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -116,10 +130,12 @@ class Objective(nn.Module):
         for ids, targets in zip(batch.input_ids.split(size, dim=1), batch.targets.split(size, dim=1), strict=True):
             counted = targets != IGNORED
             with nullcontext() if phase.trains_model else torch.no_grad():
-                got = forward_chunk(self.student.model, ids, step.loops, cache, recompute=self.recompute)
+                got = forward_chunk(
+                    self.student.model, ids, step.loops, cache, recompute=self.recompute, pieces=self._pieces
+                )
                 states = [state[counted] for state in got.states]
                 entropies = torch.stack(
-                    [self._run(_cross_entropy, self.student, state, targets[counted], "none") for state in states]
+                    [self._run(self._cross_entropy, self.student, state, targets[counted], "none") for state in states]
                 )
             said = torch.stack([gate(state)[:, 0].float() for state in states])
             if isinstance(phase, Joint):
@@ -133,7 +149,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _teach(self, batch: TokenBatch, loops: int) -> ChunkPass:
-        return forward_chunk(self.teacher.model, batch.input_ids, loops, TrainingCache())
+        return forward_chunk(self.teacher.model, batch.input_ids, loops, TrainingCache(), pieces=self._pieces)
 
     def _terms(
         self, got: ChunkPass, wanted: ChunkPass | None, batch: TokenBatch, part: slice, phase: Phase
@@ -143,11 +159,13 @@ class Objective(nn.Module):
         counted = targets != IGNORED
         terms = {}
         if phase.cross_entropy:
-            terms["cross_entropy"] = self._run(_cross_entropy, self.student, got.states[-1][counted], targets[counted])
+            terms["cross_entropy"] = self._run(
+                self._cross_entropy, self.student, got.states[-1][counted], targets[counted]
+            )
         if wanted is not None and phase.distillation:
             pairs = list(zip(got.states, wanted.states, strict=True))
             divergences = [
-                self._run(_divergence, self.student, self.teacher, state[counted], goal[:, part][counted])
+                self._run(self._divergence, self.student, self.teacher, state[counted], goal[:, part][counted])
                 for state, goal in (pairs if self.every_loop else pairs[-1:])
             ]
             terms["distillation"] = torch.stack(divergences).sum()

@@ -139,6 +139,7 @@ class Recipe:
         gradient_clip: largest norm of the gradient.
         precision: ``float32``, or ``bfloat16`` for autocast (weights and optimizer stay float32).
         gradient_checkpointing: compute layers again in the backward pass instead of keeping their insides.
+        compile: fuse parts of layers and losses with torch's compiler, which needs a C++ compiler on the CPU.
         checkpoint_every: steps between checkpoints.
         seed: of the gates, the order of the data, and the draws of chunk and depth.
     """
@@ -165,6 +166,7 @@ class Recipe:
     gradient_clip: float = 1.0
     precision: str = "float32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     checkpoint_every: int = 50
     seed: int = 0
 

@@ -15,6 +15,7 @@ from torch import nn
 from melt_layers import GateLinear
 from melt_models.modeling import MeltCausalLM
 from melt_models.progress import Progress
+from melt_models.training.allocator import keep_freed_memory
 from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
@@ -68,6 +69,8 @@ def _train(
             f"batch_size must be a multiple of micro_batch_size times processes ({recipe.micro_batch_size} * "
             f"{processes.count}), got {recipe.batch_size}: start another number of processes"
         )
+    if place.type == "cpu":
+        keep_freed_memory()
     pair = load_pair(teacher, student, recipe)
     tokens = TokenData(data, pair.student.config, max(recipe.chunk_sizes), recipe.seed, not processes.is_first)
     settings = {
@@ -85,6 +88,7 @@ def _train(
             and pair.teacher.to(place, torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32),
             recipe.supervised_loops == "every",
             recipe.gradient_checkpointing,
+            recipe.compile,
         )
         optimizer = make_optimizer(objective.student, recipe)
         done = folder.restore(objective.student, optimizer, place)
