@@ -11,8 +11,8 @@ import time
 import numpy as np
 
 from melt_runtime import GenerationConfig
-from melt_runtime.request.generation_config import settle
 from melt_runtime.request.sampler import Sampler
+from melt_runtime.request.settings import settle
 
 STEPS = 50
 ASKED: dict[str, dict[str, float]] = {

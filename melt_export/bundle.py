@@ -65,7 +65,7 @@ from melt_runtime.bundle.manifest import (
     write_manifest,
 )
 from melt_runtime.bundle.measured import Parity
-from melt_runtime.request.generation_config import write_generation_config
+from melt_runtime.request.generation_files import write_generation_config
 
 _PROMPT_ROWS = {"int8": 6, "int4": 12}
 """Rows of a pass from which the loops for prompts are the faster ones, by precision of the bundle's own. Measured at

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from melt_runtime import GenerationConfig, MeltModel
 from melt_runtime.bundle.manifest import file_entry, read_manifest, write_manifest
-from melt_runtime.request.generation_config import settle
+from melt_runtime.request.settings import settle
 from melt_runtime.schedule.depth import Depth, GateExit, SettledExit
 
 CAPACITY, CHUNK = 120, 8

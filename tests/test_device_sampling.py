@@ -18,8 +18,9 @@ from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.loading.opening import open_sessions
 from melt_runtime.memory.buffers import Buffer, State
 from melt_runtime.memory.plan import plan_state
-from melt_runtime.request.generation_config import GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.sampler import candidates
+from melt_runtime.request.settings import GenerationSettings, settle
 from melt_runtime.runner import LoopRunner
 
 VOCABULARY = 37

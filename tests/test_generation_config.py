@@ -8,12 +8,8 @@ import pytest
 
 from melt_runtime import BundleError, GenerationConfig
 from melt_runtime.arguments import shown
-from melt_runtime.request.generation_config import (
-    describe_defaults,
-    read_generation_config,
-    settle,
-    write_generation_config,
-)
+from melt_runtime.request.generation_files import read_generation_config, write_generation_config
+from melt_runtime.request.settings import describe_defaults, settle
 
 
 @pytest.mark.parametrize(

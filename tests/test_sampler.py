@@ -1,16 +1,20 @@
 """L0: the sampler's filters, one by one and against their plain definitions, and its draws."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import DRAWS, SHARPENED, assert_close
+from hypothesis.extra import numpy as hnp
+from tolerances import DRAWS, SHARPENED, TORCH, assert_close
 
 from melt_runtime.errors import NumericalError
-from melt_runtime.request.generation_config import GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.sampler import Sampler, candidates, penalize
+from melt_runtime.request.settings import GenerationSettings, settle
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 
@@ -140,3 +144,80 @@ def test_draws_follow_the_exact_probabilities(said):
     statistic = sum(float(((seen - wanted) ** 2 / wanted).sum()) for seen, wanted in pairs)
     degrees = int(common.sum()) + (not common.all()) - 1
     assert abs(statistic - degrees) < 4 * math.sqrt(2 * degrees)  # its mean and standard deviation
+
+
+def test_presence_and_frequency_look_at_the_answer_alone():
+    logits = np.array([5.0, 4.8, 4.0], dtype=np.float32)
+    sampler = Sampler(settings(presence_penalty=0.5), prompt_tokens=2)
+    assert sampler.choose(logits, [0, 0], 0) == 0  # the prompt
+    assert sampler.choose(logits, [0, 0, 0], 1) == 1
+    often = Sampler(settings(frequency_penalty=0.1))
+    assert often.choose(logits, [0], 1) == 0
+    assert often.choose(logits, [0, 0, 0], 3) == 1
+    wanted = Sampler(settings(presence_penalty=-1.5))
+    assert wanted.choose(logits, [2], 1) == 2
+
+
+def test_bias_moves_single_tokens():
+    logits = np.array([5.0, 4.8, 4.0], dtype=np.float32)
+    assert Sampler(settings(logit_bias={0: -1.0, 2: 2.0})).choose(logits, [], 0) == 2
+    assert logits[2] == 4
+    said = GenerationConfig(logit_bias={7: 1, np.int64(3): -100.0})
+    assert list(said.logit_bias.items()) == [(3, -100.0), (7, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"presence_penalty": 2.5}, "presence_penalty must be in [-2, 2], got 2.5"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be in [-2, 2], got nan"),
+        ({"logit_bias": [1, 2]}, "logit_bias must be a mapping from token ids to numbers in [-100, 100], got [1, 2]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias's token id must be a whole number, got 'a'"),
+        ({"logit_bias": {1: 101}}, "logit_bias[1] must be in [-100, 100], got 101"),
+        ({"logits_processors": [3]}, "logits_processors must be a sequence of callables, got 3 in it"),
+        ({"logprobs": 65}, "logprobs must be at most 64, got 65"),
+    ],
+)
+def test_what_no_choice_can_be_made_by_is_refused(said, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GenerationConfig(**said)
+
+
+def test_processors_run_in_their_order_on_copies():
+    seen = []
+
+    def forbid(ids, logits):
+        seen.append(list(ids))
+        logits[int(logits.argmax())] = -np.inf
+        return logits
+
+    sampler = Sampler(settings(logits_processors=(forbid, forbid)), prompt_tokens=1)
+    assert sampler.choose(LOGITS, [9, 8], 1) == int(np.argsort(-LOGITS)[2])
+    assert seen == [[8], [8]]
+    assert np.isfinite(LOGITS).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "must give float logits [4], got None"),
+        (np.zeros(3, dtype=np.float32), "must give float logits [4]"),
+        (np.zeros(4, dtype=np.int64), "must give float logits [4]"),
+        (np.full(4, -np.inf), "must leave a token that may be chosen, the largest logit is -inf"),
+        (np.array([0, np.nan, 0, 0]), "must leave a token that may be chosen, the largest logit is nan"),
+    ],
+)
+def test_what_a_processor_may_not_give(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sampler(settings(logits_processors=(lambda ids, logits: given,))).choose(LOGITS[:4], [], 0)
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32)), st.integers(0, 10), st.data())
+def test_logprobs_are_those_of_the_softmax(logits, count, data):
+    token = data.draw(st.integers(0, len(logits) - 1))
+    found = TokenLogprob.of(logits, token, count)
+    exact = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    assert_close(np.array([found.logprob]), exact[[token]], TORCH)
+    ranked = sorted(range(len(logits)), key=lambda place: (-logits[place], place))[:count]
+    assert [token for token, _ in found.top] == ranked
+    assert_close(np.array([0.0, *(value for _, value in found.top)]), np.array([0.0, *exact[ranked]]), TORCH)

@@ -125,7 +125,7 @@ class Batch:
     def _answers(self, running: dict[Job, int]) -> Iterator[tuple[int, GenerationResult]]:
         """Lets prompts in as slots become free; ``running`` holds those that are under way."""
         prompts = enumerate(self._ask.prompts)
-        errors: dict[int, MeltError | ValueError] = {}
+        errors: dict[int, Exception] = {}
         more = True
         while more or running:
             while more and self._slots.free:
@@ -174,7 +174,7 @@ class Batch:
             raise
 
 
-def _without_frames(error: MeltError | ValueError) -> MeltError | ValueError:
+def _without_frames(error: Exception) -> Exception:
     """An error that keeps no prompt in memory, as the frames that it came through do."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

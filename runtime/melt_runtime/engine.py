@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from melt_runtime.errors import MeltError, NumericalError
 from melt_runtime.execute.executor import Executor
 from melt_runtime.execute.slots import Slot
 from melt_runtime.memory.plan import Array
@@ -38,10 +37,10 @@ class Job:
     slot: Slot
     progress: Progress | None = None
     draws: bool = False
-    error: MeltError | None = None
+    error: Exception | None = None
     wave: Wave | None = None
     passes: int = 0
-    failures: dict[Span, MeltError] = field(default_factory=dict)
+    failures: dict[Span, Exception] = field(default_factory=dict)
     cached: int = field(init=False)
     span: Span = field(init=False)
 
@@ -201,11 +200,11 @@ class Engine:
         assert wave is not None
 
         def predict(span: Span, drafts: list[int]) -> int:
-            # Only a penalty looks at what stands before.
-            context = slot.ids if request.settings.repetition_penalty == 1 else [*slot.ids, *drafts]
+            # Few settings look at what stands before.
+            context = [*slot.ids, *drafts] if request.settings.reads_answer else slot.ids
             try:
                 return request.choose(logits[span], context, len(drafts))
-            except NumericalError as error:
+            except Exception as error:  # a processor's own may be any
                 job.failures[span] = error  # of a draft, or before the last loop, it is nobody's
                 return NOTHING
 
@@ -220,7 +219,7 @@ class Engine:
                 if job.is_done:
                     break
             job.go_on()
-        except MeltError as error:
+        except Exception as error:
             job.error = error
 
     def _choose(self, ready: list[tuple[Span, Job]], logits: dict[Span, Array]) -> None:
@@ -244,7 +243,7 @@ class Engine:
                 token = draw(span) if job.draws else job.request.choose(logits[span], job.slot.ids)
                 job.accept(token, span.depth)
                 job.go_on()
-            except MeltError as error:
+            except Exception as error:  # a processor's own may be any: it ends this request alone
                 job.error = error
 
 

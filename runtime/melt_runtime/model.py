@@ -27,7 +27,8 @@ from melt_runtime.loading.opening import (
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import MAX_BATCH, StatePlan, plan_state
 from melt_runtime.progress import Progress, Report
-from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, read_generation_config
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
+from melt_runtime.request.generation_files import read_generation_config
 from melt_runtime.request.prompts import Desk, Prompt
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.runner import LoopRunner

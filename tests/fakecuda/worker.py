@@ -13,7 +13,7 @@ from contextlib import suppress
 from fake_libraries import read_counters
 
 from melt_runtime import CudaOptions, GenerationConfig, MeltModel, NumericalError
-from melt_runtime.request.generation_config import GenerationSettings, settle
+from melt_runtime.request.settings import GenerationSettings, settle
 
 CAPACITY, CHUNK, LOOPS, GROWTH_TOKENS, SLOTS = 240, 16, (1, 2, 4), 200, 3
 

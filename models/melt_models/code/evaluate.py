@@ -2,8 +2,8 @@
 
     python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out
 
-Every depth reads the rows on its own, in the model's chunks, so that the cache holds states of that depth. Bits per byte
-do not depend on the tokenizer.
+Every depth reads the rows on its own, in the model's chunks, so that the cache holds states of that depth. Bits per
+byte do not depend on the tokenizer.
 """
 
 import argparse
@@ -65,9 +65,7 @@ def measure_depth(
         loss += F.cross_entropy(logits, wanted, reduction="sum").item()
         right += int((logits.argmax(-1) == wanted).sum())
     scored = rows[:, 1:]
-    return Measure(
-        loss / scored.numel(), loss / math.log(2) / int(token_bytes[scored].sum()), right / scored.numel()
-    )
+    return Measure(loss / scored.numel(), loss / math.log(2) / int(token_bytes[scored].sum()), right / scored.numel())
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -96,7 +94,9 @@ def measure(folder: Path, data: Path, rows: int, depths: range, chunk_size: int 
     try:
         found = load_from_disk(str(data))
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{data} is not token data ({error}): write them with melt_models.code.write_data") from error
+        raise TrainingError(
+            f"{data} is not token data ({error}): write them with melt_models.code.write_data"
+        ) from error
     if not 1 <= rows <= len(found):
         raise TrainingError(f"--rows must be in [1, {len(found)}], the rows of {data}, got {rows}")
     chosen = torch.tensor([found[place * len(found) // rows]["input_ids"] for place in range(rows)])

@@ -11,7 +11,8 @@ from melt_runtime.bundle.measured import Parity, Quality
 from melt_runtime.cli.options import add_bundle
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.progress import Line
-from melt_runtime.request.generation_config import describe_defaults, read_generation_config
+from melt_runtime.request.generation_files import read_generation_config
+from melt_runtime.request.settings import describe_defaults
 
 _EPILOG = """\
 examples:

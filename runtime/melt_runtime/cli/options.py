@@ -13,12 +13,8 @@ from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.memory.estimate import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.progress import Line
-from melt_runtime.request.generation_config import (
-    DECODINGS,
-    GENERAL_DEFAULTS,
-    SETTLED_THRESHOLD,
-    GenerationConfig,
-)
+from melt_runtime.request.generation_config import DECODINGS, GENERAL_DEFAULTS, GenerationConfig
+from melt_runtime.request.settings import SETTLED_THRESHOLD
 from melt_runtime.schedule.depth import EXIT_RULES
 
 _DEPTH = ("exit_rule", "exit_threshold", "min_loops", "max_loops", "decode", "lag")

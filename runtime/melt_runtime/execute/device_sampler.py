@@ -1,6 +1,6 @@
 """Chooses the next token on the device that holds the logits: 4 bytes come back, and the token is there already.
 
-Greedy, temperature, top-k and top-p; repetition penalty and min-p are the host sampler's. One sequence. A seed gives
+Greedy, temperature, top-k and top-p; everything else is the host sampler's. One sequence. A seed gives
 the same answers again, but not those of the host sampler, which draws in another order.
 """
 
@@ -10,7 +10,7 @@ import onnxruntime as ort
 from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import NumericalError
 from melt_runtime.memory.buffers import Buffer
-from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.settings import GenerationSettings
 
 
 class DeviceSampler:
@@ -41,7 +41,7 @@ class DeviceSampler:
     @staticmethod
     def can_draw(settings: GenerationSettings) -> bool:
         """Whether these graphs do what ``settings`` ask for."""
-        return settings.repetition_penalty == 1 and settings.min_p == 0
+        return settings.is_plain_choice
 
     def start(self, settings: GenerationSettings) -> None:
         """Takes the settings of one answer to the device."""

@@ -1,6 +1,6 @@
 """An answer's tokens to its text: without stop tokens, up to a stop string."""
 
-from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.settings import GenerationSettings
 from melt_runtime.text.codec import StopMatcher, TextCodec
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from melt_runtime.arguments import instance, shown
 from melt_runtime.errors import TokenError
 from melt_runtime.memory.plan import StatePlan
-from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig, GenerationSettings, settle
+from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
 from melt_runtime.request.ids import check_ids
+from melt_runtime.request.settings import GenerationSettings, settle
 from melt_runtime.text.codec import Message, TextCodec
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -62,9 +63,10 @@ class Desk:
         plan.require_loops(settings.loops)
         if settings.lag is not None and self.wave_obstacle is not None:
             raise ValueError(f"decode must be 'plain' here, got 'wave': {self.wave_obstacle}")
-        unknown = [token for token in said.stop_ids or () if token >= shape.vocab_size]
-        if unknown:
-            raise ValueError(f"stop_ids must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")
+        for name, tokens in (("stop_ids", said.stop_ids), ("logit_bias", said.logit_bias)):
+            unknown = [token for token in tokens or () if token >= shape.vocab_size]
+            if unknown:
+                raise ValueError(f"{name} must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")
         return settings
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from melt_runtime.memory.plan import Array
 from melt_runtime.request.answer import AnswerText
-from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.result import GenerationResult, Timings
 from melt_runtime.request.sampler import Sampler
+from melt_runtime.request.settings import GenerationSettings
 from melt_runtime.schedule.wave import Drafts
 from melt_runtime.text.codec import TextCodec
 
@@ -19,6 +20,7 @@ class Request:
         settings: how to continue it.
         new_ids: tokens of the answer so far.
         loops: of each, those after which it was chosen.
+        logprobs: of each, what the model made of it, where that is asked for.
         text: its text so far.
         is_finished: whether no more tokens come.
     """
@@ -30,7 +32,9 @@ class Request:
         self.text = ""
         self.is_finished = False
         self._codec = codec
-        self._sampler = Sampler(settings)
+        self._sampler = Sampler(settings, len(prompt))
+        self._seen: dict[int, TokenLogprob] = {}  # by place, of the last choice there
+        self.logprobs: list[TokenLogprob] = []
         self._answer = AnswerText(codec, settings)
         self._piece = ""
         self._decodes = False
@@ -47,10 +51,16 @@ class Request:
         Raises:
             NumericalError: the logits hold NaN or infinity.
         """
-        return self._sampler.choose(logits, context, len(self.new_ids) + ahead)
+        place = len(self.new_ids) + ahead
+        token = self._sampler.choose(logits, context, place)
+        if self.settings.logprobs is not None:
+            self._seen[place] = TokenLogprob.of(logits, token, self.settings.logprobs)
+        return token
 
     def accept(self, token: int, loops: int) -> None:
         """Takes the next token of the answer, which the token before gave after so many loops."""
+        if self.settings.logprobs is not None:
+            self.logprobs.append(self._seen.pop(len(self.new_ids)))
         self.new_ids.append(token)
         self.loops.append(loops)
         piece = self._answer.push(token)
@@ -106,4 +116,5 @@ class Request:
             state_bytes=state_bytes,
             passes=passes,
             drafts=drafts,
+            logprobs=None if self.settings.logprobs is None else tuple(self.logprobs),
         )

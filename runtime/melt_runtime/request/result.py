@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.schedule.wave import Drafts
 
 FinishReason = Literal["stop", "length"]
@@ -47,6 +48,7 @@ class GenerationResult:
         timings: seconds and tokens of prefill and decode.
         state_bytes: bytes of the whole state, cache included.
         passes: runs of the loop graph with tokens of the answer; in a batch others share them.
+        logprobs: of each new token, what the model made of it, where ``logprobs`` asked for that; else None.
         drafts: of wave decoding, what became of the tokens that started before they were known; else None.
     """
 
@@ -61,6 +63,7 @@ class GenerationResult:
     state_bytes: int
     passes: int
     drafts: Drafts | None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def depth_histogram(self) -> dict[int, int]:

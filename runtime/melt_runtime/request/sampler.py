@@ -5,16 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from melt_runtime.arguments import shown
 from melt_runtime.errors import NumericalError
 from melt_runtime.memory.plan import Array
-from melt_runtime.request.generation_config import GenerationSettings
+from melt_runtime.request.settings import GenerationSettings
 
 
 class Sampler:
-    """Applies repetition penalty, temperature, top-k, top-p and min-p, in this order, and draws."""
+    """Applies processors, bias, penalties, temperature, top-k, top-p and min-p, in this order, and draws."""
 
-    def __init__(self, settings: GenerationSettings):
-        self.settings = settings
+    def __init__(self, settings: GenerationSettings, prompt_tokens: int = 0):
+        """Takes the settings and where the answer begins in what it is given of the context."""
+        self.settings, self._prompt_tokens = settings, prompt_tokens
+        self._bias = np.array([*settings.logit_bias.values()], dtype=np.float32), [*settings.logit_bias]
         self._random = np.random.default_rng(settings.seed)
         self._noise: list[float] = []
 
@@ -25,11 +28,12 @@ class Sampler:
 
         Args:
             logits: [V] float32; not changed.
-            context: token ids so far, for the repetition penalty.
+            context: token ids so far, prompt and answer.
             place: of the token in the answer, counted from 0.
 
         Raises:
             NumericalError: the logits hold NaN or infinity, or nothing above minus infinity.
+            ValueError: a processor gave something else than logits, or left no token.
         """
         best = int(logits.argmax())  # NaN counts as the largest
         if not math.isfinite(logits[best]):
@@ -37,8 +41,8 @@ class Sampler:
                 f"the model gave logits of {logits[best]}: export it again, in float32 if it was float16"
             )
         settings = self.settings
-        if settings.repetition_penalty != 1 and context:
-            logits = penalize(logits, context, settings.repetition_penalty)
+        if settings.reads_answer or settings.logit_bias:
+            logits = self._changed(logits, context)
             best = int(logits.argmax())
         if settings.temperature == 0:
             return best
@@ -48,6 +52,33 @@ class Sampler:
         while len(self._noise) <= place:
             self._noise.append(self._random.random())
         return int(tokens[edges.searchsorted(self._noise[place], side="right")])
+
+    def _changed(self, logits: Array, context: Sequence[int]) -> Array:
+        """The logits that the choice is made from."""
+        settings, answer = self.settings, context[self._prompt_tokens :]
+        for processor in settings.logits_processors:
+            logits = _checked(processor(answer, logits.copy()), logits.shape)
+        if settings.logit_bias:
+            biases, tokens = self._bias
+            logits = logits.copy()
+            logits[tokens] += biases
+        if settings.repetition_penalty != 1 and context:
+            logits = penalize(logits, context, settings.repetition_penalty)
+        if (settings.presence_penalty or settings.frequency_penalty) and answer:
+            seen, counts = np.unique(np.asarray(answer), return_counts=True)
+            logits = logits.copy()
+            logits[seen] -= settings.presence_penalty + settings.frequency_penalty * counts.astype(np.float32)
+        return logits
+
+
+def _checked(given: object, shape: tuple[int, ...]) -> Array:
+    """What a processor gave, where logits can be chosen from."""
+    if not isinstance(given, np.ndarray) or given.shape != shape or not np.issubdtype(given.dtype, np.floating):
+        raise ValueError(f"logits_processors must give float logits {list(shape)}, got {shown(given)}")
+    largest = given.max()
+    if not np.isfinite(largest):  # NaN is the largest where there is one
+        raise ValueError(f"logits_processors must leave a token that may be chosen, the largest logit is {largest}")
+    return given.astype(np.float32, copy=False)
 
 
 def penalize(logits: Array, context: Sequence[int], penalty: float) -> Array:
