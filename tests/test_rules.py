@@ -66,9 +66,9 @@ FLOORS = (
     {"loading", "engine", "runner"},
     {"stream"},
     {"session"},
-    {"batch"},
+    {"batch", "service"},
     {"model"},
-    {"bench"},
+    {"asynchronous", "bench"},
     {"cli"},
     {"__main__"},
 )

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 if find_spec("onnxruntime") is None:
     raise ImportError("melt_runtime needs ONNX Runtime, which is not installed: pip install 'melt-onnx[cpu]'")
 
+from melt_runtime.asynchronous import AsyncMeltModel
 from melt_runtime.batch import BatchStream
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
@@ -20,10 +21,12 @@ from melt_runtime.errors import (
     BatchError,
     BundleError,
     BusyError,
+    CancelledError,
     CapacityError,
     MeltError,
     NumericalError,
     ProviderError,
+    QueueError,
     RunError,
     SavedError,
     StreamError,
@@ -41,10 +44,12 @@ from melt_runtime.text.codec import Message
 from melt_runtime.version import __version__
 
 __all__ = [
+    "AsyncMeltModel",
     "BatchError",
     "BatchStream",
     "BundleError",
     "BusyError",
+    "CancelledError",
     "CapacityError",
     "CudaOptions",
     "GenerationConfig",
@@ -58,6 +63,7 @@ __all__ = [
     "Message",
     "NumericalError",
     "ProviderError",
+    "QueueError",
     "RunError",
     "SavedError",
     "Session",

@@ -9,6 +9,8 @@
     ├── NumericalError   the model computed NaN or infinity
     ├── BusyError        a session, stream or runner that is at work already
     ├── StreamError      a stream that cannot go on, or has no result
+    ├── QueueError       a service that takes no more requests now
+    ├── CancelledError   a request that was cancelled before its end
     ├── SavedError       a saved session that is damaged, or another model's
     └── BatchError       prompts of a batch that could not be answered, after those that could
 
@@ -57,6 +59,14 @@ class BusyError(MeltError):
 
 class StreamError(MeltError, RuntimeError):
     """A stream whose conversation went on without it, or whose result was asked for before its end."""
+
+
+class QueueError(MeltError):
+    """A service has as many requests as it takes, or is closing; nothing was computed or changed."""
+
+
+class CancelledError(MeltError):
+    """A request of a service that was cancelled, by its caller or since the service was closed."""
 
 
 class SavedError(MeltError):

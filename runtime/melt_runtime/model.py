@@ -32,6 +32,7 @@ from melt_runtime.request.generation_files import read_generation_config
 from melt_runtime.request.prompts import Desk, Prompt
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.runner import LoopRunner
+from melt_runtime.service import QUEUE, Service
 from melt_runtime.session import DepthNotice, Session
 from melt_runtime.stream import GenerationStream
 from melt_runtime.text.codec import TextCodec
@@ -164,6 +165,20 @@ class MeltModel:
         if self.provider.device == "cpu":
             require_state_memory(plan)
         return State(plan, self.provider.device, self.provider.device_id)
+
+    def new_service(self, queue: int = QUEUE) -> Service:
+        """Answers requests from any thread over the model's ``slots``, until it is closed.
+
+        Args:
+            queue: requests that may wait for a slot; more are refused.
+
+        Raises:
+            BusyError: the model's own session is at work; it is until the service is closed.
+            ValueError: ``queue`` outside its rule.
+        """
+        session = self.session
+        session._hold.require_free()
+        return Service(session._engine, session._desk, session._lent, queue)
 
     def reset(self) -> None:
         """Forgets what the model's own session holds.

@@ -241,7 +241,7 @@ class Session:
         return [*self.messages, {"role": "user", "content": prompt}]
 
     @contextmanager
-    def _lent(self, owner: Ticket) -> Iterator[None]:
+    def _lent(self, owner: object) -> Iterator[None]:
         """Lends the session's slot to ``owner``, who answers others in it; the conversation is forgotten.
 
         Raises:
@@ -250,7 +250,8 @@ class Session:
         slots = self._engine.executor.slots
         try:
             self._hold.take(owner)
-            owner.begun = True
+            if isinstance(owner, Ticket):
+                owner.begun = True
             self._forget()
             slots.release(self._slot)
             yield

@@ -262,6 +262,7 @@ class Slots:
         self._state = state
         self._slots = [Slot(number, state.plan) for number in range(state.plan.batch)]
         self._free = [True] * state.plan.batch
+        self._released: list[int] = []  # numbers of those that were used, the one released longest ago first
 
     def __len__(self) -> int:
         """How many there are."""
@@ -302,14 +303,33 @@ class Slots:
         """
         if not any(self._free):
             raise CapacityError(f"all {len(self)} slots are taken: load with slots={len(self) + 1} or more")
-        number = self._free.index(True)
+        return self._take(self._free.index(True))
+
+    def acquire_for(self, prompt: Sequence[int], depth: Depth) -> Slot:
+        """The free slot that holds most of a prompt; of those that hold nothing of it, one that was never used, else
+        the one released longest ago, so that what others hold stays for those who come back.
+
+        Raises:
+            CapacityError: every slot has an owner.
+        """
+        if not any(self._free):
+            return self.acquire()
+        free = [slot for slot in self._slots if self._free[slot.number]]
+        age = {number: place for place, number in enumerate(self._released, start=1)}
+        best = min(free, key=lambda slot: (-slot.reusable(prompt, depth), age.get(slot.number, 0), slot.number))
+        return self._take(best.number)
+
+    def _take(self, number: int) -> Slot:
         self._free[number] = False
+        self._released = [other for other in self._released if other != number]
         return self._slots[number]
 
     def release(self, slot: Slot) -> None:
         """Ends the ownership of ``slot``: what was in flight is dropped, what its cache holds stays until it is used
         again."""
         slot.truncate(slot.length)
+        if not self._free[slot.number]:
+            self._released.append(slot.number)
         self._free[slot.number] = True
 
     def release_all(self) -> None:

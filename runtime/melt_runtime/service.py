@@ -1,0 +1,344 @@
+"""Requests from any thread over the slots of one state: a thread of its own steps the batch, pass by pass.
+
+Requests wait in the order in which they came and enter as slots become free, at any pass; one that is cancelled leaves
+its slot before the next pass. Their prompts go in chunks between the passes of those that decode.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from melt_runtime.arguments import real_number, whole_number
+from melt_runtime.engine import Engine, Job
+from melt_runtime.errors import CancelledError, QueueError
+from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.logprobs import TokenLogprob
+from melt_runtime.request.prompts import Desk, Prompt, as_chat
+from melt_runtime.request.request import Request
+from melt_runtime.request.result import GenerationResult
+
+QUEUE = 64
+"""Requests that may wait for a slot, where nobody says."""
+_MOST_QUEUE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of an answer with one pass.
+
+    Attributes:
+        text: that is safe to show; sometimes none.
+        token_ids: the new tokens, sometimes none: held back text may come at the end by itself.
+        logprobs: of each, where they were asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+class Reply:
+    """An answer in the making.
+
+    ``on_part`` and ``on_end`` are called in the service's own thread and must be quick. Where the first fails, its
+    error ends the request; one of the second is reported as that of any thread is.
+
+    Attributes:
+        result: the whole answer; None before its end, and where it has none.
+        error: why it has none.
+        queued_at: ``time.monotonic()`` when it was asked for.
+        started_at: the same when a slot was free; None before.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        on_part: Callable[[Part], None] | None,
+        on_end: Callable[["Reply"], None] | None,
+        wake: Callable[[], None],
+    ):
+        self.result: GenerationResult | None = None
+        self.error: Exception | None = None
+        self.queued_at = time.monotonic()
+        self.started_at: float | None = None
+        self._request = request
+        self._on_part, self._on_end, self._wake = on_part, on_end, wake
+        self._told = 0
+        self._is_cancelled = False
+        self._ended = threading.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._request.prompt)
+
+    def cancel(self) -> None:
+        """Ends it before the next pass, with ``CancelledError``, from any thread; not where it has ended."""
+        self._is_cancelled = True
+        self._wake()
+
+    def wait(self, seconds: float | None = None) -> GenerationResult:
+        """The whole answer, once it is there.
+
+        Raises:
+            TimeoutError: not within ``seconds``; it goes on.
+            Exception: what ended it before its end, ``CancelledError`` where that was ``cancel``.
+        """
+        if not self._ended.wait(seconds):
+            raise TimeoutError(f"the answer is not there after {seconds} s")
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
+    def _tell(self) -> None:
+        """Hands out what came since this was last called."""
+        request, first = self._request, self._told
+        text, self._told = request.take_piece(), len(request.new_ids)
+        if self._on_part is not None and (text or self._told > first):
+            self._on_part(Part(text, tuple(request.new_ids[first:]), tuple(request.logprobs[first:])))
+
+    def _end(self, result: GenerationResult | None, error: Exception | None) -> None:
+        self.result, self.error = result, error
+        if error is not None:  # it keeps no prompt in memory, as the frames that it came through do
+            error.__cause__ = error.__context__ = None
+            error.with_traceback(None)
+        self._ended.set()
+        if self._on_end is not None:
+            try:
+                self._on_end(self)
+            except Exception as failed:  # the thread is everybody's, and goes on
+                thread = threading.current_thread()
+                threading.excepthook(threading.ExceptHookArgs((type(failed), failed, failed.__traceback__, thread)))
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a service is.
+
+    Attributes:
+        slots: of the state.
+        running: requests that have one.
+        waiting: requests that wait for one.
+        queue: most that may.
+        passes: runs of the loop graph since the service began.
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    queue: int
+    passes: int
+
+
+class Service:
+    """Answers requests until it is closed; meanwhile the model's own session is at work.
+
+    A pass that ONNX Runtime could not run ends the requests that were in it; the service goes on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        desk: Desk,
+        lent: Callable[[object], AbstractContextManager[None]],
+        queue: int = QUEUE,
+    ):
+        """Begins at once.
+
+        Raises:
+            BusyError: the model's own session is at work.
+            ValueError: ``queue`` outside its rule.
+        """
+        self._queue = whole_number("queue", queue, 1, _MOST_QUEUE)
+        self._engine, self._desk, self._slots = engine, desk, engine.executor.slots
+        self._waiting: deque[Reply] = deque()
+        self._running: dict[Job, Reply] = {}
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._deadline = 0.0
+        self._passes = 0
+        held = threading.Event()
+        refused: list[Exception] = []
+
+        def run() -> None:
+            try:
+                with lent(self):
+                    held.set()
+                    self._run()
+            except Exception as error:
+                if held.is_set():
+                    self._end_all(error)
+                    raise
+                refused.append(error)
+                held.set()
+
+        self._thread = threading.Thread(target=run, name="melt-service", daemon=True)
+        self._thread.start()
+        held.wait()
+        if refused:
+            raise refused[0]
+
+    @property
+    def load(self) -> Load:
+        """How busy it is now."""
+        with self._changed:
+            return Load(len(self._slots), len(self._running), len(self._waiting), self._queue, self._passes)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig,
+        raw: bool = False,
+        on_part: Callable[[Part], None] | None = None,
+        on_end: Callable[[Reply], None] | None = None,
+    ) -> Reply:
+        """Takes a request; from any thread.
+
+        Args:
+            prompt: as for ``MeltModel.generate``.
+            config: what it does not say, the bundle says.
+            raw: give a string to the model as it is.
+            on_part: called with what comes, pass by pass.
+            on_end: called once, when ``result`` or ``error`` is there.
+
+        Raises:
+            QueueError: as many requests wait as may, or the service is closing.
+            TokenError, CapacityError, ValueError: as for ``MeltModel.generate``.
+        """
+        with self._changed:
+            self._require_room()
+        chat = as_chat(prompt, raw)
+        ids = self._desk.encode(prompt if chat is None else chat, is_chat=chat is not None)
+        request = Request(ids, self._desk.settle(config, len(ids)), self._desk.codec)
+        reply = Reply(request, on_part, on_end, self._notify)
+        with self._changed:
+            self._require_room()
+            self._waiting.append(reply)
+            self._changed.notify()
+        return reply
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Takes no more requests, gives those that it has ``seconds`` to end, cancels what is left, and ends.
+
+        Raises:
+            ValueError: ``seconds`` is no number of at least 0.
+        """
+        seconds = real_number("seconds", seconds, "at least 0", lambda value: value >= 0)
+        with self._changed:
+            if not self._is_closing:
+                self._is_closing = True
+                self._deadline = time.monotonic() + min(seconds, threading.TIMEOUT_MAX)
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _require_room(self) -> None:
+        if self._is_closing:
+            raise QueueError("the service is closing: it takes no more requests")
+        if len(self._waiting) + len(self._running) >= self._queue + len(self._slots):
+            raise QueueError(f"{self._queue} requests wait already, as many as may: ask again later")
+
+    def __enter__(self) -> Self:
+        """The service itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        """The thread's work, until the service is closed and nothing is left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._is_closing)
+                if self._is_closing and not self._waiting and not self._running:
+                    return
+            if self._is_closing and time.monotonic() >= self._deadline:
+                self._end_all(_cancelled())
+                continue
+            self._drop_cancelled()
+            self._admit()
+            if self._running:
+                self._run_pass()
+
+    def _run_pass(self) -> None:
+        try:
+            self._engine.run_pass()
+        except Exception as error:  # of ONNX Runtime; buffers of these requests hold what nobody knows
+            for job in [*self._running]:
+                self._leave(job, None, error)
+            return
+        self._passes += 1
+        for job, reply in [*self._running.items()]:
+            try:
+                reply._tell()
+            except Exception as error:  # its caller's own
+                job.error = error
+            if job.is_done:
+                self._leave(job, None if job.error else job.result(self._engine.state_bytes), job.error)
+
+    def _admit(self) -> None:
+        """Gives free slots to those that wait, in their order."""
+        while self._slots.free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                reply = self._waiting.popleft()
+            request = reply._request
+            slot = self._slots.acquire_for(request.prompt, request.settings.depth)
+            try:
+                slot.begin(request.prompt, self._slots.reuse(slot, request.prompt, request.settings.depth))
+                reply.started_at = time.monotonic()
+                job = self._engine.start(request, slot)
+            except Exception as error:
+                self._slots.release(slot)
+                reply._end(None, error)
+                continue
+            with self._changed:
+                self._running[job] = reply
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [reply for reply in self._waiting if reply._is_cancelled]
+            for reply in gone:
+                self._waiting.remove(reply)
+            jobs = [job for job, reply in self._running.items() if reply._is_cancelled]
+        for reply in gone:
+            reply._end(None, _cancelled())
+        for job in jobs:
+            self._leave(job, None, _cancelled())
+
+    def _end_all(self, error: Exception) -> None:
+        """Takes no more requests, and ends those that it has."""
+        with self._changed:
+            self._is_closing = True
+            gone = [*self._waiting]
+            self._waiting.clear()
+        for reply in gone:
+            reply._end(None, error)
+        for job in [*self._running]:
+            self._leave(job, None, error)
+
+    def _leave(self, job: Job, result: GenerationResult | None, error: Exception | None) -> None:
+        """Ends a job's request; its slot is free, and what its cache holds may serve the next one."""
+        self._engine.drop(job)
+        self._slots.release(job.slot)
+        with self._changed:
+            reply = self._running.pop(job)
+        reply._end(result, error)
+
+
+def _cancelled() -> CancelledError:
+    return CancelledError("the request was cancelled before its end")

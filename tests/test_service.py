@@ -1,0 +1,224 @@
+"""Requests from threads and event loops over one batch: each answered as alone, cancelled, refused, drained."""
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+
+from melt_runtime import AsyncMeltModel, BusyError, CancelledError, GenerationConfig, MeltModel, QueueError, RunError
+from melt_runtime.service import Part
+
+PROMPTS = [[(7 * place + start) % 650 for place in range(9 + start)] for start in range(12)]
+SAID = GenerationConfig(max_new_tokens=8, temperature=0.0)
+LONG = GenerationConfig(max_new_tokens=200, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(random_bundle):
+    return MeltModel.load(random_bundle("float32"), device="cpu", capacity=256, slots=3)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answers, one at a time."""
+    return [model.generate(prompt, SAID).token_ids for prompt in PROMPTS]
+
+
+@pytest.fixture
+def service(model, alone):
+    with model.new_service(queue=16) as service:
+        yield service
+
+
+def test_every_answer_is_that_of_a_lone_request(service, alone):
+    found: dict[int, list[Part]] = {number: [] for number in range(len(PROMPTS))}
+    ended = []
+    replies = [
+        service.submit(prompt, SAID, on_part=found[number].append, on_end=ended.append)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    assert [reply.wait().token_ids for reply in replies] == alone
+    for reply, parts in zip(replies, found.values(), strict=True):
+        assert sum((part.token_ids for part in parts), ()) == reply.result.token_ids
+        assert "".join(part.text for part in parts) == reply.result.text
+        assert reply.started_at >= reply.queued_at
+    assert set(ended) == set(replies)
+    # First come, first served: with as many tokens each, they end in their order.
+    assert [replies.index(reply) for reply in ended] == list(range(len(PROMPTS)))
+
+
+def test_threads_may_ask_at_once(service, alone):
+    answers: dict[int, tuple[int, ...]] = {}
+
+    def ask(number):
+        answers[number] = service.submit(PROMPTS[number], SAID).wait().token_ids
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[number] for number in range(len(PROMPTS))] == alone
+
+
+def wait_until(holds):
+    while not holds():
+        time.sleep(0.001)
+
+
+def test_a_cancelled_request_frees_its_slot(service, alone):
+    begun = threading.Semaphore(0)
+    held = [service.submit(prompt, LONG, on_part=lambda _: begun.release()) for prompt in PROMPTS[:3]]
+    waiting = [service.submit(prompt, SAID) for prompt in PROMPTS[3:5]]
+    for _ in held:
+        begun.acquire()
+    assert (service.load.running, service.load.waiting) == (3, 2)
+    waiting[0].cancel()
+    with pytest.raises(CancelledError):
+        waiting[0].wait()
+    held[1].cancel()
+    with pytest.raises(CancelledError):
+        held[1].wait()
+    assert waiting[1].wait().token_ids == alone[4]
+    held[1].cancel()  # nothing happens any more
+    for reply in (held[0], held[2]):
+        reply.cancel()
+    wait_until(lambda: service.load.running == 0)
+    assert service.submit(PROMPTS[0], SAID).wait().token_ids == alone[0]
+
+
+def test_more_than_may_wait_are_refused(model, alone):
+    with model.new_service(queue=2) as service:
+        held = [service.submit(prompt, LONG) for prompt in PROMPTS[:3]]
+        wait_until(lambda: service.load.running == 3)
+        waiting = [service.submit(prompt, SAID) for prompt in PROMPTS[3:5]]
+        with pytest.raises(QueueError, match="2 requests wait already, as many as may"):
+            service.submit(PROMPTS[5], SAID)
+        for reply in held:
+            reply.cancel()
+        assert [reply.wait().token_ids for reply in waiting] == alone[3:5]
+
+
+def test_what_cannot_be_answered_is_refused_before_it_waits(service):
+    for prompt, config, error in (
+        ([], SAID, "must hold at least one"),
+        ([700, 9999], SAID, r"token ids must be in \[0, 703\)"),
+        (PROMPTS[0], GenerationConfig(max_new_tokens=1000), "capacity"),
+    ):
+        with pytest.raises(Exception, match=error):
+            service.submit(prompt, config)
+    assert service.load.waiting == 0
+
+
+def test_the_model_s_own_session_is_at_work_meanwhile(model, service):
+    with pytest.raises(BusyError):
+        model.generate(PROMPTS[0], SAID)
+    with pytest.raises(BusyError):
+        model.new_service()
+    assert len(model.new_session().generate(PROMPTS[0], SAID).token_ids) == 8
+
+
+def test_a_service_that_closes_ends_what_it_has_or_cancels_it(model, alone):
+    service = model.new_service()
+    replies = [service.submit(prompt, SAID) for prompt in PROMPTS[:5]]
+    service.close(seconds=600)
+    assert [reply.wait().token_ids for reply in replies] == alone[:5]
+    service = model.new_service()
+    replies = [service.submit(prompt, LONG) for prompt in PROMPTS[:5]]
+    service.close()
+    for reply in replies:
+        with pytest.raises(CancelledError):
+            reply.wait()
+    with pytest.raises(QueueError, match="closing"):
+        service.submit(PROMPTS[0], SAID)
+    service.close()
+    assert model.generate(PROMPTS[0], SAID).token_ids == alone[0]
+
+
+def test_a_failed_pass_ends_those_that_were_in_it(service, alone, monkeypatch):
+    run = service._engine.executor.run
+    fails = threading.Event()
+
+    def once(spans):
+        if fails.is_set():
+            fails.clear()
+            raise RunError("no memory left")
+        run(spans)
+
+    monkeypatch.setattr(service._engine.executor, "run", once)
+    begun = threading.Event()
+    reply = service.submit(PROMPTS[0], LONG, on_part=lambda _: begun.set())
+    begun.wait()
+    fails.set()
+    with pytest.raises(RunError):
+        reply.wait()
+    assert service.submit(PROMPTS[1], SAID).wait().token_ids == alone[1]
+
+
+def test_a_caller_s_own_failure_is_its_own(service, alone, monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+
+    def fails(_):
+        raise ZeroDivisionError("of the caller's own")
+
+    failing, other = service.submit(PROMPTS[0], SAID, on_part=fails), service.submit(PROMPTS[1], SAID, on_end=fails)
+    with pytest.raises(ZeroDivisionError):
+        failing.wait()
+    assert other.wait().token_ids == alone[1]
+    assert service.submit(PROMPTS[2], SAID).wait().token_ids == alone[2]
+    assert [found.exc_type for found in seen] == [ZeroDivisionError]
+
+
+def test_a_conversation_that_comes_back_finds_its_slot(service):
+    first = [service.submit([*range(start, start + 70)], SAID).wait() for start in (0, 100, 200)]
+    again = [
+        service.submit([*range(start, start + 70), *one.token_ids, 1, 2], SAID).wait()
+        for start, one in reversed([*zip((0, 100, 200), first, strict=True)])
+    ]
+    chunk = service._desk.plan.chunk
+    assert [one.cached_tokens for one in again] == [70 // chunk * chunk] * 3
+    assert chunk <= 70
+
+
+def test_nothing_stays_of_a_request(service):
+    reply = service.submit(PROMPTS[0], SAID)
+    reply.wait()
+    gone = weakref.ref(reply)
+    del reply
+    wait_until(lambda: service.load.running == 0)
+    gc.collect()
+    assert gone() is None
+
+
+def test_tasks_of_an_event_loop(model, alone):
+    async def run():
+        async with AsyncMeltModel(model) as asynchronous:
+            results = await asyncio.gather(*(asynchronous.generate(prompt, SAID) for prompt in PROMPTS))
+            parts = [part async for part in asynchronous.stream(PROMPTS[0], max_new_tokens=8)]
+            stream = asynchronous.stream(PROMPTS[1], LONG)
+            await anext(stream)
+            await stream.aclose()
+            asked = asyncio.create_task(asynchronous.generate(PROMPTS[2], LONG))
+            while asynchronous.load.running < 1:
+                await asyncio.sleep(0.001)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            early = asyncio.create_task(asynchronous.generate(PROMPTS[3], LONG))
+            await asyncio.sleep(0)
+            early.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await early
+            while asynchronous.load.running or asynchronous.load.waiting:
+                await asyncio.sleep(0.001)
+            with pytest.raises(ValueError, match="unknown generation options"):
+                await asynchronous.generate(PROMPTS[0], loopz=3)
+            return results, parts
+
+    results, parts = asyncio.run(run())
+    assert [one.token_ids for one in results] == alone
+    assert parts[-1].token_ids == alone[0] == sum((part.token_ids for part in parts[:-1]), ())
