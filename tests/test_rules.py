@@ -33,6 +33,7 @@ ALLOWED = {
             "annotated_types",
             "safetensors",
         ),
+        *("fastapi", "starlette", "uvicorn", "prometheus_client", "llguidance"),
         *("prompt_toolkit", "tqdm", "melt_files", "melt_plots", "melt_runtime"),
     },
     "melt_layers": {"torch", "melt_layers"},
@@ -68,7 +69,7 @@ FLOORS = (
     {"session"},
     {"batch", "service"},
     {"model"},
-    {"asynchronous", "bench"},
+    {"asynchronous", "bench", "serve"},
     {"cli"},
     {"__main__"},
 )

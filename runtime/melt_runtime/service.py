@@ -34,11 +34,13 @@ class Part:
     Attributes:
         text: that is safe to show; sometimes none.
         token_ids: the new tokens, sometimes none: held back text may come at the end by itself.
+        loops: after how many each of them was chosen.
         logprobs: of each, where they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    loops: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
 
 
@@ -101,7 +103,8 @@ class Reply:
         request, first = self._request, self._told
         text, self._told = request.take_piece(), len(request.new_ids)
         if self._on_part is not None and (text or self._told > first):
-            self._on_part(Part(text, tuple(request.new_ids[first:]), tuple(request.logprobs[first:])))
+            new_ids, loops, logprobs = request.new_ids[first:], request.loops[first:], request.logprobs[first:]
+            self._on_part(Part(text, tuple(new_ids), tuple(loops), tuple(logprobs)))
 
     def _end(self, result: GenerationResult | None, error: Exception | None) -> None:
         self.result, self.error = result, error

@@ -10,7 +10,8 @@ from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.text.codec import Message
 from melt_runtime.text.messages import check_messages
 
-SETTINGS = tuple(field.name for field in fields(GenerationConfig))
+_OF_PROGRAMS = ("logits_processors", "logprobs")
+SETTINGS = tuple(field.name for field in fields(GenerationConfig) if field.name not in _OF_PROGRAMS)
 """Fields of a line that say how its prompt is to be continued."""
 
 _FIELDS = ("id", "prompt", "messages", *SETTINGS)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from melt_runtime.cli import answer, batch, bench, cache, demo, info, plan
+from melt_runtime.cli import answer, batch, bench, cache, demo, info, plan, serve
 from melt_runtime.cli.streams import drop_output, prepare_streams
 from melt_runtime.device.doctor import diagnose
 from melt_runtime.errors import MeltError
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", answer.add_generate_options, answer.generate, "answer one prompt"),
         ("chat", answer.add_chat_options, answer.chat, "talk in turns; /help lists the commands"),
         ("batch", batch.add_options, batch.run, "answer a file of prompts; goes on where it was stopped"),
+        ("serve", serve.add_options, serve.run, "answer over HTTP, with OpenAI's endpoints"),
         ("info", info.add_options, info.run, "what a bundle holds, what it costs beside float32"),
         ("plan", plan.add_options, plan.run, "exact bytes of weights and state, before loading"),
         ("bench", bench.add_options, bench.run, "speed and memory by loops, position, chunk, batch"),

@@ -14,6 +14,7 @@ from melt_runtime.schedule.depth import EXIT_RULES, ExitRule
 _MOST_TOKENS = 2**31 - 1
 _MOST_SEED = 2**64 - 1
 _MOST_ELEMENTS = 2**16
+_MOST_DIGITS = 10
 MOST_LOGPROBS = 64
 """Likeliest tokens that may be asked for at each place."""
 OF_AUTO = ("exit_rule", "exit_threshold", "min_loops", "max_loops")
@@ -79,7 +80,8 @@ class GenerationConfig:
             [0.01, 100]; not said: 1.
         presence_penalty: taken off the logit of every token that stands in the answer, in [-2, 2]; not said: 0.
         frequency_penalty: taken off once for each time that it stands there, in [-2, 2]; not said: 0.
-        logit_bias: added to the logits of tokens, by their ids, each in [-100, 100]; kept sorted. Not said: none.
+        logit_bias: added to the logits of tokens, by their ids, as numbers or as JSON's text, each in [-100, 100]; kept
+            sorted. Not said: none.
         logits_processors: called before each choice, in order, before bias and penalties; see ``LogitsProcessor``. Not
             said: none.
         logprobs: how many of the likeliest tokens to name at each place, with the logarithms of their probabilities
@@ -193,10 +195,19 @@ def _biases(name: str, value: object) -> dict[int, float]:
         raise ValueError(f"{name} must be {rule}, got {shown(value)}")
     check = _real("in [-100, 100]", lambda bias: -100 <= bias <= 100)
     items = [
-        (whole_number(f"{name}'s token id", token, 0, _MOST_TOKENS), check(f"{name}[{shown(token)}]", bias))
+        (
+            whole_number(f"{name}'s token id", _from_digits(token), 0, _MOST_TOKENS),
+            check(f"{name}[{shown(token)}]", bias),
+        )
         for token, bias in value.items()
     ]
     return dict(sorted(items))
+
+
+def _from_digits(token: object) -> object:
+    """A token id that was written as text, as the names of a JSON object are."""
+    is_digits = isinstance(token, str) and token.isascii() and token.isdecimal() and len(token) <= _MOST_DIGITS
+    return int(token) if is_digits else token  # type: ignore[call-overload]
 
 
 def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:

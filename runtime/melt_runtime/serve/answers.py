@@ -1,0 +1,126 @@
+"""Answers to OpenAI's objects, whole or in chunks. Knows nothing of HTTP."""
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from melt_runtime.request.logprobs import TokenLogprob
+from melt_runtime.request.result import GenerationResult
+from melt_runtime.service import Part
+from melt_runtime.text.codec import TextCodec
+
+
+def usage_of(results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
+    """Tokens of a request's answers; ``loops_per_token`` and ``depth_histogram`` are ours.
+
+    Args:
+        results: of every choice, those of one prompt next to each other.
+        prompts: how many different ones there are; each counts once, as its cached tokens do.
+    """
+    each = max(1, len(results) // prompts)
+    prompt = sum(result.prompt_tokens for result in results[::each])
+    completion = sum(len(result.token_ids) for result in results)
+    depths: Counter[int] = Counter()
+    for result in results:
+        depths.update(result.depth_histogram)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results[::each])},
+        "loops_per_token": sum(loops * count for loops, count in depths.items()) / completion if completion else 0.0,
+        "depth_histogram": {str(loops): count for loops, count in sorted(depths.items())},
+    }
+
+
+@dataclass
+class Writer:
+    """Writes the objects of one request.
+
+    Attributes:
+        codec: shows single tokens.
+        model: the name that it is asked for by.
+        is_chat: whether it is a chat's, or a plain completion's.
+        with_logprobs: whether these were asked for.
+    """
+
+    codec: TextCodec
+    model: str
+    is_chat: bool
+    with_logprobs: bool
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)
+
+    def whole(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
+        """The object of all choices."""
+        choices = []
+        for index, result in enumerate(results):
+            said = (
+                {"message": {"role": "assistant", "content": result.text, "refusal": None}}
+                if self.is_chat
+                else {"text": result.text}
+            )
+            logprobs = self._logprobs(index, result.logprobs or ())
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": result.finish_reason})
+        return {**self._head(""), "choices": choices, "usage": usage_of(results, prompts)}
+
+    def first(self, index: int) -> dict[str, Any]:
+        """The chunk with which a chat's choice begins."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def part(self, index: int, part: Part) -> dict[str, Any]:
+        """What came of a choice; ``loops`` of each new token is ours."""
+        said: dict[str, Any] = {"delta": {"content": part.text}} if self.is_chat else {"text": part.text}
+        return self._chunk(index, said, logprobs=self._logprobs(index, part.logprobs), loops=list(part.loops))
+
+    def last(self, index: int, result: GenerationResult) -> dict[str, Any]:
+        """The chunk with which a choice ends."""
+        return self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, result.finish_reason)
+
+    def usage(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
+        """The chunk after the last one, where usage was asked for."""
+        return {**self._head(".chunk"), "choices": [], "usage": usage_of(results, prompts)}
+
+    def _head(self, suffix: str) -> dict[str, Any]:
+        kind, prefix = ("chat.completion" + suffix, "chatcmpl-") if self.is_chat else ("text_completion", "cmpl-")
+        return {"id": prefix + self._id, "object": kind, "created": self._created, "model": self.model}
+
+    def _chunk(self, index: int, said: dict[str, Any], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, **said, "finish_reason": finish_reason, **more}
+        return {**self._head(".chunk"), "choices": [choice]}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        if self.is_chat:
+            return {"content": [self._token(one) for one in tokens], "refusal": None}
+        texts = [self._text(one.token_id) for one in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens],
+            "text_offset": offsets,
+        }
+
+    def _token(self, one: TokenLogprob) -> dict[str, Any]:
+        return {
+            **self._entry(one.token_id, one.logprob),
+            "top_logprobs": [self._entry(token, value) for token, value in one.top],
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "surrogatepass"))}
+
+    def _text(self, token: int) -> str:
+        """A token by itself, special ones by their names."""
+        text: str = self.codec.tokenizer.decode([token], skip_special_tokens=False)
+        return text

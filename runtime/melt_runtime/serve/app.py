@@ -1,0 +1,235 @@
+"""The endpoints, as an ASGI application over one service."""
+
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from melt_runtime.errors import MeltError
+from melt_runtime.model import MeltModel
+from melt_runtime.request.grammar import Grammar, Grammars
+from melt_runtime.request.result import GenerationResult
+from melt_runtime.serve.answers import Writer
+from melt_runtime.serve.asks import asks_of, messages_of
+from melt_runtime.serve.errors import Fault, FaultError, fault_of, fault_of_form
+from melt_runtime.serve.following import Choices, submit
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from melt_runtime.serve.guard import Guard
+from melt_runtime.serve.metrics import Metrics
+from melt_runtime.service import QUEUE, Part, Service
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server treats its clients.
+
+    Attributes:
+        name: of the model, by which requests may ask for it.
+        key: what a request must show, as ``Authorization: Bearer KEY``; None: nothing.
+        origins: of web pages that may ask, ``https://example.org``; none: only the server's own page.
+        queue: requests that may wait for a slot.
+        most_bytes: of a body.
+        body_seconds: that it may take to come.
+        answer_seconds: that an answer may take, waiting included.
+        drain_seconds: that answers under way get when the server is told to end.
+    """
+
+    name: str
+    key: bytes | None = field(default=None, repr=False)
+    origins: tuple[str, ...] = ()
+    queue: int = QUEUE
+    most_bytes: int = 4 << 20
+    body_seconds: float = 30.0
+    answer_seconds: float = 3600.0
+    drain_seconds: float = 30.0
+
+
+def make_app(model: MeltModel, options: ServeOptions) -> Guard:
+    """The application; its service begins with the event loop's lifespan and ends with it."""
+    server = _Server(model, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.open()
+        try:
+            yield
+        finally:
+            server.service.close(options.drain_seconds)
+
+    app = FastAPI(title="melt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", server.complete, methods=["POST"])
+    app.add_api_route("/v1/models", server.models, methods=["GET"])
+    app.add_api_route("/tokenize", server.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", server.detokenize, methods=["POST"])
+    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
+    app.add_exception_handler(RequestValidationError, _refuse_form)
+    app.add_exception_handler(HTTPException, _refuse_path)
+    for kind in (FaultError, MeltError, ValueError):
+        app.add_exception_handler(kind, _refuse)
+    app.add_exception_handler(Exception, _refuse)
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return Guard(app, options.key, options.most_bytes, options.body_seconds, server.count_response)
+
+
+class _Server:
+    """What the endpoints share.
+
+    Attributes:
+        service: answers; there once ``open`` was called.
+    """
+
+    service: Service
+    _metrics: Metrics
+
+    def __init__(self, model: MeltModel, options: ServeOptions):
+        self._model, self._options, self._codec = model, options, model.codec
+        self._grammars: Grammars | None = None
+
+    def open(self) -> None:
+        """Begins."""
+        self.service = self._model.new_service(self._options.queue)
+        self._metrics = Metrics(self.service, self._model.state_bytes)
+
+    async def chat(self, form: ChatRequest) -> Response:
+        """``POST /v1/chat/completions``."""
+        return await self._generate(form, Writer(self._codec, self._options.name, True, form.logprobs))
+
+    async def complete(self, form: CompletionRequest) -> Response:
+        """``POST /v1/completions``."""
+        return await self._generate(form, Writer(self._codec, self._options.name, False, form.logprobs is not None))
+
+    async def models(self) -> dict[str, Any]:
+        """``GET /v1/models``: the one that is served, and what it can."""
+        shape = self._model.manifest.model
+        plan = self._model.session.plan
+        about = {
+            "capacity": plan.capacity,
+            "slots": plan.batch,
+            "trained_loops": shape.trained_loops,
+            "has_exit_gate": shape.has_exit_gate,
+            "has_chat_template": self._codec.chat_template is not None,
+            "state_bytes": self._model.state_bytes,
+        }
+        entry = {"id": self._options.name, "object": "model", "created": 0, "owned_by": "melt", "melt": about}
+        return {"object": "list", "data": [entry]}
+
+    def tokenize(self, form: TokenizeRequest) -> dict[str, Any]:
+        """``POST /tokenize``."""
+        text = form.text if form.messages is None else self._codec.render(messages_of(form.messages))  # type: ignore[arg-type]
+        tokens = self._codec.encode(text or "")
+        return {"tokens": tokens, "count": len(tokens)}
+
+    def detokenize(self, form: DetokenizeRequest) -> dict[str, Any]:
+        """``POST /detokenize``."""
+        most = self._model.manifest.model.vocab_size
+        wrong = [token for token in form.tokens if not 0 <= token < most]
+        if wrong:
+            raise ValueError(f"tokens must be in [0, {most}), got {wrong[:8]}")
+        return {"text": self._codec.tokenizer.decode(form.tokens, skip_special_tokens=False)}
+
+    async def health(self) -> dict[str, Any]:
+        """``GET /health``."""
+        return {"status": "ok", **asdict(self.service.load)}
+
+    async def show_metrics(self) -> Response:
+        """``GET /metrics``."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def count_response(self, path: str, status: int) -> None:
+        """Counts a response by path and status."""
+        self._metrics.responses.labels(path, status).inc()
+
+    def _compile(self, kind: Any, source: str) -> Grammar:
+        if self._grammars is None:
+            stop_ids = tuple(self._model.defaults.stop_ids or ())
+            self._grammars = Grammars(self._codec, self._model.manifest.model.vocab_size, stop_ids)
+        return self._grammars.compile(kind, source)
+
+    async def _generate(self, form: ChatRequest | CompletionRequest, writer: Writer) -> Response:
+        if form.model is not None and form.model != self._options.name:
+            message = f"model must be {self._options.name!r}, the one that is served, or left out, got {form.model!r}"
+            raise FaultError(Fault(404, message, param="model", code="model_not_found"))
+        asks = asks_of(form, self._compile)
+        prompts = len(asks) // form.n
+        choices = await submit(self.service, asks)
+        if form.stream:
+            wants_usage = form.stream_options is not None and form.stream_options.include_usage
+            events = self._events(choices, writer, prompts, wants_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        results: dict[int, GenerationResult] = {}
+        async with aclosing(self._follow(choices)) as following:
+            async for index, came in following:
+                if isinstance(came, GenerationResult):
+                    results[index] = came
+        return JSONResponse(writer.whole([results[index] for index in range(len(results))], prompts))
+
+    async def _follow(self, choices: Choices) -> AsyncGenerator[tuple[int, Part | GenerationResult], None]:
+        """As ``Choices.follow``, counted."""
+        first: dict[int, float] = {}
+        try:
+            async with aclosing(choices.follow(self._options.answer_seconds)) as following:
+                async for index, came in following:
+                    if isinstance(came, Part) and came.token_ids:
+                        first.setdefault(index, time.monotonic())
+                    yield index, came
+        finally:
+            for index, reply in enumerate(choices.replies):
+                self._metrics.count(reply, first.get(index), time.monotonic())
+
+    async def _events(
+        self, choices: Choices, writer: Writer, prompts: int, wants_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of one stream; an error in its middle is its last one."""
+        results: dict[int, GenerationResult] = {}
+        try:
+            if writer.is_chat:
+                for index in range(len(choices.replies)):
+                    yield _event(writer.first(index))
+            async with aclosing(self._follow(choices)) as following:
+                async for index, came in following:
+                    if isinstance(came, Part):
+                        yield _event(writer.part(index, came))
+                    else:
+                        results[index] = came
+                        yield _event(writer.last(index, came))
+            if wants_usage:
+                yield _event(writer.usage([results[index] for index in range(len(results))], prompts))
+        except Exception as error:
+            yield _event((error.fault if isinstance(error, FaultError) else fault_of(error)).body)
+        else:
+            yield b"data: [DONE]\n\n"
+
+
+def _event(values: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(values, ensure_ascii=True).encode() + b"\n\n"
+
+
+async def _refuse_form(_: Request, error: Any) -> Response:
+    return _respond(fault_of_form(list(error.errors())))
+
+
+async def _refuse_path(request: Request, error: Any) -> Response:
+    if error.status_code == 404:
+        return _respond(Fault(404, f"there is no {request.method} {request.url.path}", code="unknown_url"))
+    return _respond(Fault(error.status_code, str(error.detail)))
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return _respond(error.fault if isinstance(error, FaultError) else fault_of(error))
+
+
+def _respond(fault: Fault) -> Response:
+    return Response(json.dumps(fault.body), fault.status, fault.headers, "application/json")

@@ -1,0 +1,84 @@
+"""The choices of one request, as they come from the service's thread to a handler of the event loop."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from melt_runtime.request.result import GenerationResult
+from melt_runtime.serve.asks import Ask
+from melt_runtime.serve.errors import Fault, FaultError
+from melt_runtime.service import Part, Reply, Service
+
+
+async def submit(service: Service, asks: Sequence[Ask]) -> "Choices":
+    """Takes all answers of a request, or none. In a thread, since a chat template may take its time.
+
+    Raises:
+        QueueError, TokenError, CapacityError, ValueError: of any of them; the others are cancelled.
+    """
+    choices = Choices(len(asks))
+    asked = asyncio.ensure_future(asyncio.to_thread(choices.submit, service, asks))
+    try:
+        await asyncio.shield(asked)
+    except asyncio.CancelledError:
+        asked.add_done_callback(lambda _: choices.cancel())
+        raise
+    return choices
+
+
+class Choices:
+    """Answers under way.
+
+    Attributes:
+        replies: of each choice.
+    """
+
+    def __init__(self, count: int):
+        self.replies: list[Reply] = []
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Part | None]] = asyncio.Queue()
+        self._left = count
+
+    def submit(self, service: Service, asks: Sequence[Ask]) -> None:
+        """Asks for every answer."""
+        try:
+            for index, ask in enumerate(asks):
+                self.replies.append(self._submit(service, index, ask))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _submit(self, service: Service, index: int, ask: Ask) -> Reply:
+        def push(part: Part) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, part))
+
+        def end(_: Reply) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, None))
+
+        return service.submit(ask.prompt, ask.config, ask.raw, push, end)
+
+    def cancel(self) -> None:
+        """Ends all that are under way."""
+        for reply in self.replies:
+            reply.cancel()
+
+    async def follow(self, seconds: float) -> AsyncGenerator[tuple[int, Part | GenerationResult], None]:
+        """(choice, what came of it) until all have ended; left early, they are cancelled.
+
+        Raises:
+            FaultError: they took more than ``seconds``.
+            Exception: what ended one of them before its end.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while self._left:
+                    index, part = await self._events.get()
+                    if part is not None:
+                        yield index, part
+                        continue
+                    self._left -= 1
+                    yield index, self.replies[index].wait(0)
+        except TimeoutError as error:
+            fault = Fault(504, f"the answer took more than {seconds:g} s", "server_error", code="timeout")
+            raise FaultError(fault) from error
+        finally:
+            self.cancel()

@@ -1,0 +1,101 @@
+"""What stands before every request: who may ask, how large a body may be, how long it may take to come."""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from melt_runtime.serve.errors import Fault
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_OPEN = frozenset({"/", "/health"})
+"""Paths that need no key: they say nothing of anybody's requests."""
+
+
+class Guard:
+    """An ASGI application around another. A body is read whole before it is looked at, up to its limit."""
+
+    def __init__(self, app: App, key: bytes | None, most_bytes: int, seconds: float, count: Callable[[str, int], None]):
+        """Guards ``app``.
+
+        Args:
+            app: the application.
+            key: what a request must show; None: nothing.
+            most_bytes: of a body.
+            seconds: that it may take to come.
+            count: told of every response, by the path of its endpoint, ``none`` where there is no such, and status.
+        """
+        self._count = count
+        self._app, self._key, self._most_bytes, self._seconds = app, key, most_bytes, seconds
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answers or refuses one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(getattr(scope.get("route"), "path", "none"), message["status"])
+            await send(message)
+
+        fault = self._refuse(scope)
+        if fault is None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    body = await self._read(receive)
+            except TimeoutError:
+                fault = Fault(408, f"the body must come within {self._seconds:g} s", code="body_timeout")
+            else:
+                if body is None:
+                    return  # nobody waits for an answer
+                fault = self._too_large() if len(body) > self._most_bytes else None
+        if fault is not None:
+            # What is still on its way is not read.
+            headers = {**fault.headers, "Connection": "close"}
+            await JSONResponse(fault.body, fault.status, headers)(scope, receive, tell)
+            return
+        is_told = False
+
+        async def replay() -> Message:
+            nonlocal is_told
+            if is_told:
+                return await receive()
+            is_told = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, tell)
+
+    def _refuse(self, scope: MutableMapping[str, Any]) -> Fault | None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._key is not None and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
+            scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(shown.strip(), self._key) or scheme.lower() != b"bearer":
+                message = "an API key is needed: send the header 'Authorization: Bearer KEY' with the server's key"
+                return Fault(401, message, "authentication_error", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and (len(length) > 18 or int(length) > self._most_bytes):
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> Fault:
+        return Fault(413, f"the body must be at most {self._most_bytes} bytes", code="body_too_large")
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, one byte more than it may have at most, or None where the client went away."""
+        parts, size = [], 0
+        while size <= self._most_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if not message.get("more_body", False):
+                break
+        return b"".join(parts)

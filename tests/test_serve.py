@@ -1,0 +1,523 @@
+"""The server by the official client and by plain requests: answers, streams, limits, errors, keys."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import served
+
+from melt_runtime import MeltModel
+from melt_runtime.cli.main import main
+from melt_runtime.request.grammar import GrammarError, Grammars
+
+QUESTION = "Ana reports to Ben. Ben works for Cleo. Cleo reports to Dan. Who is two levels above Ana?"
+CHAT = [{"role": "user", "content": QUESTION}]
+CHATS = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+LONG = {"prompt": [5, 6, 7], "max_tokens": 400, "logit_bias": {"3": -100}}
+"""An answer that does not end by itself."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle):
+    return MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=4)
+
+
+@pytest.fixture(scope="module")
+def lone(model):
+    """Answers one at a time, before the server holds the model's session."""
+
+    def answer(prompt, **said):
+        return MeltModel.generate(model, prompt, **said)
+
+    return {loops: answer(CHAT, loops=loops, temperature=0.0) for loops in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def address(model, lone):
+    with served(model, queue=64, most_bytes=200_000) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(address, path, body=None, headers=None, method=None):
+    """Status, headers and parsed body of a plain request."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    headers = {**JSON, **(headers or {})}
+    request = urllib.request.Request(f"{address}{path}", data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.headers, json.loads(response.read() or b"null")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, json.loads(error.read() or b"null")
+
+
+def wait_until(holds):
+    while not holds():
+        time.sleep(0.005)
+
+
+def running(address):
+    return ask(address, "/health")[2]["running"]
+
+
+@pytest.mark.parametrize("loops", [1, 2, 4])
+def test_a_chat_by_the_official_client(client, lone, loops):
+    answer = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, temperature=0, extra_body={"loops": loops}
+    )
+    (choice,) = answer.choices
+    assert choice.message.content == lone[loops].text
+    assert choice.finish_reason == "stop"
+    assert answer.usage.completion_tokens == len(lone[loops].token_ids)
+    assert answer.usage.prompt_tokens == lone[loops].prompt_tokens
+    assert answer.usage.depth_histogram == {str(loops): len(lone[loops].token_ids)}
+    assert answer.usage.loops_per_token == loops
+
+
+def test_a_stream_is_the_same_answer(client, lone):
+    stream = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, stream=True, stream_options={"include_usage": True}, n=2, temperature=0
+    )
+    chunks = list(stream)
+    texts, loops = {0: "", 1: ""}, {0: [], 1: []}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            loops[choice.index] += getattr(choice, "loops", None) or []
+    assert texts == {0: lone[4].text, 1: lone[4].text}
+    assert loops == {0: [4] * len(lone[4].token_ids), 1: [4] * len(lone[4].token_ids)}
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason] == [
+        "stop"
+    ] * 2
+    assert chunks[-1].usage.completion_tokens == 2 * len(lone[4].token_ids)
+    assert chunks[-1].usage.prompt_tokens == lone[4].prompt_tokens
+
+
+def test_adaptive_depth_and_waves(client, lone):
+    auto = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, temperature=0, extra_body={"loops": "auto", "exit_threshold": 0.9}
+    )
+    assert auto.choices[0].message.content == lone[4].text
+    assert 1 <= auto.usage.loops_per_token < 4
+    wave = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, temperature=0, extra_body={"decode": "wave", "lag": 3}
+    )
+    assert wave.choices[0].message.content == lone[4].text
+
+
+def test_logprobs_of_a_chat(client):
+    answer = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for token in content:
+        assert token.token == token.top_logprobs[0].token
+        assert token.logprob == token.top_logprobs[0].logprob
+        assert bytes(token.bytes).decode() == token.token
+        assert [one.logprob for one in token.top_logprobs] == sorted(
+            (o.logprob for o in token.top_logprobs), reverse=True
+        )
+    assert "".join(token.token for token in content[:-1]) == answer.choices[0].message.content
+
+
+def test_plain_completions(client):
+    answer = client.completions.create(
+        model="melt-tiny", prompt=[[5, 6, 7], [8, 9]], n=2, max_tokens=4, temperature=1, seed=7, logprobs=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == 5
+    for choice in answer.choices:
+        logprobs = choice.logprobs
+        assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
+        assert all(len(top) <= 2 for top in logprobs.top_logprobs)
+        assert logprobs.text_offset[0] == 0
+    again = client.completions.create(
+        model="melt-tiny", prompt=[8, 9], max_tokens=4, temperature=1, seed=8, extra_body={"loops": 4}
+    )
+    assert again.choices[0].text == answer.choices[3].text  # the second answer of n has the next seed
+
+
+def test_stop_strings_and_lengths(client):
+    said = {"model": "melt-tiny", "prompt": [5, 6, 7], "max_tokens": 12, "logit_bias": {"3": -100}}
+    whole = client.completions.create(**said)
+    assert whole.choices[0].finish_reason == "length"
+    text = whole.choices[0].text
+    stop = text[len(text) // 2 :][:3]
+    cut = client.completions.create(
+        model="melt-tiny", prompt=[5, 6, 7], max_tokens=12, logit_bias={"3": -100}, stop=stop
+    )
+    assert cut.choices[0].text == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ana", "Ben"]}, "levels": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "levels"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"decode": "wave", "lag": 1}, {"temperature": 1.0, "seed": 5}])
+def test_a_json_schema_holds(client, more):
+    """Whatever the model would rather say."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    answer = client.chat.completions.create(
+        model="melt-tiny", messages=CHAT, response_format=form, max_tokens=60, extra_body=more
+    )
+    values = json.loads(answer.choices[0].message.content)
+    assert values["name"] in ("Ana", "Ben")
+    assert 0 <= values["levels"] <= 99
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_grammars_by_regular_expression_and_lark(address):
+    for kind, value, holds in (
+        ("regex", "[a-c]{3}[0-9]+x", lambda text: text[:3].strip("abc") == "" and text.endswith("x")),
+        ("lark", 'start: "yes" | "no"', lambda text: text in ("yes", "no")),
+    ):
+        body = {"prompt": [5, 6], "max_tokens": 40, "grammar": {"type": kind, "value": value}, "n": 2, "temperature": 1}
+        status, _, answer = ask(address, "/v1/completions", body)
+        assert status == 200
+        for choice in answer["choices"]:
+            assert choice["finish_reason"] == "length" or holds(choice["text"])
+
+
+def test_the_other_endpoints(address, model):
+    status, _, models = ask(address, "/v1/models")
+    assert (status, models["data"][0]["id"]) == (200, "melt-tiny")
+    assert models["data"][0]["melt"]["state_bytes"] == model.state_bytes
+    _, _, chat = ask(address, "/tokenize", {"messages": CHAT})
+    _, _, text = ask(address, "/tokenize", {"text": "Ana reports to Ben."})
+    assert chat["count"] == len(chat["tokens"]) > text["count"] > 0
+    _, _, back = ask(address, "/detokenize", {"tokens": text["tokens"]})
+    assert back == {"text": "Ana reports to Ben."}
+    assert ask(address, "/health")[2]["status"] == "ok"
+
+
+def test_the_metrics_add_up(address):
+    def read():
+        with urllib.request.urlopen(f"{address}/metrics") as response:
+            lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = read()
+    answers = [ask(address, CHATS, {"messages": CHAT, "loops": loops})[2] for loops in (1, 4)]
+    ask(address, CHATS, {"messages": []})
+    after = read()
+
+    def grew(name):
+        return after[name] - before.get(name, 0)
+
+    usages = [answer["usage"] for answer in answers]
+    assert grew("melt_prompt_tokens_total") == sum(usage["prompt_tokens"] for usage in usages)
+    assert grew("melt_completion_tokens_total") == sum(usage["completion_tokens"] for usage in usages)
+    assert grew("melt_loops_total") == sum(
+        int(loops) * count for usage in usages for loops, count in usage["depth_histogram"].items()
+    )
+    assert grew('melt_answers_total{end="stop"}') == grew("melt_first_token_seconds_count") == 2
+    assert grew('melt_responses_total{path="/v1/chat/completions",status="200"}') == 2
+    assert grew('melt_responses_total{path="/v1/chat/completions",status="400"}') == 1
+    assert after["melt_requests_running"] == after["melt_requests_waiting"] == 0
+    assert after["melt_passes_total"] > before["melt_passes_total"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code", "message"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "top_a": 1},
+            400,
+            "top_a",
+            "invalid_value",
+            "top_a is not supported",
+        ),
+        (CHATS, {}, 400, "messages", "invalid_value", "messages is missing"),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "temperature": "hot"},
+            400,
+            "temperature",
+            "invalid_value",
+            "'hot'",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "temperature": -1},
+            400,
+            None,
+            "invalid_value",
+            "temperature must be",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "loops": 0},
+            400,
+            None,
+            "invalid_value",
+            "loops must be at least 1",
+        ),
+        (CHATS, {"messages": CHAT, "top_logprobs": 2}, 400, None, "invalid_value", "top_logprobs"),
+        (CHATS, {"messages": CHAT, "model": "gpt"}, 404, "model", "model_not_found", "'melt-tiny'"),
+        (
+            *(CHATS, {"messages": [{"role": "user", "content": "Ana. " * 600}]}, 400, "messages"),
+            *("context_length_exceeded", "capacity"),
+        ),
+        (
+            *(CHATS, {"messages": CHAT, "max_tokens": 5000}, 400, "messages"),
+            *("context_length_exceeded", "capacity"),
+        ),
+        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "invalid_value", "tool"),
+        ("/v1/completions", {"prompt": [99999]}, 400, None, "invalid_value", "token ids must be in"),
+        ("/v1/completions", {"prompt": []}, 400, None, "invalid_value", "prompt must hold at least one"),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, None, "invalid_value", "half"),
+        (
+            *("/v1/completions", {"prompt": "a", "grammar": {"type": "regex", "value": "(["}}, 400, None),
+            *("invalid_value", "the regex cannot be compiled"),
+        ),
+        (
+            *("/v1/completions", {"prompt": "a", "grammar": {"type": "lark", "value": "x" * 70_000}}, 400, None),
+            *("invalid_value", "a grammar may have 65536 bytes"),
+        ),
+        ("/v1/completions", b"{", 400, None, "json_invalid", "the body must be JSON"),
+        ("/v1/completions", b"[" * 50_000, 400, None, None, ""),
+        ("/v1/completions", b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
+        ("/v1/nothing", {}, 404, None, "unknown_url", "there is no POST /v1/nothing"),
+        ("/detokenize", {"tokens": [-1]}, 400, None, "invalid_value", "tokens must be in"),
+    ],
+)
+def test_errors_have_openai_s_form_and_name_what_is_wrong(address, path, body, status, param, code, message):
+    got, _, answer = ask(address, path, body)
+    error = answer["error"]
+    assert (got, error["param"]) == (status, param), error
+    assert code is None or error["code"] == code
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_official_client_knows_the_errors(client):
+    with pytest.raises(openai.BadRequestError, match="capacity") as raised:
+        client.chat.completions.create(model="melt-tiny", messages=CHAT, max_tokens=5000)
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=CHAT)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = (
+    "n",
+    "stream",
+    "temperature",
+    "stop",
+    "seed",
+    "logit_bias",
+    "loops",
+    "response_format",
+    "grammar",
+    "logprobs",
+    "top_logprobs",
+    "decode",
+    "lag",
+    "max_completion_tokens",
+    "stream_options",
+    "model",
+    "top_p",
+    "exit_rule",
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), json_values, max_size=4),
+    st.just(CHAT) | st.lists(st.fixed_dictionaries({"role": st.text(max_size=6), "content": json_values}), max_size=3),
+)
+def test_no_body_is_answered_otherwise_than_with_2xx_or_4xx(address, body, messages):
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    with contextlib.closing(connection):
+        content = json.dumps({"max_tokens": 3, "messages": messages, **body})
+        connection.request("POST", "/v1/chat/completions", content, JSON)
+        response = connection.getresponse()
+        text = response.read()
+    assert 200 <= response.status < 300 or 400 <= response.status < 500, text
+
+
+def test_a_client_that_vanishes_frees_its_slot(address):
+    for stream in (True, False):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": stream}), JSON)
+        wait_until(lambda: running(address) == 1)
+        connection.close()
+        wait_until(lambda: running(address) == 0)
+
+
+def test_too_many_are_told_to_come_back(model_of_one):
+    with served(model_of_one, queue=1) as address:
+
+        def long():
+            with contextlib.suppress(OSError):
+                ask(address, "/v1/completions", LONG)
+
+        threads = [threading.Thread(target=long) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: (health := ask(address, "/health")[2])["running"] + health["waiting"] == 2)
+        status, headers, answer = ask(address, "/v1/completions", LONG)
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert answer["error"]["code"] == "queue_full"
+        for thread in threads:
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def model_of_one(tiny_bundle):
+    return MeltModel.load(tiny_bundle, device="cpu", capacity=512)
+
+
+def test_an_answer_that_takes_too_long_is_ended(model_of_one):
+    with served(model_of_one, answer_seconds=0.05) as address:
+        status, _, answer = ask(address, "/v1/completions", LONG)
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        wait_until(lambda: running(address) == 0)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(model_of_one):
+    with served(model_of_one, body_seconds=0.1) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in slow.recv(4096)
+
+
+KEY = "a-key-of-enough-length"
+
+
+def test_a_key_is_needed_where_there_is_one(model_of_one):
+    with served(model_of_one, key=KEY.encode()) as address:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+            status, answered, answer = ask(address, "/v1/models", headers=headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            assert answered["WWW-Authenticate"] == "Bearer"
+            assert KEY not in json.dumps(answer)
+        assert ask(address, "/metrics")[0] == 401
+        assert ask(address, "/health")[0] == 200
+        assert ask(address, "/v1/models", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_other_pages_may_not_ask_unless_they_are_listed(model_of_one):
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with served(model_of_one) as address:
+        _, headers, _ = ask(address, "/v1/models", headers={"Origin": "https://example.org"})
+        assert headers["Access-Control-Allow-Origin"] is None
+    with served(model_of_one, key=KEY.encode(), origins=("https://example.org",)) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        with contextlib.closing(connection):
+            connection.request("OPTIONS", "/v1/chat/completions", headers=asked)
+            response = connection.getresponse()
+            response.read()
+        assert response.status == 200
+        assert response.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        _, headers, _ = ask(address, "/health", headers={"Origin": "https://elsewhere.org"})
+        assert headers["Access-Control-Allow-Origin"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (["--host", "0.0.0.0"], {}, "--host 0.0.0.0 is open to other machines: give --api-key-file FILE"),
+        (["--host", "example.org"], {}, "is open to other machines"),
+        ([], {"MELT_API_KEY": "short"}, "the API key in MELT_API_KEY must be one word of at least 16"),
+        (["--no-key"], {"MELT_API_KEY": KEY}, "--no-key must be left out where a key is given"),
+        (["--port", "70000"], {}, "--port must be at most 65535"),
+        (["--slots", "0"], {}, "--slots must be at least 1"),
+        (["--timeout", "0"], {}, "--timeout must be above 0"),
+        (["--api-key-file", "/nowhere"], {}, "No such file"),
+        (["--capacity", "100000"], {}, "capacity must be at most 4096"),
+    ],
+)
+def test_the_command_refuses_what_is_unsafe_or_wrong(tiny_bundle, monkeypatch, capsys, options, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", str(tiny_bundle), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def start_server(bundle, port):
+    """A server in a process of its own; its address, and what it said before it listened."""
+    command = [sys.executable, "-m", "melt_runtime", "serve", str(bundle), "--device", "cpu", "--capacity", "512"]
+    environment = {**os.environ, "MELT_API_KEY": KEY}
+    server = subprocess.Popen([*command, "--port", port], stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    for line in server.stderr:
+        lines.append(line)
+        if line.startswith("listening on "):
+            break
+    return server, lines[-1].split()[-1], "".join(lines)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_ends_when_it_is_told_to(tiny_bundle, ending):
+    """Answers under way end first; another server takes the same port, also after one that was killed."""
+    shown = {"Authorization": f"Bearer {KEY}"}
+    server, address, said = start_server(tiny_bundle, "0")
+    assert "of state for 8 x 512 tokens" in said
+    answers = []
+
+    def ask_long():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answers.append(ask(address, "/v1/completions", LONG, shown))
+
+    thread = threading.Thread(target=ask_long)
+    thread.start()
+    wait_until(lambda: running(address) == 1)
+    server.send_signal(ending)
+    thread.join()
+    server.wait()
+    rest = server.stderr.read()
+    server.stderr.close()
+    assert KEY not in said + rest
+    assert "Traceback" not in rest, rest
+    if ending == signal.SIGTERM:
+        ((status, _, answer),) = answers
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 400)
+    again, same, _ = start_server(tiny_bundle, address.rsplit(":", 1)[1])
+    assert same == address
+    assert ask(address, "/v1/models", headers=shown)[0] == 200
+    again.terminate()
+    again.wait()
+    again.stderr.close()
+
+
+def test_grammars_name_what_they_lack(model, monkeypatch):
+    with pytest.raises(GrammarError, match="a token that ends an answer"):
+        Grammars(model.codec, 703, ())
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(GrammarError, match=r"pip install 'melt-onnx\[serve\]'"):
+        Grammars(model.codec, 703, (3,))
