@@ -70,7 +70,7 @@ def fault_of_form(errors: list[dict[str, Any]]) -> Fault:
         messages.append(_sentence(name, error))
     said = list(dict.fromkeys(messages))
     code = "json_invalid" if errors[0]["type"] == "json_invalid" else "invalid_value"
-    return Fault(400, "; ".join(said), param=params[0] or None, code=code)
+    return Fault(400, "; ".join(said), param=None if code == "json_invalid" else params[0] or None, code=code)
 
 
 def _is_branch(part: object) -> bool:

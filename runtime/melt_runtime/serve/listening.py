@@ -7,6 +7,8 @@ import uvicorn
 
 from melt_runtime.serve.guard import App
 
+_BACKLOG = 1024
+
 
 def listen(app: App, host: str, port: int, drain_seconds: float) -> None:
     """Serves until SIGTERM or SIGINT: then no connection more is taken, and answers under way get their time.
@@ -19,6 +21,7 @@ def listen(app: App, host: str, port: int, drain_seconds: float) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen(_BACKLOG)  # whoever reads the line below may connect
         except OSError as error:
             raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
         name = f"[{host}]" if family == socket.AF_INET6 else host
