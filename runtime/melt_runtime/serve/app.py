@@ -24,6 +24,7 @@ from melt_runtime.serve.following import Choices, submit
 from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from melt_runtime.serve.guard import Guard
 from melt_runtime.serve.metrics import Metrics
+from melt_runtime.serve.pages import page_routes
 from melt_runtime.service import QUEUE, Part, Service
 
 
@@ -72,6 +73,7 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
     app.add_api_route("/detokenize", server.detokenize, methods=["POST"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
+    app.router.routes.extend(page_routes())
     app.add_exception_handler(RequestValidationError, _refuse_form)
     app.add_exception_handler(HTTPException, _refuse_path)
     for kind in (FaultError, MeltError, ValueError):

@@ -8,13 +8,14 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from melt_runtime.serve.errors import Fault
+from melt_runtime.serve.pages import PAGES
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_OPEN = frozenset({"/", "/health"})
+_OPEN = PAGES | {"/health"}
 """Paths that need no key: they say nothing of anybody's requests."""
 
 
