@@ -21,7 +21,7 @@ COMMANDS = {
     "python -m melt_models.training.prepare": "melt_models.training.prepare",
 }
 """Commands whose help has examples, and their modules."""
-SUBCOMMANDS = ("demo", "generate", "chat", "batch", "info", "plan", "bench", "cache", "doctor")
+SUBCOMMANDS = ("demo", "generate", "chat", "batch", "serve", "info", "plan", "bench", "cache", "doctor")
 _EXAMPLE = re.compile(r"^ {2,4}((?:melt|melt-export|melt-train|python) .*)$", re.MULTILINE)
 
 

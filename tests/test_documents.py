@@ -42,7 +42,12 @@ _OPTIMUM = "needs an environment of its own (tests/test_optimum.py)"
 _WEB = "needs Node and a browser (tests/test_web.py)"
 _CPP = "needs a compiler and ONNX Runtime's headers (tests/test_examples.py)"
 
+_SERVES = "serves until it is told to end (tests/test_serve.py)"
+
 NOT_RUN = {
+    "pip install '.[cpu,serve]'": _INSTALLS,
+    "melt serve build/melt-tiny": _SERVES,
+    "melt serve build/melt-tiny --host 0.0.0.0 --api-key-file key.txt --slots 16 --kv-cache int8": _SERVES,
     "pip install '.[cpu]'": _INSTALLS,
     "pip install '.[cpu,export]' --extra-index-url https://download.pytorch.org/whl/cpu": _INSTALLS,
     "pip install 'melt-onnx[gguf]'": _INSTALLS,
@@ -79,6 +84,9 @@ NOT_RUN = {
     "./generate ../../build/melt-tiny 4 20 1 56 3": _CPP,
     "benchmarks/peers/install.sh": _PEERS,
     "python benchmarks/peers/compare.py --rounds 7": _PEERS,
+    "python benchmarks/serving.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --requests 2 "
+    "--clients 1,2,4,8,16 --json docs/data/serving.json": _FULL_SIZE,
+    "melt bench --shape melt-1.6b:4 --precision int8": _FULL_SIZE,
     "python benchmarks/passes.py build/peers/4-layers-of-2048-gated/melt-int8": _PEERS,
     "python benchmarks/passes.py build/peers/30-layers-of-576/melt-int4-alone --nodes 1": _PEERS,
     "melt bench --shape melt-1.6b --shape ouro-1.4b --loops 1,4 --positions 100,1000,4000 --chunks 512": _FULL_SIZE,
@@ -108,6 +116,7 @@ NOT_RUN = {
     "python benchmarks/memory.py build/melt-1.6b-int4 build/ouro-1.4b-int4 --json docs/data/memory.json": _FULL_SIZE,
 }
 NOT_RUN_PYTHON = {
+    "from openai import OpenAI": _SERVES,
     "import onnxruntime_genai as og": _GENAI,
     "from optimum.onnxruntime import ORTModelForCausalLM": _OPTIMUM,
     "from melt_runtime import CudaOptions, MeltModel": _GPU,
