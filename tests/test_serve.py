@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -373,6 +374,88 @@ def test_a_client_that_vanishes_frees_its_slot(address):
         wait_until(lambda: running(address) == 1)
         connection.close()
         wait_until(lambda: running(address) == 0)
+
+
+def test_conversations_in_files(tiny_bundle, tmp_path):
+    """Saved by one server, restored by another; the size is the same for every depth."""
+    facts = "Ana reports to Ben. Ben works for Cleo. " * 12
+    chat = [{"role": "user", "content": f"{facts}Who is one level above Ana?"}]
+    sizes = {}
+    for loops in (1, 4):
+        with served(MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=2), sessions=tmp_path) as address:
+            status, _, _ = ask(address, "/v1/sessions", {"name": "ana", "messages": chat})
+            assert status == 409
+            text = ask(address, CHATS, {"messages": chat, "loops": loops})[2]["choices"][0]["message"]["content"]
+            said = [*chat, {"role": "assistant", "content": text}]
+            status, _, saved = ask(address, "/v1/sessions", {"name": "ana", "messages": said})
+            assert (status, saved["id"]) == (200, "ana")
+            sizes[loops] = saved["bytes"] - len(text)
+        with served(MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=2), sessions=tmp_path) as address:
+            _, _, restored = ask(address, "/v1/sessions/ana/restore", method="POST")
+            assert restored["cached_tokens"] == saved["cached_tokens"]
+            more = {"messages": [*said, {"role": "user", "content": "Who is two levels above Ana?"}], "loops": loops}
+            usage = ask(address, CHATS, more)[2]["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] >= 64
+            assert [one["id"] for one in ask(address, "/v1/sessions")[2]["data"]] == ["ana"]
+            (file,) = tmp_path.iterdir()
+            file.write_bytes(file.read_bytes()[:-9] + b"123456789")
+            status, _, answer = ask(address, "/v1/sessions/ana/restore", method="POST")
+            assert (status, answer["error"]["code"]) == (409, "session_unusable")
+            assert str(tmp_path) not in answer["error"]["message"]
+            assert ask(address, CHATS, more)[0] == 200
+            assert ask(address, "/v1/sessions/ana", method="DELETE")[2]["deleted"] is True
+            assert ask(address, "/v1/sessions/ana", method="DELETE")[0] == 404
+            for name in ("..%2fother", "a/b", ".x", "x" * 65, "a%00"):
+                assert ask(address, f"/v1/sessions/{name}/restore", method="POST")[0] in (400, 404)
+            status, _, answer = ask(address, "/v1/sessions", {"name": "../x", "messages": said})
+            assert (status, answer["error"]["param"]) == (400, "name")
+    assert abs(sizes[1] - sizes[4]) < 16
+    assert not list(tmp_path.iterdir())
+
+
+def test_sessions_need_a_folder(address):
+    status, _, answer = ask(address, "/v1/sessions")
+    assert (status, answer["error"]["code"]) == (404, "no_sessions")
+
+
+def test_64_clients_at_once_get_the_answers_of_lone_ones(tiny_bundle):
+    """In float32; of any depth, sampled too, some with a grammar, some that go away."""
+    model = MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=8)
+    people = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo"]
+
+    def question(number):
+        names = people[number % 8 :] + people[: number % 8]
+        facts = " ".join(f"{x} reports to {y}." for x, y in itertools.pairwise(names))
+        return f"{facts} Who is {('one level', 'two levels', 'three levels')[number % 3]} above {names[0]}?"
+
+    def settings(number):
+        return {"loops": 1 + number % 4, "temperature": float(number % 2), "seed": number}
+
+    expected = [model.generate(question(number), **settings(number)).text for number in range(64)]
+    found, faults = {}, []
+
+    def run(address, number):
+        body = {"messages": [{"role": "user", "content": question(number)}], **settings(number)}
+        try:
+            for _ in range(2):
+                if number % 8 == 7:
+                    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+                    connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True}), JSON)
+                    connection.close()
+                found.setdefault(number, set()).add(ask(address, CHATS, body)[2]["choices"][0]["message"]["content"])
+        except Exception as error:
+            faults.append(error)
+
+    with served(model, queue=256) as address:
+        threads = [threading.Thread(target=run, args=(address, number)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_until(lambda: running(address) == 0)
+        assert ask(address, "/health")[2]["waiting"] == 0
+    assert not faults
+    assert found == {number: {text} for number, text in enumerate(expected)}
 
 
 def test_too_many_are_told_to_come_back(model_of_one):

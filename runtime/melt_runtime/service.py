@@ -8,19 +8,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from melt_runtime.arguments import real_number, whole_number
 from melt_runtime.engine import Engine, Job
-from melt_runtime.errors import CancelledError, QueueError
+from melt_runtime.errors import CancelledError, QueueError, SavedError
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.prompts import Desk, Prompt, as_chat
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
+from melt_runtime.schedule.depth import Depth
 
 QUEUE = 64
 """Requests that may wait for a slot, where nobody says."""
@@ -161,6 +164,7 @@ class Service:
         self._queue = whole_number("queue", queue, 1, _MOST_QUEUE)
         self._engine, self._desk, self._slots = engine, desk, engine.executor.slots
         self._waiting: deque[Reply] = deque()
+        self._work: deque[tuple[Callable[[], int], Future[int]]] = deque()
         self._running: dict[Job, Reply] = {}
         self._changed = threading.Condition()
         self._is_closing = False
@@ -216,8 +220,7 @@ class Service:
         """
         with self._changed:
             self._require_room()
-        chat = as_chat(prompt, raw)
-        ids = self._desk.encode(prompt if chat is None else chat, is_chat=chat is not None)
+        ids = self._encode(prompt, raw)
         request = Request(ids, self._desk.settle(config, len(ids)), self._desk.codec)
         reply = Reply(request, on_part, on_end, self._notify)
         with self._changed:
@@ -225,6 +228,87 @@ class Service:
             self._waiting.append(reply)
             self._changed.notify()
         return reply
+
+    def save(self, prompt: Prompt, path: Path, raw: bool = False) -> int:
+        """Writes what a free slot holds of a conversation to a file, in one step; from any thread, between two passes.
+
+        Args:
+            prompt: the conversation so far, as for ``submit``; a slot counts that holds nothing else.
+            path: the file; one that exists is replaced.
+            raw: as for ``submit``.
+
+        Returns:
+            Cached tokens that were written.
+
+        Raises:
+            SavedError: no slot holds any of it, or only ones that are at work.
+            OSError: the file cannot be written.
+            QueueError: the service is closing.
+        """
+        ids = self._encode(prompt, raw)
+
+        def run() -> int:
+            held = [slot for slot in self._slots if self._slots.is_free(slot) and slot.length]
+            held = [slot for slot in held if slot.ids[: slot.length] == ids[: slot.length]]
+            if not held:
+                raise SavedError("no slot that is free holds this conversation: let it be answered first")
+            slot = max(held, key=lambda slot: slot.length)
+            from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
+
+            save_slot(path, self._engine.executor.state, slot, self._desk.identity, {})
+            return slot.length
+
+        return self._between_passes(run)
+
+    def restore(self, path: Path) -> int:
+        """Reads such a file into a free slot, whose next requests then need not compute it; from any thread.
+
+        Returns:
+            Cached tokens that were read.
+
+        Raises:
+            SavedError: no such file, one of another model or KV cache, or a damaged one.
+            CapacityError: more tokens than a slot has room for, or every slot is at work.
+            QueueError: the service is closing.
+        """
+
+        def run() -> int:
+            from melt_runtime.execute.saved import load_slot
+
+            slot = self._slots.acquire_for((), Depth.fixed(1))
+            try:
+                load_slot(path, self._engine.executor.state, slot, self._desk.identity, dict[str, Any])
+                return slot.length
+            finally:
+                self._slots.release(slot)
+
+        return self._between_passes(run)
+
+    def _between_passes(self, work: Callable[[], int]) -> int:
+        """What ``work`` gives, run by the service's own thread, whose state is nobody else's to touch."""
+        done: Future[int] = Future()
+        with self._changed:
+            if self._is_closing:
+                raise QueueError("the service is closing: it takes no more requests")
+            self._work.append((work, done))
+            self._changed.notify()
+        return done.result()
+
+    def _do_work(self) -> None:
+        """Runs what was asked for meanwhile."""
+        while True:
+            with self._changed:
+                if not self._work:
+                    return
+                work, done = self._work.popleft()
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+    def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
+        chat = as_chat(prompt, raw)
+        return self._desk.encode(prompt if chat is None else chat, is_chat=chat is not None)
 
     def close(self, seconds: float = 0.0) -> None:
         """Takes no more requests, gives those that it has ``seconds`` to end, cancels what is left, and ends.
@@ -265,9 +349,10 @@ class Service:
         """The thread's work, until the service is closed and nothing is left."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._running or self._is_closing)
-                if self._is_closing and not self._waiting and not self._running:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._work or self._is_closing)
+                if self._is_closing and not self._waiting and not self._running and not self._work:
                     return
+            self._do_work()
             if self._is_closing and time.monotonic() >= self._deadline:
                 self._end_all(_cancelled())
                 continue
@@ -327,8 +412,11 @@ class Service:
         """Takes no more requests, and ends those that it has."""
         with self._changed:
             self._is_closing = True
-            gone = [*self._waiting]
+            gone, work = [*self._waiting], [*self._work]
             self._waiting.clear()
+            self._work.clear()
+        for _, done in work:
+            done.set_exception(error)
         for reply in gone:
             reply._end(None, error)
         for job in [*self._running]:

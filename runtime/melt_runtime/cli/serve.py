@@ -69,6 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for answers under way at the end (default: %(default)g)",
     )
+    limits.add_argument("--sessions", type=Path, metavar="DIR", help="folder in which requests may keep conversations")
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--name", metavar="NAME", help="of the model, to ask for it (default: the bundle's folder)")
     machine.add_argument(
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("timeout", "drain"):
         real_number(f"--{name}", getattr(args, name), "above 0, at most a day", lambda value: 0 < value <= 86400)
     GenerationConfig(loops=args.most_loops)
+    if args.sessions is not None and not args.sessions.is_dir():
+        raise ValueError(f"--sessions must be a folder that exists, got {str(args.sessions)!r}: make it first")
     from melt_runtime.serve.app import ServeOptions, make_app  # here: other commands do without the framework
     from melt_runtime.serve.listening import listen
 
@@ -112,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
         key=key,
         origins=tuple(args.cors_origin),
         queue=args.queue,
+        sessions=args.sessions,
         answer_seconds=args.timeout,
         drain_seconds=args.drain,
     )

@@ -295,6 +295,10 @@ class Slots:
         """How many have no owner."""
         return sum(self._free)
 
+    def is_free(self, slot: Slot) -> bool:
+        """Whether a slot has no owner."""
+        return self._free[slot.number]
+
     def acquire(self) -> Slot:
         """The lowest free slot, which keeps passes short; what it holds may be kept as ``Slot.reusable`` says.
 

@@ -4,7 +4,8 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,10 +22,11 @@ from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import asks_of, messages_of
 from melt_runtime.serve.errors import Fault, FaultError, fault_of, fault_of_form
 from melt_runtime.serve.following import Choices, submit
-from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, SessionRequest, TokenizeRequest
 from melt_runtime.serve.guard import Guard
 from melt_runtime.serve.metrics import Metrics
 from melt_runtime.serve.pages import page_routes
+from melt_runtime.serve.sessions import SessionFiles
 from melt_runtime.service import QUEUE, Part, Service
 
 
@@ -37,6 +39,7 @@ class ServeOptions:
         key: what a request must show, as ``Authorization: Bearer KEY``; None: nothing.
         origins: of web pages that may ask, ``https://example.org``; none: only the server's own page.
         queue: requests that may wait for a slot.
+        sessions: folder of saved conversations; None: there are none.
         most_bytes: of a body.
         body_seconds: that it may take to come.
         answer_seconds: that an answer may take, waiting included.
@@ -47,6 +50,7 @@ class ServeOptions:
     key: bytes | None = field(default=None, repr=False)
     origins: tuple[str, ...] = ()
     queue: int = QUEUE
+    sessions: Path | None = None
     most_bytes: int = 4 << 20
     body_seconds: float = 30.0
     answer_seconds: float = 3600.0
@@ -73,6 +77,10 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
     app.add_api_route("/detokenize", server.detokenize, methods=["POST"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
+    app.add_api_route("/v1/sessions", server.list_sessions, methods=["GET"])
+    app.add_api_route("/v1/sessions", server.save_session, methods=["POST"])
+    app.add_api_route("/v1/sessions/{name}/restore", server.restore_session, methods=["POST"])
+    app.add_api_route("/v1/sessions/{name}", server.delete_session, methods=["DELETE"])
     app.router.routes.extend(page_routes())
     app.add_exception_handler(RequestValidationError, _refuse_form)
     app.add_exception_handler(HTTPException, _refuse_path)
@@ -99,6 +107,7 @@ class _Server:
     def __init__(self, model: MeltModel, options: ServeOptions):
         self._model, self._options, self._codec = model, options, model.codec
         self._grammars: Grammars | None = None
+        self._sessions = SessionFiles(options.sessions)
 
     def open(self) -> None:
         """Begins."""
@@ -141,6 +150,31 @@ class _Server:
         if wrong:
             raise ValueError(f"tokens must be in [0, {most}), got {wrong[:8]}")
         return {"text": self._codec.tokenizer.decode(form.tokens, skip_special_tokens=False)}
+
+    def list_sessions(self) -> dict[str, Any]:
+        """``GET /v1/sessions``."""
+        return {"object": "list", "data": self._sessions.all()}
+
+    def save_session(self, form: SessionRequest) -> dict[str, Any]:
+        """``POST /v1/sessions``: writes what is cached of a conversation; its size is the same at every depth."""
+        path = self._sessions.path(form.name)
+        tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
+        return {**self._sessions.describe(path), "cached_tokens": tokens}
+
+    def restore_session(self, name: str) -> dict[str, Any]:
+        """``POST /v1/sessions/{name}/restore``: what goes on from it finds it in the cache."""
+        path = self._sessions.existing(name)
+        try:
+            tokens = self.service.restore(path)
+        except MeltError as error:  # its message names the file, whose place is nobody's business
+            fault = fault_of(error)
+            raise FaultError(replace(fault, message=fault.message.replace(str(path), name))) from error
+        return {**self._sessions.describe(path), "cached_tokens": tokens}
+
+    def delete_session(self, name: str) -> dict[str, Any]:
+        """``DELETE /v1/sessions/{name}``."""
+        self._sessions.existing(name).unlink(missing_ok=True)
+        return {"id": name, "object": "session", "deleted": True}
 
     async def health(self) -> dict[str, Any]:
         """``GET /health``."""

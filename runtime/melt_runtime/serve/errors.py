@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from melt_runtime.arguments import shown
-from melt_runtime.errors import CancelledError, CapacityError, MeltError, NumericalError, QueueError, RunError
+from melt_runtime.errors import (
+    CancelledError,
+    CapacityError,
+    MeltError,
+    NumericalError,
+    QueueError,
+    RunError,
+    SavedError,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault(503, str(error), "server_error", code="cancelled")
     if isinstance(error, RunError | NumericalError):
         return Fault(500, str(error), "server_error", code="model_error")
+    if isinstance(error, SavedError):
+        return Fault(409, str(error), code="session_unusable")
     if isinstance(error, MeltError | ValueError):
         return Fault(400, str(error), code="invalid_value")
     return Fault(500, f"an error of the server itself: {type(error).__name__}", "server_error", code="internal_error")

@@ -131,6 +131,13 @@ class CompletionRequest(Generation):
     echo: Literal[False] = False
 
 
+class SessionRequest(_Form):
+    """Body of ``POST /v1/sessions``: the name, and the conversation so far, answers included."""
+
+    name: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+
+
 class TokenizeRequest(_Form):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
