@@ -54,6 +54,7 @@ def test_the_browser_gives_pythons_tokens(web, tiny_bundle, tmp_path):
     assert done["encoded"] == GOLDEN["prompt"]
     assert done["tokens"] == {loops: GOLDEN["loops"][loops]["tokens"] for loops in ("1", "4")}
     assert done["answer"] == "Dan."
+    assert done["hasAuto"] is False
     assert "loops must be a whole number from 1 to 1024, got 0" in done["errors"][0]
     assert "exceed the capacity of 512" in done["errors"][1]
     assert "this model needs about" in done["memory"]
@@ -215,7 +216,10 @@ def test_no_request_ends_the_server(tmp_path):
 
 
 def test_the_servers_own_arguments(tmp_path):
-    for arguments, message in (((tmp_path,), "has no page: make one with node build.mjs"), ((PAGE, "many"), "port")):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.html").touch()
+    for arguments, message in (((tmp_path,), "has no page: make one with node build.mjs"), ((site, "many"), "port")):
         done = subprocess.run(["node", PAGE / "serve.mjs", *arguments], capture_output=True, text=True)
         assert done.returncode == 1
         assert message in done.stderr

@@ -3,7 +3,10 @@
 import { cp, mkdir, readFile, readdir, realpath, rm } from "node:fs/promises";
 import { join, sep } from "node:path";
 
-const PAGE = ["index.html", "page.js", "melt.js", "bundle.js"];
+const OWN = ["engine.js", "melt.js", "bundle.js"];
+const CHAT = ["index.html", "chat.css", "page.js", "conversations.js"]; // the very files that `melt serve` sends
+const CHAT_FOLDER = new URL("../../runtime/melt_runtime/serve/page/", import.meta.url);
+const PAGE = [...CHAT, ...OWN];
 const FOLDERS = ["vendor", "bundle"];
 const VENDOR = {
   "onnxruntime-web/dist/ort.wasm.min.mjs": "ort.wasm.min.mjs",
@@ -51,7 +54,8 @@ try {
   const names = await filesOf(bundle);
   await clear(out, bundle);
   for (const name of FOLDERS) await mkdir(join(out, name), { recursive: true });
-  for (const name of PAGE) await cp(new URL(name, import.meta.url), join(out, name));
+  for (const name of OWN) await cp(new URL(name, import.meta.url), join(out, name));
+  for (const name of CHAT) await cp(new URL(name, CHAT_FOLDER), join(out, name));
   for (const [source, name] of Object.entries(VENDOR)) {
     await cp(new URL(`node_modules/${source}`, import.meta.url), join(out, "vendor", name));
   }

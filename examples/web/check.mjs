@@ -14,8 +14,14 @@ try {
     });
   }
   await page.goto(address);
-  await page.waitForFunction(() => document.getElementById("status").textContent !== "loading", { timeout: 60_000 });
-  const status = await page.$eval("#status", (element) => [element.className, element.textContent]);
+  await page.waitForFunction(
+    () => document.getElementById("facts").textContent !== "" || !document.getElementById("error").hidden,
+    { timeout: 60_000 },
+  );
+  const status = await page.evaluate(() => {
+    const [error, facts] = ["error", "facts"].map((id) => document.getElementById(id));
+    return error.hidden ? ["", facts.textContent] : ["error", error.textContent];
+  });
   const done = { status, threads: await page.evaluate(() => self.crossOriginIsolated) };
   if (status[0] !== "error") {
     done.encoded = await page.evaluate((q) => window.model.encode([{ role: "user", content: q }]), task.question);
@@ -42,9 +48,11 @@ try {
       const { MeltModel } = await import("./melt.js");
       return MeltModel.load("./bundle/", { memoryLimit: 1e6 }).catch((e) => e.message);
     });
-    await page.click("#ask");
-    await page.waitForFunction(() => document.getElementById("answer").textContent !== "");
-    done.answer = await page.$eval("#answer", (element) => element.textContent);
+    await page.type("#question", task.question);
+    await page.keyboard.press("Enter");
+    await page.waitForFunction(() => document.querySelector("figure.assistant figcaption") !== null);
+    done.answer = await page.$$eval("figure.assistant span", (spans) => spans.map((span) => span.textContent).join("").trim());
+    done.hasAuto = await page.$eval("#auto", (element) => !element.closest("label").hidden);
   }
   console.log(JSON.stringify(done));
 } finally {

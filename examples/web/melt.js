@@ -125,10 +125,11 @@ export class MeltModel {
   /**
    * Greedy continuation of a prompt.
    * @param {number[]} ids
-   * @param {{loops?: number, maxNewTokens?: number, stopIds?: number[], onToken?: (id: number) => void}} options
+   * @param {{loops?: number, maxNewTokens?: number, stopIds?: number[], onToken?: (id: number) => void,
+   *   signal?: AbortSignal}} options signal: ends it with an AbortError before the next token
    * @returns {Promise<number[]>} the new tokens, without the one that ended them
    */
-  async generate(ids, { loops = this.shape.trained_loops, maxNewTokens = 64, stopIds = this.stopIds, onToken } = {}) {
+  async generate(ids, { loops = this.shape.trained_loops, maxNewTokens = 64, stopIds = this.stopIds, onToken, signal } = {}) {
     const last = this.shape.vocab_size - 1;
     const places = Array.isArray(ids) && ids.length > 0 && ids.every((id) => isWhole(id, 0, last));
     if (!places) throw new MeltError(`the prompt must be token ids from 0 to ${last}, at least one`);
@@ -144,17 +145,18 @@ export class MeltModel {
     if (this.running) throw new MeltError("an answer is being made: wait for it, or load another model");
     this.running = true;
     try {
-      return await this.continueGreedily(ids, loops, maxNewTokens, stopIds, onToken);
+      return await this.continueGreedily(ids, loops, maxNewTokens, stopIds, onToken, signal);
     } finally {
       this.running = false;
     }
   }
 
-  async continueGreedily(ids, loops, maxNewTokens, stopIds, onToken) {
+  async continueGreedily(ids, loops, maxNewTokens, stopIds, onToken, signal) {
     this.reset();
     let logits = await this.prefill(ids, loops);
     const tokens = [];
     while (true) {
+      signal?.throwIfAborted();
       const token = largest(logits);
       if (stopIds.includes(token)) return tokens;
       tokens.push(token);

@@ -1,12 +1,12 @@
 // The server that sent this page, as the engine of the chat: what it is, and answers as they come.
 
-/** What the page says of the model: {name, facts, trainedLoops}. */
+/** What the page says of the model: {name, facts, trainedLoops, hasAuto, hasKey}. */
 export async function describe(key) {
   const { data } = await (await request("v1/models", key)).json();
   const [{ id, melt }] = data;
   const bytes = melt.state_bytes / melt.slots;
   const facts = `${melt.capacity} tokens a conversation, ${shown(bytes)} of memory each, whatever the depth`;
-  return { name: id, facts, trainedLoops: melt.trained_loops };
+  return { name: id, facts, trainedLoops: melt.trained_loops, hasAuto: true, hasKey: true };
 }
 
 /**

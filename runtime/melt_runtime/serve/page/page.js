@@ -152,6 +152,8 @@ async function begin() {
     trainedLoops = model.trainedLoops;
     at("model").textContent = document.title = model.name;
     at("facts").textContent = model.facts;
+    at("auto").closest("label").hidden = !model.hasAuto;
+    at("key").closest("label").hidden = !model.hasKey;
     at("loops").max = trainedLoops;
     at("loops").value = trainedLoops;
     at("scale").replaceChildren(...Array.from({ length: trainedLoops }, (_, place) => tinted(`${place + 1}`, place + 1)));
