@@ -15,7 +15,7 @@ def served(model: MeltModel, **options):
     """Serves until the block ends; gives the address, ``http://127.0.0.1:PORT``."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        app = make_app(model, ServeOptions(**{"name": "melt-tiny", "drain_seconds": 5.0, **options}))
+        app = make_app(model, ServeOptions(**{"name": "melt-tiny", **options}))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -301,6 +301,14 @@ def test_the_metrics_add_up(address):
             *("/v1/completions", {"prompt": "a", "grammar": {"type": "lark", "value": "x" * 70_000}}, 400, None),
             *("invalid_value", "a grammar may have 65536 bytes"),
         ),
+        (
+            "/v1/completions",
+            {"prompt": [[5]] * 100, "n": 2},
+            400,
+            None,
+            "invalid_value",
+            "prompts times n must be at most",
+        ),
         ("/v1/completions", b"{", 400, None, "json_invalid", "the body must be JSON"),
         ("/v1/completions", b"[" * 50_000, 400, None, None, ""),
         ("/v1/completions", b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
@@ -491,8 +499,9 @@ def test_an_answer_that_takes_too_long_is_ended(model_of_one):
 def test_a_body_that_does_not_come_is_not_waited_for(model_of_one):
     with served(model_of_one, body_seconds=0.1) as address:
         host, port = address.removeprefix("http://").split(":")
+        head = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head)
             assert b" 408 " in slow.recv(4096)
 
 
@@ -512,6 +521,26 @@ def test_a_key_is_needed_where_there_is_one(model_of_one):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
         with client, pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+def test_other_names_and_kinds_of_bodies_are_refused(model_of_one):
+    """A page whose name leads here, and a form that a page of anybody's may send."""
+    with served(model_of_one, hosts=("localhost", "127.0.0.1")) as address:
+        assert ask(address, "/health")[0] == 200
+        status, _, answer = ask(address, "/health", headers={"Host": "example.org:80"})
+        assert (status, answer["error"]["code"]) == (403, "unknown_host")
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            status, _, answer = ask(address, "/v1/completions", LONG, {"Content-Type": kind})
+            assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("levels", [50, 300, 3000])
+def test_a_deep_schema_ends_nothing(address, levels):
+    nested = '{"type": "object", "properties": {"a": ' * levels + "{}" + "}}" * levels
+    body = json.dumps({"messages": CHAT, "max_tokens": 5, "response_format": {"type": "json_schema"}})
+    body = body[:-2] + ', "json_schema": {"schema": ' + nested + "}}}"
+    assert ask(address, CHATS, body.encode())[0] in (200, 400)
+    assert ask(address, "/health")[0] == 200
 
 
 def test_other_pages_may_not_ask_unless_they_are_listed(model_of_one):

@@ -16,6 +16,7 @@ from melt_runtime.service import QUEUE
 KEY_VARIABLE = "MELT_API_KEY"
 _SLOTS = 8
 _SHORTEST_KEY = 16
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _EPILOG = f"""\
 examples:
   melt serve build/melt-tiny
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         queue=args.queue,
         sessions=args.sessions,
         answer_seconds=args.timeout,
-        drain_seconds=args.drain,
+        hosts=_LOOPBACK_NAMES if key is None and _is_loopback(args.host) else None,
     )
     who = "requests with the key" if key else "everybody who can reach it"
     print(f"slots: {args.slots}, then {args.queue} may wait; for {who}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The endpoints, as an ASGI application over one service."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -43,7 +44,8 @@ class ServeOptions:
         most_bytes: of a body.
         body_seconds: that it may take to come.
         answer_seconds: that an answer may take, waiting included.
-        drain_seconds: that answers under way get when the server is told to end.
+        hosts: names by which the server may be asked for; None: any. Without a key, a page of another name that leads
+            here must not ask.
     """
 
     name: str
@@ -54,7 +56,7 @@ class ServeOptions:
     most_bytes: int = 4 << 20
     body_seconds: float = 30.0
     answer_seconds: float = 3600.0
-    drain_seconds: float = 30.0
+    hosts: tuple[str, ...] | None = None
 
 
 def make_app(model: MeltModel, options: ServeOptions) -> Guard:
@@ -67,7 +69,8 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
         try:
             yield
         finally:
-            server.service.close(options.drain_seconds)
+            # Who waited for an answer has had the time to get it: uvicorn ends connections first.
+            await asyncio.to_thread(server.service.close)
 
     app = FastAPI(title="melt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
@@ -91,7 +94,7 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    return Guard(app, options.key, options.most_bytes, options.body_seconds, server.count_response)
+    return Guard(app, options.key, options.hosts, options.most_bytes, options.body_seconds, server.count_response)
 
 
 class _Server:
@@ -198,7 +201,7 @@ class _Server:
         if form.model is not None and form.model != self._options.name:
             message = f"model must be {self._options.name!r}, the one that is served, or left out, got {form.model!r}"
             raise FaultError(Fault(404, message, param="model", code="model_not_found"))
-        asks = asks_of(form, self._compile)
+        asks = await asyncio.to_thread(asks_of, form, self._compile)  # a grammar takes its time
         prompts = len(asks) // form.n
         choices = await submit(self.service, asks)
         if form.stream:

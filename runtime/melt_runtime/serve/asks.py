@@ -14,6 +14,10 @@ Compile = Callable[[str, str], Grammar]
 """Compiles a grammar of a kind from its source."""
 
 
+MOST_ANSWERS = 128
+"""That one request may ask for."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One answer that a request asks for.
@@ -35,9 +39,12 @@ def asks_of(form: ChatRequest | CompletionRequest, compile_grammar: Compile) -> 
     Raises:
         ValueError: a field outside its rule, as ``GenerationConfig`` says it, or a grammar that is none.
     """
+    prompts = _prompts(form)
+    if len(prompts) * form.n > MOST_ANSWERS:
+        raise ValueError(f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}")
     grammar = _grammar(form, compile_grammar)
     asks = []
-    for prompt in _prompts(form):
+    for prompt in prompts:
         for choice in range(form.n):
             changes: dict[str, Any] = {}
             if form.seed is not None:
@@ -81,7 +88,11 @@ def _grammar(form: ChatRequest | CompletionRequest, compile_grammar: Compile) ->
     schema: Mapping[str, Any] = {"type": "object"}
     if wanted.json_schema is not None:
         schema = wanted.json_schema.schema_
-    return compile_grammar("json_schema", json.dumps(schema))
+    try:
+        source = json.dumps(schema)
+    except RecursionError as error:
+        raise ValueError("response_format.json_schema.schema is nested too deeply") from error
+    return compile_grammar("json_schema", source)
 
 
 _SAME = (

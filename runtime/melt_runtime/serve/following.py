@@ -68,15 +68,16 @@ class Choices:
             FaultError: they took more than ``seconds``.
             Exception: what ended one of them before its end.
         """
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + seconds
         try:
-            async with asyncio.timeout(seconds):
-                while self._left:
-                    index, part = await self._events.get()
-                    if part is not None:
-                        yield index, part
-                        continue
-                    self._left -= 1
-                    yield index, self.replies[index].wait(0)
+            while self._left:
+                index, part = await asyncio.wait_for(self._events.get(), max(0.0, ends - loop.time()))
+                if part is not None:
+                    yield index, part
+                    continue
+                self._left -= 1
+                yield index, self.replies[index].wait(0)
         except TimeoutError as error:
             fault = Fault(504, f"the answer took more than {seconds:g} s", "server_error", code="timeout")
             raise FaultError(fault) from error

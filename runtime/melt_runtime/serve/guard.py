@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -22,18 +23,28 @@ _OPEN = PAGES | {"/health"}
 class Guard:
     """An ASGI application around another. A body is read whole before it is looked at, up to its limit."""
 
-    def __init__(self, app: App, key: bytes | None, most_bytes: int, seconds: float, count: Callable[[str, int], None]):
+    def __init__(
+        self,
+        app: App,
+        key: bytes | None,
+        hosts: tuple[str, ...] | None,
+        most_bytes: int,
+        seconds: float,
+        count: Callable[[str, int], None],
+    ):
         """Guards ``app``.
 
         Args:
             app: the application.
             key: what a request must show; None: nothing.
+            hosts: names by which it may be asked for; None: any.
             most_bytes: of a body.
             seconds: that it may take to come.
             count: told of every response, by the path of its endpoint, ``none`` where there is no such, and status.
         """
         self._count = count
-        self._app, self._key, self._most_bytes, self._seconds = app, key, most_bytes, seconds
+        self._app, self._key, self._hosts = app, key, hosts
+        self._most_bytes, self._seconds = most_bytes, seconds
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers or refuses one request."""
@@ -80,6 +91,13 @@ class Guard:
             if not hmac.compare_digest(shown.strip(), self._key) or scheme.lower() != b"bearer":
                 message = "an API key is needed: send the header 'Authorization: Bearer KEY' with the server's key"
                 return Fault(401, message, "authentication_error", code="invalid_api_key")
+        name = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._hosts is not None and re.sub(r":\d+$", "", name) not in self._hosts:
+            return Fault(403, f"the server must be asked for as {', '.join(self._hosts)}", code="unknown_host")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != b"application/json":
+            # Of other kinds a page of anybody's could send one without being allowed to.
+            return Fault(415, "the header Content-Type must be application/json", code="unsupported_media_type")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > self._most_bytes):
             return self._too_large()

@@ -28,8 +28,14 @@ export class Conversations {
     this.keep();
   }
 
+  /** Whether they could be kept: a browser gives a page only so much room. */
   keep() {
-    localStorage.setItem(PLACE, JSON.stringify({ all: this.all, current: this.current.id }));
+    try {
+      localStorage.setItem(PLACE, JSON.stringify({ all: this.all, current: this.current.id }));
+      return true;
+    } catch {
+      return false;
+    }
   }
 }
 

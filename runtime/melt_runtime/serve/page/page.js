@@ -106,7 +106,7 @@ async function run() {
   const cached = usage?.prompt_tokens_details?.cached_tokens;
   message.note = [reason, rate, loops, cached ? `${cached} tokens were cached` : ""].filter(Boolean).join(" · ");
   if (message.content) conversation.messages.push(message);
-  conversations.keep();
+  if (!conversations.keep()) complain("this browser has no more room for conversations: delete some to keep this one");
   if (running === own) running = null;
   show();
 }
