@@ -12,7 +12,7 @@ NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
-.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny train-smoke clean
+.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops, as deep as needed, in a wave
 demo: $(VENV)/ready
@@ -108,6 +108,18 @@ melt-tiny: $(VENV)/ready
 		--student $(TRAINING)/run/model --out $(TRAINING)/small --device cpu --plot
 	$(BIN)/melt-train melt-tiny-exit --student $(TRAINING)/small/model --data $(TRAINING)/data \
 		--out $(TRAINING)/gate --device cpu --plot
+
+## melt-code-teacher: train melt-code's LoopLM from installed Python sources; stopped, the same command goes on
+CODE := build/melt-code-training
+melt-code-teacher: $(VENV)/ready
+	test -d $(CODE)/data || $(BIN)/python -m melt_models.code.write_data --out $(CODE)/data
+	$(BIN)/melt-train melt-code-teacher --student $(CODE)/data/start --data $(CODE)/data/train \
+		--out $(CODE)/teacher --device cpu --plot
+
+## melt-code: train melt-code from its LoopLM; stopped, the same command goes on
+melt-code: melt-code-teacher
+	$(BIN)/melt-train melt-code --teacher $(CODE)/teacher/model --data $(CODE)/data/train \
+		--out $(CODE)/run --device cpu --plot
 
 ## train-smoke: every step of a training: teacher, data, all phases, in about a minute; it trains nothing of use
 SMOKE := build/train-smoke

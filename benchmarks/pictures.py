@@ -3,8 +3,8 @@
     python benchmarks/pictures.py
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
-``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py`` and
-``answers.py``.
+``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py``,
+``serving.py`` and ``answers.py``.
 """
 
 import json
@@ -149,6 +149,27 @@ def draw_thresholds(points: list[dict[str, Any]], path: Path) -> None:
         axes[0, 0].set_ylabel("right answers, %")
 
 
+def draw_serving(bundles: dict[str, dict[str, Any]], path: Path) -> None:
+    """Tokens a second, and time to the first token, by clients at once."""
+    with picture(path, "melt serve: clients at once (4 layers of MELT-1.6B, 4 loops)", 1, 2, width=10, height=4) as (
+        _,
+        axes,
+    ):
+        rates, waits = axes[0]
+        for colour, (bundle, found) in enumerate(bundles.items()):
+            rows = [row for row in found["rows"] if row["clients"]]
+            clients, name = [row["clients"] for row in rows], bundle.rsplit("-", 1)[1]
+            rates.plot(clients, [row["rate"] for row in rows], "o-", color=f"C{colour}", label=name)
+            waits.plot(clients, [row["first"][0] for row in rows], "o-", color=f"C{colour}", label=f"{name}, median")
+            worst = [row["first"][1] for row in rows]
+            waits.plot(clients, worst, "o--", color=f"C{colour}", label=f"{name}, 99 of 100")
+        rates.set(title="answers", xlabel="clients", ylabel="tokens a second, all together", ylim=(0, None))
+        waits.set(title="first token", xlabel="clients", ylabel="seconds", ylim=(0, None))
+        for panel in (rates, waits):
+            panel.set_xticks(clients)
+            panel.legend(loc="upper left")
+
+
 def main() -> int:
     """Draws them all."""
     for name in ("bench-full", "bench-kv"):
@@ -157,6 +178,7 @@ def main() -> int:
     draw_batches(read("batches.json")["rows"], DOCS / "batches.png")
     draw_waves(read("decoding-full.json")["rows"] + read("decoding.json")["rows"], DOCS / "decoding.png")
     draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
+    draw_serving(read("serving.json")["bundles"], DOCS / "serving.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

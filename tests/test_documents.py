@@ -59,6 +59,8 @@ NOT_RUN = {
     "make test": _MAKE,
     "make train-smoke": _MAKE,
     "make melt-tiny": _MAKE,
+    "make melt-code": _MAKE,
+    "make melt-code-teacher": _MAKE,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/melt": _TRAINS,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/melt --plot": _TRAINS,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run": _TRAINS,
