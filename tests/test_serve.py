@@ -22,6 +22,7 @@ from serving import served
 from melt_runtime import MeltModel
 from melt_runtime.cli.main import main
 from melt_runtime.request.grammar import GrammarError, Grammars
+from melt_runtime.serve.tools import CallReader
 
 QUESTION = "Ana reports to Ben. Ben works for Cleo. Cleo reports to Dan. Who is two levels above Ana?"
 CHAT = [{"role": "user", "content": QUESTION}]
@@ -521,6 +522,110 @@ def test_a_key_is_needed_where_there_is_one(model_of_one):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
         with client, pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Who somebody reports to.",
+            "parameters": {
+                "type": "object",
+                "properties": {"person": {"enum": ["Ana", "Ben"]}, "levels": {"type": "integer", "maximum": 9}},
+                "required": ["person"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("boss", "team")
+]
+WITH_TOOLS = """\
+{%- for tool in tools or [] %}<|user|>{{ tool | tojson }}{% endfor -%}
+{%- for message in messages -%}
+{%- if message.tool_calls -%}<|assistant|>{% for call in message.tool_calls %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|end|>
+{%- elif message.role == 'assistant' -%}<|assistant|>{{ message.content }}<|end|>
+{%- else -%}<|user|>{{ message.content }}{%- endif -%}
+{%- endfor -%}<|assistant|>"""
+
+
+@pytest.fixture(scope="module")
+def with_tools(tiny_bundle):
+    """The official client of a server of melt-tiny under a chat template that knows tools."""
+    model = MeltModel.load(tiny_bundle, device="cpu", capacity=2048, slots=2)
+    model.codec.__init__(model.codec.tokenizer, WITH_TOOLS)
+    with (
+        served(model) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "team"}}])
+def test_a_tool_is_called(with_tools, choice):
+    """By a grammar, whatever the model would rather say; the result goes back into the chat."""
+    said = {"model": "melt-tiny", "tools": TOOLS, "tool_choice": choice, "temperature": 0, "max_tokens": 200}
+    answer = with_tools.chat.completions.create(messages=CHAT, **said)
+    message = answer.choices[0].message
+    (call,) = message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert message.content is None
+    assert call.function.name in (("boss", "team") if choice == "required" else ("team",))
+    assert json.loads(call.function.arguments)["person"] in ("Ana", "Ben")
+    stream = with_tools.chat.completions.create(messages=CHAT, stream=True, **said)
+    deltas = [chunk.choices[0].delta for chunk in stream]
+    (streamed,) = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert "".join(delta.content or "" for delta in deltas) == ""
+    assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+    messages = [
+        *CHAT,
+        message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+        {"role": "tool", "tool_call_id": call.id, "content": "Ana reports to Ben. Who is one level above Ana?"},
+    ]
+    after = with_tools.chat.completions.create(messages=messages, **{**said, "tool_choice": "auto"})
+    assert after.choices[0].finish_reason in ("stop", "length")
+    assert after.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_what_tools_need(with_tools, address):
+    with pytest.raises(openai.BadRequestError, match="tool_choice must name one of the tools, got 'other'"):
+        with_tools.chat.completions.create(
+            model="melt-tiny",
+            messages=CHAT,
+            tools=TOOLS,
+            tool_choice={"type": "function", "function": {"name": "other"}},
+        )
+    status, _, answer = ask(address, CHATS, {"messages": CHAT, "tools": TOOLS})
+    assert status == 400
+    assert "this bundle's chat template knows none in the form of <tool_call>" in answer["error"]["message"]
+    assert ask(address, CHATS, {"messages": CHAT, "tool_choice": "required"})[0] == 400
+    assert ask(address, CHATS, {"messages": CHAT, "tools": TOOLS, "tool_choice": "none"})[0] == 200
+
+
+ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        ("No call.", "No call.", []),
+        (f"Well. <tool_call>\n{ONE}\n</tool_call>", "Well. ", [("a", '{"x": 1}')]),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>{TWO}</tool_call>", "", [("a", '{"x": 1}'), ("b", "{}")]),
+        (f"<tool_call>{ONE}", "", [("a", '{"x": 1}')]),
+        ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []),
+        ('<tool_call>{"name": 3, "arguments": {}}', '<tool_call>{"name": 3, "arguments": {}}', []),
+        ("a < b, <tool", "a < b, <tool", []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_calls_are_read_out_of_text(text, said, calls, size):
+    reader = CallReader()
+    shown = "".join(reader.push(text[start : start + size]) for start in range(0, len(text), size))
+    rest, found = reader.finish()
+    assert shown + rest == said
+    assert [(call.name, call.arguments) for call in found] == calls
 
 
 def test_other_names_and_kinds_of_bodies_are_refused(model_of_one):

@@ -19,7 +19,7 @@ _LIMITS = {"initial_lexer_fuel": 1_000_000, "max_grammar_size": 200_000, "max_le
 """What compiling and matching may cost, in llguidance's own units: fractions of a second here."""
 
 
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as models have read most of it: a small one that may write spaces for ever does so."""
 
 
@@ -66,7 +66,7 @@ class Grammars:
             raise GrammarError(f"a grammar may have {MOST_BYTES} bytes, got {len(source)} characters")
         matcher = self._library.LLMatcher
         make = {
-            "json_schema": lambda schema: matcher.grammar_from_json_schema(schema, _SPACES),
+            "json_schema": lambda schema: matcher.grammar_from_json_schema(schema, SPACES),
             "regex": matcher.grammar_from_regex,
             "lark": matcher.grammar_from_lark,
         }

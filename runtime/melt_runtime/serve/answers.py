@@ -9,6 +9,7 @@ from typing import Any
 
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.result import GenerationResult
+from melt_runtime.serve.tools import Call, CallReader
 from melt_runtime.service import Part
 from melt_runtime.text.codec import TextCodec
 
@@ -45,27 +46,30 @@ class Writer:
         model: the name that it is asked for by.
         is_chat: whether it is a chat's, or a plain completion's.
         with_logprobs: whether these were asked for.
+        with_tools: whether calls are read out of answers.
     """
 
     codec: TextCodec
     model: str
     is_chat: bool
     with_logprobs: bool
+    with_tools: bool
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)
+    _readers: dict[int, CallReader] = field(default_factory=dict)
 
     def whole(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
         """The object of all choices."""
         choices = []
         for index, result in enumerate(results):
-            said = (
-                {"message": {"role": "assistant", "content": result.text, "refusal": None}}
-                if self.is_chat
-                else {"text": result.text}
-            )
+            said: dict[str, Any] = {"text": result.text}
+            reason: str = result.finish_reason
+            if self.is_chat:
+                message, reason = self._message(result)
+                said = {"message": message}
             logprobs = self._logprobs(index, result.logprobs or ())
-            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": result.finish_reason})
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head(""), "choices": choices, "usage": usage_of(results, prompts)}
 
     def first(self, index: int) -> dict[str, Any]:
@@ -74,12 +78,37 @@ class Writer:
 
     def part(self, index: int, part: Part) -> dict[str, Any]:
         """What came of a choice; ``loops`` of each new token is ours."""
-        said: dict[str, Any] = {"delta": {"content": part.text}} if self.is_chat else {"text": part.text}
+        text = self._reader(index).push(part.text) if self.with_tools else part.text
+        said: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
         return self._chunk(index, said, logprobs=self._logprobs(index, part.logprobs), loops=list(part.loops))
 
-    def last(self, index: int, result: GenerationResult) -> dict[str, Any]:
-        """The chunk with which a choice ends."""
-        return self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, result.finish_reason)
+    def last(self, index: int, result: GenerationResult) -> list[dict[str, Any]]:
+        """The chunks with which a choice ends."""
+        if not self.with_tools:
+            return [self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, result.finish_reason)]
+        rest, calls = self._reader(index).finish()
+        delta: dict[str, Any] = {"content": rest} if rest else {}
+        if calls:
+            delta = {"tool_calls": [{"index": place, **call.form} for place, call in enumerate(calls)]}
+        reason = "tool_calls" if calls else result.finish_reason
+        return [*([self._chunk(index, {"delta": delta})] if delta else []), self._chunk(index, {"delta": {}}, reason)]
+
+    def _reader(self, index: int) -> CallReader:
+        return self._readers.setdefault(index, CallReader())
+
+    def _message(self, result: GenerationResult) -> tuple[dict[str, Any], str]:
+        """A chat's answer, and why it ended."""
+        text = result.text
+        calls: list[Call] = []
+        if self.with_tools:
+            reader = CallReader()
+            text = reader.push(result.text)
+            rest, calls = reader.finish()
+            text += rest
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text.strip() or None, "tool_calls": [call.form for call in calls]}
+        return message, "tool_calls" if calls else result.finish_reason
 
     def usage(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
         """The chunk after the last one, where usage was asked for."""

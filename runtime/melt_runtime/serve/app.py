@@ -119,11 +119,13 @@ class _Server:
 
     async def chat(self, form: ChatRequest) -> Response:
         """``POST /v1/chat/completions``."""
-        return await self._generate(form, Writer(self._codec, self._options.name, True, form.logprobs))
+        writer = Writer(self._codec, self._options.name, True, form.logprobs, bool(form.offered))
+        return await self._generate(form, writer)
 
     async def complete(self, form: CompletionRequest) -> Response:
         """``POST /v1/completions``."""
-        return await self._generate(form, Writer(self._codec, self._options.name, False, form.logprobs is not None))
+        writer = Writer(self._codec, self._options.name, False, form.logprobs is not None, False)
+        return await self._generate(form, writer)
 
     async def models(self) -> dict[str, Any]:
         """``GET /v1/models``: the one that is served, and what it can."""
@@ -135,6 +137,7 @@ class _Server:
             "trained_loops": shape.trained_loops,
             "has_exit_gate": shape.has_exit_gate,
             "has_chat_template": self._codec.chat_template is not None,
+            "takes_tools": self._codec.takes_tools,
             "state_bytes": self._model.state_bytes,
         }
         entry = {"id": self._options.name, "object": "model", "created": 0, "owned_by": "melt", "melt": about}
@@ -201,7 +204,7 @@ class _Server:
         if form.model is not None and form.model != self._options.name:
             message = f"model must be {self._options.name!r}, the one that is served, or left out, got {form.model!r}"
             raise FaultError(Fault(404, message, param="model", code="model_not_found"))
-        asks = await asyncio.to_thread(asks_of, form, self._compile)  # a grammar takes its time
+        asks = await asyncio.to_thread(asks_of, form, self._codec, self._compile)  # a grammar takes its time
         prompts = len(asks) // form.n
         choices = await submit(self.service, asks)
         if form.stream:
@@ -243,7 +246,8 @@ class _Server:
                         yield _event(writer.part(index, came))
                     else:
                         results[index] = came
-                        yield _event(writer.last(index, came))
+                        for values in writer.last(index, came):
+                            yield _event(values)
             if wants_usage:
                 yield _event(writer.usage([results[index] for index in range(len(results))], prompts))
         except Exception as error:

@@ -8,7 +8,9 @@ from typing import Any
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.grammar import Grammar
 from melt_runtime.request.prompts import Prompt
-from melt_runtime.serve.forms import ChatMessage, ChatRequest, CompletionRequest, Generation
+from melt_runtime.serve.forms import ChatMessage, ChatRequest, CompletionRequest, Generation, NamedTool
+from melt_runtime.serve.tools import OPEN, call_grammar
+from melt_runtime.text.codec import TextCodec
 
 Compile = Callable[[str, str], Grammar]
 """Compiles a grammar of a kind from its source."""
@@ -33,13 +35,15 @@ class Ask:
     raw: bool
 
 
-def asks_of(form: ChatRequest | CompletionRequest, compile_grammar: Compile) -> list[Ask]:
+def asks_of(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_grammar: Compile) -> list[Ask]:
     """The answers that a request asks for, in the order of their ``index``.
 
     Raises:
-        ValueError: a field outside its rule, as ``GenerationConfig`` says it, or a grammar that is none.
+        TokenError: a chat with tools that the template refuses.
+        ValueError: a field outside its rule, as ``GenerationConfig`` says it, tools that the template does not know, or
+            a grammar that is none.
     """
-    prompts = _prompts(form)
+    prompts = _prompts(form, codec)
     if len(prompts) * form.n > MOST_ANSWERS:
         raise ValueError(f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}")
     grammar = _grammar(form, compile_grammar)
@@ -55,20 +59,43 @@ def asks_of(form: ChatRequest | CompletionRequest, compile_grammar: Compile) -> 
     return asks
 
 
-def messages_of(messages: list[ChatMessage]) -> list[dict[str, str]]:
-    """A chat as the runtime takes it: parts of a message are joined."""
-    return [
-        {
-            "role": message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else "".join(part.text for part in message.content),
-        }
-        for message in messages
-    ]
+def messages_of(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """A chat as the runtime takes it: parts of a message are joined, arguments of calls are objects."""
+    return [_message(message) for message in messages]
 
 
-def _prompts(form: ChatRequest | CompletionRequest) -> list[Prompt]:
+def _message(message: ChatMessage) -> dict[str, Any]:
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls is not None:
+        made["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    more = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return made | {name: value for name, value in more.items() if value is not None}
+
+
+def _arguments(text: str) -> Any:
+    """Of a call: as templates read them, or the text itself where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _prompts(form: ChatRequest | CompletionRequest, codec: TextCodec) -> list[Prompt]:
+    if isinstance(form, ChatRequest) and form.offered:
+        if not codec.takes_tools or OPEN not in (codec.chat_template or ""):
+            raise ValueError(f"tools must be left out: this bundle's chat template knows none in the form of {OPEN}")
+        tools = [tool.model_dump(exclude_none=True) for tool in form.offered]
+        return [codec.encode(codec.render(messages_of(form.messages), tools))]  # type: ignore[arg-type]
     if isinstance(form, ChatRequest):
         return [messages_of(form.messages)]  # type: ignore[list-item]
     prompt = form.prompt
@@ -82,6 +109,9 @@ def _prompts(form: ChatRequest | CompletionRequest) -> list[Prompt]:
 def _grammar(form: ChatRequest | CompletionRequest, compile_grammar: Compile) -> Grammar | None:
     if form.grammar is not None:
         return compile_grammar(form.grammar.type, form.grammar.value)
+    if isinstance(form, ChatRequest) and form.must_call:
+        choice = form.tool_choice if isinstance(form.tool_choice, NamedTool) else None
+        return compile_grammar("lark", call_grammar(form.offered, choice))
     wanted = form.response_format if isinstance(form, ChatRequest) else None
     if wanted is None or wanted.type == "text":
         return None

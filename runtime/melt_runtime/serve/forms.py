@@ -27,11 +27,58 @@ class TextPart(_Form):
     text: str
 
 
+class CalledFunction(_Form):
+    """What was called: a name, and arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Form):
+    """A call of an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Form):
-    """One message of a chat."""
+    """One message of a chat; ``tool_calls`` are an answer's, ``tool_call_id`` belongs to what such a call gave."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Function(_Form):
+    """A function that may be called; ``parameters`` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Form):
+    """A tool; functions are the only ones."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ToolName(_Form):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(_Form):
+    """The tool that shall be called."""
+
+    type: Literal["function"]
+    function: ToolName
 
 
 class StreamOptions(_Form):
@@ -111,6 +158,8 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
@@ -120,7 +169,21 @@ class ChatRequest(Generation):
             raise ValueError("max_tokens must be left out where max_completion_tokens is given")
         if self.grammar is not None and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("grammar must be left out where response_format asks for JSON")
+        if self.tool_choice not in (None, "none") and self.tools is None:
+            raise ValueError("tool_choice must be left out, or 'none', where there are no tools")
+        if self.must_call and (self.grammar is not None or self.response_format is not None):
+            raise ValueError("tool_choice must be 'auto' or 'none' where a grammar or response_format is given")
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Tools that the model may call."""
+        return [] if self.tools is None or self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class CompletionRequest(Generation):

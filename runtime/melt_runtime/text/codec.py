@@ -1,16 +1,16 @@
 """Token ids to text and back: tokenizer, chat template, streaming decoder, stop strings. Knows nothing of models."""
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from tokenizers import Tokenizer
 
 from melt_runtime.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
 from melt_runtime.errors import BundleError, MeltError, TokenError
-from melt_runtime.text.messages import check_messages, require_text
+from melt_runtime.text.messages import check_messages, check_tools, require_text
 from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatTemplate
 
 
@@ -70,18 +70,25 @@ class TextCodec:
             raise TokenError("the prompt is empty: give at least one character")
         return ids
 
-    def render(self, messages: Sequence[Message]) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template reads functions that may be called."""
+        return self._template is not None and self._template.takes_tools
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The chat as the model was trained to see it, up to where the answer begins.
 
         Args:
             messages: as ``check_messages`` takes them.
+            tools: functions that may be called, as OpenAI writes them; None: none.
 
         Raises:
             TokenError: no message, one that breaks a rule or that the template refuses, or no template at all.
         """
         if self._template is None:
             raise TokenError("this bundle has no chat template: pass raw=True to give the text as it is")
-        return self._template.render(check_messages(messages, self._template.takes_parts))
+        checked = check_messages(messages, self._template.takes_parts)
+        return self._template.render(checked, None if tools is None else check_tools(tools))
 
     def stream(self) -> "StreamDecoder":
         """A decoder for one answer."""

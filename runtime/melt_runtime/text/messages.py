@@ -32,6 +32,17 @@ def check_messages(messages: Sequence[Any], takes_parts: bool) -> list[dict[str,
     return checked
 
 
+def check_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """A copy of plain values of functions that may be called, as OpenAI writes them.
+
+    Raises:
+        TokenError: a value that JSON does not have, or text that is none.
+    """
+    checked = [_plain(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+    assert all(isinstance(tool, dict) for tool in checked)
+    return checked
+
+
 def require_text(text: str, place: str) -> str:
     """The text itself.
 

@@ -36,6 +36,7 @@ class ChatTemplate:
 
     Attributes:
         takes_parts: whether it reads messages whose content is a list of parts.
+        takes_tools: whether it reads functions that may be called.
     """
 
     def __init__(self, source: str):
@@ -51,24 +52,26 @@ class ChatTemplate:
                 raise SecurityError(f"it has more than {_MAX_TOKENS} tokens")
             parsed = environment.parse(source)
             self.takes_parts = _reads(parsed, "text")
+            self.takes_tools = any(node.name == "tools" for node in parsed.find_all(nodes.Name))
             self._template = environment.from_string(parsed)
         except Exception as error:  # jinja2's own, and what Python says of code that nests too deep
             raise BundleError(f"the chat template cannot be compiled: {_reason(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The chat up to where the answer begins.
 
         Args:
             messages: plain values as JSON has them.
+            tools: functions that may be called, the same.
 
         Raises:
             TokenError: the template refuses the messages, fails, or works for too long.
         """
-        variables = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        variables = {"messages": messages, "add_generation_prompt": True, "tools": tools, "documents": None}
         context = self._template.new_context(variables)
         assert isinstance(context, MeteredContext)
         try:
-            context.meter = _budget(messages)
+            context.meter = _budget([*messages, *(tools or ())])
             return "".join(self._template.root_render_func(context))
         except Exception as error:  # a template can fail in every way that Python can
             raise TokenError(f"the chat template refuses these messages: {_reason(error)}") from error
