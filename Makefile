@@ -78,7 +78,7 @@ fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz/run.py checkpoints --count $(CHECKPOINTS)
 	$(BIN)/python tests/fuzz/run.py calls --count $(CALLS)
 
-## soak: 100,000 tokens and 1,000 loads in one process, one load cache made and removed by several (2 minutes)
+## soak: 100,000 tokens, 1,000 loads in one process, 20,000 requests of one server, a load cache of several (5 minutes)
 soak: $(VENV)/ready
 	$(BIN)/python tests/soak.py
 

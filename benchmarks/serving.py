@@ -1,16 +1,20 @@
 """What a server is worth: tokens a second, time to the first token and between tokens, by clients at once.
 
     python benchmarks/serving.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --json serving.json
+    python benchmarks/serving.py build/smollm2/int4-blocks-of-32-embedding-int8 \\
+        --peer build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --json serving-smollm2.json
 
-Each bundle is served by ``melt serve`` in a process of its own; the clients are threads here, which ask again as soon
-as they are answered. "in process" is ``MeltModel.generate`` without any server, one answer after another. Answers have
-a fixed length: no token ends them.
+The second beside llama-cpp-python's server over the same model (``benchmarks/peers/install.sh``), which answers one
+request after another. Each bundle is served by ``melt serve`` in a process of its own; the clients are threads here,
+which ask again as soon as they are answered. "in process" is ``MeltModel.generate`` without any server, one answer
+after another. Answers have a fixed length: no token ends them.
 """
 
 import argparse
 import contextlib
 import http.client
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +30,7 @@ from melt_runtime.bench.measure import machine, new_process
 from melt_runtime.cli.options import numbers_option
 
 CAPACITY, LONG_PROMPT, NEW_TOKENS = 2304, 2000, 20
+PEER = "llama-cpp-python"
 HEADERS = {"Content-Type": "application/json"}
 
 
@@ -57,6 +62,28 @@ class Timed:
 
 
 @contextlib.contextmanager
+def serving_peer(model: Path, threads: int) -> Iterator[int]:
+    """The port of llama-cpp-python's server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    command = ["build/peers/venv/bin/python", "-m", "llama_cpp.server", "--model", str(model), "--port", str(port)]
+    command += ["--n_ctx", str(CAPACITY), "--n_threads", str(threads), "--n_threads_batch", str(threads)]
+    command += ["--interrupt_requests", "false"]  # else a request ends the one before it
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert server.poll() is None, "llama-cpp-python's server ended: benchmarks/peers/install.sh"
+            time.sleep(0.1)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextlib.contextmanager
 def serving(bundle: Path, slots: int, threads: int) -> Iterator[int]:
     """The port of a server of its own."""
     command = [sys.executable, "-m", "melt_runtime", "serve", str(bundle), "--port", "0", "--device", "cpu"]
@@ -73,7 +100,7 @@ def serving(bundle: Path, slots: int, threads: int) -> Iterator[int]:
         server.wait()
 
 
-def ask(port: int, prompt: list[int], tokens: int, stop_ids: list[int]) -> Timed:
+def ask(port: int, prompt: list[int] | str, tokens: int, stop_ids: list[int]) -> Timed:
     """Streams one answer."""
     body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "logit_bias": {str(t): -100 for t in stop_ids}}
     connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -85,19 +112,23 @@ def ask(port: int, prompt: list[int], tokens: int, stop_ids: list[int]) -> Timed
         for line in response:
             if line.startswith(b"data: {"):
                 (choice,) = json.loads(line[6:])["choices"]
-                found += [time.perf_counter()] * len(choice.get("loops", ()))
-    assert len(found) == tokens
+                # The peer does not say how many tokens a chunk has: one, but for those without text.
+                count = len(choice["loops"]) if "loops" in choice else bool(choice["text"])
+                found += [time.perf_counter()] * count
+    assert 0.9 * tokens <= len(found) <= tokens, found
     return Timed(asked, found)
 
 
-def run_clients(port: int, clients: int, requests: int, prompt: int, tokens: int, stop_ids: list[int]) -> list[Timed]:
+def run_clients(
+    port: int, clients: int, requests: int, prompt: int, tokens: int, stop_ids: list[int], is_text: bool = False
+) -> list[Timed]:
     """Every client asks so many times, one after another."""
     found: list[Timed] = []
 
     def run(client: int) -> None:
         for number in range(requests):
             ids = [(7 * place + 31 * client + 101 * number) % 200 for place in range(prompt)]
-            found.append(ask(port, ids, tokens, stop_ids))
+            found.append(ask(port, " ".join(map(str, ids)) if is_text else ids, tokens, stop_ids))
 
     threads = [threading.Thread(target=run, args=(client,)) for client in range(clients)]
     for thread in threads:
@@ -142,7 +173,22 @@ def _timer(times: list[float]) -> Any:
     return note
 
 
-def measure(bundle: Path, clients: tuple[int, ...], requests: int, prompt: int, tokens: int, threads: int) -> dict:
+def measure_peer(model: Path, clients: tuple[int, ...], sizes: tuple[int, int, int, int], stop_ids: list[int]) -> list:
+    """The same clients of llama-cpp-python's server."""
+    requests, prompt, tokens, threads = sizes
+    rows = []
+    with serving_peer(model, threads) as port:
+        run_clients(port, 1, 1, prompt, tokens, stop_ids, is_text=True)
+        for count in clients:
+            found = run_clients(port, count, requests, prompt, tokens, stop_ids, is_text=True)
+            rows.append(row_of(PEER, count, found))
+            print(show(rows[-1]), flush=True)
+    return [asdict(row) for row in rows]
+
+
+def measure(
+    bundle: Path, clients: tuple[int, ...], requests: int, prompt: int, tokens: int, threads: int, is_text: bool
+) -> dict:
     """Everything of one bundle."""
     with new_process() as pool:
         alone = pool.submit(in_process, bundle, requests, prompt, tokens, threads).result()
@@ -152,7 +198,8 @@ def measure(bundle: Path, clients: tuple[int, ...], requests: int, prompt: int, 
     with serving(bundle, max(clients), threads) as port:
         run_clients(port, 1, 1, prompt, tokens, stop_ids)
         for count in clients:
-            rows.append(row_of(bundle.name, count, run_clients(port, count, requests, prompt, tokens, stop_ids)))
+            found = run_clients(port, count, requests, prompt, tokens, stop_ids, is_text)
+            rows.append(row_of(bundle.name, count, found))
             print(show(rows[-1]), flush=True)
     with serving(bundle, 9, threads) as port:
         short = [5] * 8
@@ -198,6 +245,9 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=32, help="tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the server (default: %(default)s)")
+    parser.add_argument(
+        "--peer", type=Path, metavar="GGUF", help="the same model for llama-cpp-python; prompts are texts"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()))
@@ -205,7 +255,10 @@ def main() -> int:
     found = {}
     for bundle in args.bundles:
         sizes = (args.requests, args.prompt, args.tokens, args.threads)
-        found[bundle.name] = measure(bundle, args.clients, *sizes)
+        found[bundle.name] = measure(bundle, args.clients, *sizes, args.peer is not None)
+        if args.peer is not None:
+            stop_ids = _stop_ids(bundle)
+            found[bundle.name]["peer"] = measure_peer(args.peer, args.clients, sizes, stop_ids)
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine(), "bundles": found}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -2,15 +2,20 @@
 
 tokens   100,000 tokens in one process, turn after turn at every depth: memory flat, time per token the same
 loads    1,000 loads and answers of the same bundle in one process: memory flat, the answer the same
+serving  20,000 requests of 8 clients to one server: its memory flat, every answer the one of its depth
 cache    processes that make and remove the entries of one load cache under each other: every answer right, nothing left
 """
 
 import argparse
 import gc
+import http.client
+import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +32,7 @@ DEPTHS = (1, 2, 3, 4)
 MOST_GROWTH = 8_000_000  # bytes, from a tenth of the way to the end
 MOST_DRIFT = 1.5  # median processor time per token of the last tenth over that of the first
 PROCESSES = 3
+CLIENTS = 8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,13 +41,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100_000, help="0: not this part (default: %(default)s)")
     parser.add_argument("--loads", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--cache", type=int, default=100, help="rounds of each process (default: %(default)s)")
+    parser.add_argument("--serving", type=int, default=20_000, help="requests (default: %(default)s)")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="(default: the one in the package)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
         return share_cache(args.bundle, args.worker, args.cache)
     broken: list[str] = []
-    for count, part in ((args.tokens, soak_tokens), (args.loads, soak_loads), (args.cache, soak_cache)):
+    parts = (
+        (args.tokens, soak_tokens),
+        (args.loads, soak_loads),
+        (args.serving, soak_serving),
+        (args.cache, soak_cache),
+    )
+    for count, part in parts:
         if count:
             started = time.monotonic()
             line, faults = part(args.bundle, count)
@@ -95,6 +108,54 @@ def soak_loads(bundle: Path, count: int) -> tuple[str, list[str]]:
     early = sizes[max(1, count // 10) - 1]
     line = f"{count} loads: memory {early / 1e6:.1f} MB after a tenth, {sizes[-1] / 1e6:.1f} MB at the end"
     return line, faults + faults_of_growth("loads", sizes[-1] - early)
+
+
+def soak_serving(bundle: Path, count: int) -> tuple[str, list[str]]:
+    """Clients that ask one server again and again, at every depth; some go away before their answer."""
+    command = [sys.executable, "-m", "melt_runtime", "serve", str(bundle), "--port", "0", "--capacity", "256"]
+    server = subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    port = next(int(line.rsplit(":", 1)[1]) for line in server.stderr if line.startswith("listening on "))
+    answers: dict[int, set[str]] = {depth: set() for depth in DEPTHS}
+    done, sizes, lock = [0], [], threading.Lock()
+
+    def ask(connection: http.client.HTTPConnection, depth: int) -> str:
+        body = {"messages": [{"role": "user", "content": QUESTION}], "loops": depth}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        text: str = json.loads(connection.getresponse().read())["choices"][0]["message"]["content"]
+        return text
+
+    def run(client: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for number in range(count // CLIENTS):
+            depth = DEPTHS[(number + client) % len(DEPTHS)]
+            answers[depth].add(ask(connection, depth))
+            if number % 50 == 0:
+                connection.close()  # and in the middle of one, too
+                connection.request("POST", "/v1/completions", b'{"prompt": "a"}', {"Content-Type": "application/json"})
+                connection.close()
+            with lock:
+                done[0] += 1
+                if done[0] % (count // 20) == 0:
+                    sizes.append(resident_bytes(server.pid))
+                    show("serving", done[0], count)
+
+    clients = [threading.Thread(target=run, args=(client,)) for client in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    server.terminate()
+    server.wait()
+    line = f"{done[0]} requests: memory {sizes[1] / 1e6:.1f} MB after a tenth, {sizes[-1] / 1e6:.1f} MB at the end"
+    several = [f"serving: {len(found)} answers at depth {depth}" for depth, found in answers.items() if len(found) != 1]
+    return line, [*faults_of_growth("serving", sizes[-1] - sizes[1]), *several]
+
+
+def resident_bytes(pid: int) -> int:
+    """Of another process; Linux."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def soak_cache(bundle: Path, count: int) -> tuple[str, list[str]]:

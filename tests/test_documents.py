@@ -88,6 +88,8 @@ NOT_RUN = {
     "python benchmarks/peers/compare.py --rounds 7": _PEERS,
     "python benchmarks/serving.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --requests 2 "
     "--clients 1,2,4,8,16 --json docs/data/serving.json": _FULL_SIZE,
+    "python benchmarks/serving.py build/smollm2/int4-blocks-of-32-embedding-int8 --requests 2 --clients 1,8,32 "
+    "--peer build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --json docs/data/serving-smollm2.json": _PEERS,
     "melt bench --shape melt-1.6b:4 --precision int8": _FULL_SIZE,
     "python benchmarks/passes.py build/peers/4-layers-of-2048-gated/melt-int8": _PEERS,
     "python benchmarks/passes.py build/peers/30-layers-of-576/melt-int4-alone --nodes 1": _PEERS,

@@ -14,4 +14,5 @@ amx_free="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F1
 amx_free="$amx_free -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON"
 export CMAKE_ARGS="${CMAKE_ARGS:-$amx_free}"
 CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" "${pip[@]}" --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
+"${pip[@]}" "llama-cpp-python[server]==0.3.36"
 "$venv/bin/python" -c 'import llama_cpp, onnxruntime_genai, gguf, torch; print("peers are installed")'
