@@ -16,7 +16,7 @@ def served(model: MeltModel, **options):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         app = make_app(model, ServeOptions(**{"name": "melt-tiny", **options}))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(uvicorn.Config(app.asgi, log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

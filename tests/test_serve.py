@@ -17,11 +17,14 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from serving import served
 
 from melt_runtime import MeltModel
 from melt_runtime.cli.main import main
+from melt_runtime.cli.serve import _names
 from melt_runtime.request.grammar import GrammarError, Grammars
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest
 from melt_runtime.serve.tools import CallReader
 
 QUESTION = "Ana reports to Ben. Ben works for Cleo. Cleo reports to Dan. Who is two levels above Ana?"
@@ -376,13 +379,22 @@ def test_no_body_is_answered_otherwise_than_with_2xx_or_4xx(address, body, messa
     assert 200 <= response.status < 300 or 400 <= response.status < 500, text
 
 
+def read_metrics(address):
+    with urllib.request.urlopen(f"{address}/metrics") as response:
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
 def test_a_client_that_vanishes_frees_its_slot(address):
     for stream in (True, False):
+        before = read_metrics(address).get('melt_answers_total{end="CancelledError"}', 0)
         connection = http.client.HTTPConnection(address.removeprefix("http://"))
-        connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": stream}), JSON)
+        connection.request("POST", "/v1/completions", json.dumps({**LONG, "loops": 256, "stream": stream}), JSON)
         wait_until(lambda: running(address) == 1)
         connection.close()
         wait_until(lambda: running(address) == 0)
+        wait_until(lambda: 'melt_answers_total{end="CancelledError"}' in read_metrics(address))
+        assert read_metrics(address)['melt_answers_total{end="CancelledError"}'] == before + 1
 
 
 def test_conversations_in_files(tiny_bundle, tmp_path):
@@ -465,6 +477,46 @@ def test_64_clients_at_once_get_the_answers_of_lone_ones(tiny_bundle):
         assert ask(address, "/health")[2]["waiting"] == 0
     assert not faults
     assert found == {number: {text} for number, text in enumerate(expected)}
+
+
+def test_a_wrong_body_of_many_parts_is_refused_at_its_first_faults():
+    """Each of three forms of a prompt once, not each of a hundred thousand elements."""
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate({"prompt": [0.5] * 100_000})
+    assert raised.value.error_count() <= 8
+    for form, values in ((ChatRequest, {"messages": [{}] * 9000}), (DetokenizeRequest, {"tokens": ["a"] * 9000})):
+        with pytest.raises(ValidationError) as raised:
+            form.model_validate(values)
+        assert raised.value.error_count() <= 4
+
+
+def test_more_answers_than_can_be_are_no_matter_of_time(model_of_one):
+    with served(model_of_one, queue=1) as address:
+        status, _, answer = ask(address, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 1})
+        assert status == 400
+        assert "this server takes 2 answers at once" in answer["error"]["message"]
+        assert ask(address, "/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 1})[0] == 200
+
+
+def test_a_grammar_that_costs_too_much_ends_its_own_answer(address, monkeypatch):
+    monkeypatch.setattr("melt_runtime.request.grammar._MOST_SECONDS", 0.0)
+    monkeypatch.setattr("melt_runtime.request.grammar._SECONDS_A_TOKEN", 0.0)
+    body = {"prompt": [5, 6], "max_tokens": 40, "grammar": {"type": "regex", "value": "[a-c]{3}[0-9]+x"}}
+    status, _, answer = ask(address, "/v1/completions", body)
+    assert status == 400
+    assert "the grammar costs more than it may" in answer["error"]["message"]
+    monkeypatch.undo()
+    assert ask(address, "/v1/completions", body)[0] == 200
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(address, monkeypatch):
+    monkeypatch.setattr("melt_runtime.text.codec.TextCodec.encode", None)
+    for path, body in (
+        (CHATS, {"messages": [{"role": "user", "content": "a " * 70_000}]}),
+        ("/tokenize", {"text": "a" * 99_000}),
+    ):
+        status, _, answer = ask(address, path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_too_many_are_told_to_come_back(model_of_one):
@@ -604,6 +656,7 @@ def test_what_tools_need(with_tools, address):
     assert ask(address, CHATS, {"messages": CHAT, "tools": TOOLS, "tool_choice": "none"})[0] == 200
 
 
+ODD = '{"name": "a", "arguments": {"x": "</tool_call>"}}'
 ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {}}'
 
 
@@ -614,6 +667,13 @@ ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {
         (f"Well. <tool_call>\n{ONE}\n</tool_call>", "Well. ", [("a", '{"x": 1}')]),
         (f"<tool_call>{ONE}</tool_call>\n<tool_call>{TWO}</tool_call>", "", [("a", '{"x": 1}'), ("b", "{}")]),
         (f"<tool_call>{ONE}", "", [("a", '{"x": 1}')]),
+        (f"A <tool_call>{ONE}</tool_call> and more", "A  and more", [("a", '{"x": 1}')]),
+        (
+            '<tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}</tool_call>',
+            "",
+            [("a", '{"x": "</tool_call>"}')],
+        ),
+        ('<tool_call>{"name": "a", "arguments": {"x": NaN}}', '<tool_call>{"name": "a", "arguments": {"x": NaN}}', []),
         ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []),
         ('<tool_call>{"name": 3, "arguments": {}}', '<tool_call>{"name": 3, "arguments": {}}', []),
         ("a < b, <tool", "a < b, <tool", []),
@@ -661,6 +721,8 @@ def test_other_pages_may_not_ask_unless_they_are_listed(model_of_one):
             response.read()
         assert response.status == 200
         assert response.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        status, headers, _ = ask(address, "/v1/models", headers={"Origin": "https://example.org"})
+        assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://example.org")
         _, headers, _ = ask(address, "/health", headers={"Origin": "https://elsewhere.org"})
         assert headers["Access-Control-Allow-Origin"] is None
 
@@ -686,11 +748,11 @@ def test_the_command_refuses_what_is_unsafe_or_wrong(tiny_bundle, monkeypatch, c
     assert message in capsys.readouterr().err
 
 
-def start_server(bundle, port):
+def start_server(bundle, port, *options):
     """A server in a process of its own; its address, and what it said before it listened."""
     command = [sys.executable, "-m", "melt_runtime", "serve", str(bundle), "--device", "cpu", "--capacity", "512"]
     environment = {**os.environ, "MELT_API_KEY": KEY}
-    server = subprocess.Popen([*command, "--port", port], stderr=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen([*command, "--port", port, *options], stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     for line in server.stderr:
         lines.append(line)
@@ -730,6 +792,44 @@ def test_a_server_ends_when_it_is_told_to(tiny_bundle, ending):
     again.terminate()
     again.wait()
     again.stderr.close()
+
+
+def test_who_still_waits_when_a_server_ends_is_told_so(tiny_bundle):
+    """An answer, a stream and one that waits for a slot, all of them longer than the time that is left."""
+    shown = {"Authorization": f"Bearer {KEY}"}
+    server, address, _ = start_server(tiny_bundle, "0", "--drain", "0.2", "--slots", "2")
+    deep = {**LONG, "loops": 1024}
+    answers = []
+
+    def stream():
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps({**deep, "stream": True}), {**JSON, **shown})
+            answers.append((200, None, connection.getresponse().read()))
+
+    def whole():
+        answers.append(ask(address, "/v1/completions", deep, shown))
+
+    threads = [threading.Thread(target=target) for target in (stream, whole, whole)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: (health := ask(address, "/health")[2])["running"] + health["waiting"] == 3)
+    server.terminate()
+    for thread in threads:
+        thread.join()
+    server.wait()
+    assert "Traceback" not in server.stderr.read()
+    server.stderr.close()
+    for status, _, answer in answers:
+        if status == 200:
+            assert json.loads(answer.strip().split(b"\n\n")[-1][6:])["error"]["code"] == "cancelled"
+        else:
+            assert (status, answer["error"]["code"]) == (503, "cancelled")
+
+
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
+def test_a_server_answers_to_its_own_address(host, name):
+    assert name in _names(host)
 
 
 def test_grammars_name_what_they_lack(model, monkeypatch):

@@ -170,6 +170,31 @@ def test_a_caller_s_own_failure_is_its_own(service, alone, monkeypatch):
     assert [found.exc_type for found in seen] == [ZeroDivisionError]
 
 
+def test_a_panic_of_a_library_ends_its_own_pass(service, alone):
+    """Of Rust, as tokenizers and llguidance are: not even an Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def fails(ids, logits):
+        raise PanicException("index out of bounds")
+
+    reply = service.submit(PROMPTS[0], GenerationConfig(max_new_tokens=8, logits_processors=[fails]))
+    with pytest.raises(RunError, match="PanicException: index out of bounds"):
+        reply.wait(60)
+    assert service.submit(PROMPTS[1], SAID).wait(60).token_ids == alone[1]
+    assert service.is_open
+
+
+def test_nothing_is_restored_into_slots_that_are_at_work(service, tmp_path):
+    held = [service.submit(prompt, LONG) for prompt in PROMPTS[:3]]
+    wait_until(lambda: service.load.running == 3)
+    with pytest.raises(QueueError, match="every slot is at work"):
+        service.restore(tmp_path / "any")
+    for reply in held:
+        reply.cancel()
+
+
 def test_a_conversation_that_comes_back_finds_its_slot(service):
     first = [service.submit([*range(start, start + 70)], SAID).wait() for start in (0, 100, 200)]
     again = [

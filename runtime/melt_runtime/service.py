@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from melt_runtime.arguments import real_number, whole_number
 from melt_runtime.engine import Engine, Job
-from melt_runtime.errors import CancelledError, QueueError, SavedError
+from melt_runtime.errors import CancelledError, QueueError, RunError, SavedError
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.prompts import Desk, Prompt, as_chat
@@ -25,7 +25,7 @@ from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.schedule.depth import Depth
 
-QUEUE = 64
+QUEUE = 128
 """Requests that may wait for a slot, where nobody says."""
 _MOST_QUEUE = 1 << 20
 
@@ -178,11 +178,11 @@ class Service:
                 with lent(self):
                     held.set()
                     self._run()
-            except Exception as error:
+            except BaseException as error:  # a panic of a library is not even an Exception, and ends the thread as well
                 if held.is_set():
-                    self._end_all(error)
+                    self._end_all(_as_exception(error))
                     raise
-                refused.append(error)
+                refused.append(_as_exception(error))
                 held.set()
 
         self._thread = threading.Thread(target=run, name="melt-service", daemon=True)
@@ -190,6 +190,16 @@ class Service:
         held.wait()
         if refused:
             raise refused[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return not self._is_closing and self._thread.is_alive()
+
+    @property
+    def most(self) -> int:
+        """Requests that it can have at once, running and waiting."""
+        return self._queue + len(self._slots)
 
     @property
     def load(self) -> Load:
@@ -268,13 +278,15 @@ class Service:
 
         Raises:
             SavedError: no such file, one of another model or KV cache, or a damaged one.
-            CapacityError: more tokens than a slot has room for, or every slot is at work.
-            QueueError: the service is closing.
+            CapacityError: more tokens than a slot has room for.
+            QueueError: every slot is at work, or the service is closing.
         """
 
         def run() -> int:
             from melt_runtime.execute.saved import load_slot
 
+            if not self._slots.free:
+                raise QueueError("every slot is at work: ask again later")
             slot = self._slots.acquire_for((), Depth.fixed(1))
             try:
                 load_slot(path, self._engine.executor.state, slot, self._desk.identity, dict[str, Any])
@@ -328,7 +340,7 @@ class Service:
     def _require_room(self) -> None:
         if self._is_closing:
             raise QueueError("the service is closing: it takes no more requests")
-        if len(self._waiting) + len(self._running) >= self._queue + len(self._slots):
+        if len(self._waiting) + len(self._running) >= self.most:
             raise QueueError(f"{self._queue} requests wait already, as many as may: ask again later")
 
     def __enter__(self) -> Self:
@@ -364,9 +376,9 @@ class Service:
     def _run_pass(self) -> None:
         try:
             self._engine.run_pass()
-        except Exception as error:  # of ONNX Runtime; buffers of these requests hold what nobody knows
+        except BaseException as error:  # of ONNX Runtime, or a panic of a library; what the buffers hold, nobody knows
             for job in [*self._running]:
-                self._leave(job, None, error)
+                self._leave(job, None, _as_exception(error))
             return
         self._passes += 1
         for job, reply in [*self._running.items()]:
@@ -374,8 +386,14 @@ class Service:
                 reply._tell()
             except Exception as error:  # its caller's own
                 job.error = error
-            if job.is_done:
-                self._leave(job, None if job.error else job.result(self._engine.state_bytes), job.error)
+            if not job.is_done:
+                continue
+            result = None
+            try:
+                result = None if job.error else job.result(self._engine.state_bytes)
+            except Exception as error:
+                job.error = error
+            self._leave(job, result, job.error)
 
     def _admit(self) -> None:
         """Gives free slots to those that wait, in their order."""
@@ -429,6 +447,11 @@ class Service:
         with self._changed:
             reply = self._running.pop(job)
         reply._end(result, error)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What a request is told of an error that is not one of Python's ordinary ones."""
+    return error if isinstance(error, Exception) else RunError(f"{type(error).__name__}: {error}")
 
 
 def _cancelled() -> CancelledError:

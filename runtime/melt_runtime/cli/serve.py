@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         queue=args.queue,
         sessions=args.sessions,
         answer_seconds=args.timeout,
-        hosts=_LOOPBACK_NAMES if key is None and _is_loopback(args.host) else None,
+        hosts=_names(args.host) if key is None and _is_loopback(args.host) else None,
     )
     who = "requests with the key" if key else "everybody who can reach it"
     print(f"slots: {args.slots}, then {args.queue} may wait; for {who}", file=sys.stderr)
@@ -156,6 +156,12 @@ def require_key(host: str, key: bytes | None, no_key: bool) -> None:
         raise ValueError(
             f"--host {host} is open to other machines: give --api-key-file FILE, or --no-key to let everybody ask"
         )
+
+
+def _names(host: str) -> tuple[str, ...]:
+    """By which a server of this machine alone may be asked for."""
+    own = f"[{host}]" if ":" in host else host
+    return tuple(dict.fromkeys((*_LOOPBACK_NAMES, own)))
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """Answers that follow a grammar: a JSON schema, a regular expression, or Lark. By llguidance (extra ``serve``)."""
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,10 @@ MOST_BYTES = 1 << 16
 """Of a grammar's source."""
 _MOST_SHOWN = 300
 _LIMITS = {"initial_lexer_fuel": 1_000_000, "max_grammar_size": 200_000, "max_lexer_states": 100_000}
-"""What compiling and matching may cost, in llguidance's own units: fractions of a second here."""
+"""What compiling may cost, in llguidance's own units: fractions of a second here."""
+_MOST_SECONDS, _SECONDS_A_TOKEN = 1.0, 0.02
+"""Processor time that following a grammar may take of an answer: so much, and so much more for each token. Most take
+microseconds; a short one can take seconds (``(/a/){100}{1000}``), and everybody who shares the passes waits for it."""
 
 
 SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -100,6 +104,7 @@ class GrammarProcessor:
     def __init__(self, matcher: Any):
         self._matcher = matcher
         self._followed: list[int] = []
+        self._seconds = 0.0
 
     def __call__(self, ids: Sequence[int], logits: Array) -> Array:
         """As ``LogitsProcessor`` says.
@@ -107,6 +112,15 @@ class GrammarProcessor:
         Raises:
             GrammarError: following it costs more than it may.
         """
+        began = time.thread_time()
+        try:
+            return self._follow(ids, logits)
+        finally:
+            self._seconds += time.thread_time() - began
+            if self._seconds > _MOST_SECONDS + _SECONDS_A_TOKEN * len(ids):
+                raise GrammarError(f"the grammar costs more than it may: {self._seconds:.1f} s in {len(ids)} tokens")
+
+    def _follow(self, ids: Sequence[int], logits: Array) -> Array:
         shared = next(
             (place for place, (one, other) in enumerate(zip(self._followed, ids, strict=False)) if one != other),
             min(len(self._followed), len(ids)),

@@ -44,9 +44,14 @@ class Desk:
             TokenError: an empty prompt, ids outside the vocabulary, or messages that the template refuses.
         """
         if is_chat:
-            return self.codec.encode(self.codec.render(cast(Sequence[Message], prompt)))
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
+            return self._encode_text(self.codec.render(cast(Sequence[Message], prompt)))
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
         return check_ids(ids, self.plan.shape, self.plan.require_total)
+
+    def _encode_text(self, text: str) -> list[int]:
+        if isinstance(text, str):  # what is none, the codec refuses
+            self.codec.require_length(text, self.plan.capacity)
+        return self.codec.encode(text)
 
     def settle(self, said: GenerationConfig, prompt_tokens: int) -> GenerationSettings:
         """The settings of an answer.

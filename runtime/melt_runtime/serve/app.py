@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from melt_runtime.serve.asks import asks_of, messages_of
 from melt_runtime.serve.errors import Fault, FaultError, fault_of, fault_of_form
 from melt_runtime.serve.following import Choices, submit
 from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, SessionRequest, TokenizeRequest
-from melt_runtime.serve.guard import Guard
+from melt_runtime.serve.guard import App, Guard
 from melt_runtime.serve.metrics import Metrics
 from melt_runtime.serve.pages import page_routes
 from melt_runtime.serve.sessions import SessionFiles
@@ -59,8 +59,21 @@ class ServeOptions:
     hosts: tuple[str, ...] | None = None
 
 
-def make_app(model: MeltModel, options: ServeOptions) -> Guard:
-    """The application; its service begins with the event loop's lifespan and ends with it."""
+@dataclass(frozen=True)
+class Application:
+    """What a server of ASGI runs.
+
+    Attributes:
+        asgi: the application; its service begins with the event loop's lifespan and ends with it.
+        drain: takes no request more, and gives those under way so many seconds to end; from any thread.
+    """
+
+    asgi: App
+    drain: Callable[[float], None]
+
+
+def make_app(model: MeltModel, options: ServeOptions) -> Application:
+    """The application over a model."""
     server = _Server(model, options)
 
     @asynccontextmanager
@@ -69,7 +82,6 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
         try:
             yield
         finally:
-            # Who waited for an answer has had the time to get it: uvicorn ends connections first.
             await asyncio.to_thread(server.service.close)
 
     app = FastAPI(title="melt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -90,11 +102,12 @@ def make_app(model: MeltModel, options: ServeOptions) -> Guard:
     for kind in (FaultError, MeltError, ValueError):
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(Exception, _refuse)
+    asgi: App = Guard(app, options.key, options.hosts, options.most_bytes, options.body_seconds, server.count_response)
     if options.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        asgi = CORSMiddleware(
+            asgi, allow_origins=options.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
-    return Guard(app, options.key, options.hosts, options.most_bytes, options.body_seconds, server.count_response)
+    return Application(asgi, lambda seconds: server.service.close(seconds))
 
 
 class _Server:
@@ -117,15 +130,15 @@ class _Server:
         self.service = self._model.new_service(self._options.queue)
         self._metrics = Metrics(self.service, self._model.state_bytes)
 
-    async def chat(self, form: ChatRequest) -> Response:
+    async def chat(self, form: ChatRequest, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         writer = Writer(self._codec, self._options.name, True, form.logprobs, bool(form.offered))
-        return await self._generate(form, writer)
+        return await self._generate(form, request, writer)
 
-    async def complete(self, form: CompletionRequest) -> Response:
+    async def complete(self, form: CompletionRequest, request: Request) -> Response:
         """``POST /v1/completions``."""
         writer = Writer(self._codec, self._options.name, False, form.logprobs is not None, False)
-        return await self._generate(form, writer)
+        return await self._generate(form, request, writer)
 
     async def models(self) -> dict[str, Any]:
         """``GET /v1/models``: the one that is served, and what it can."""
@@ -146,6 +159,7 @@ class _Server:
     def tokenize(self, form: TokenizeRequest) -> dict[str, Any]:
         """``POST /tokenize``."""
         text = form.text if form.messages is None else self._codec.render(messages_of(form.messages))  # type: ignore[arg-type]
+        self._codec.require_length(text or "", self._model.session.plan.capacity)
         tokens = self._codec.encode(text or "")
         return {"tokens": tokens, "count": len(tokens)}
 
@@ -164,8 +178,12 @@ class _Server:
     def save_session(self, form: SessionRequest) -> dict[str, Any]:
         """``POST /v1/sessions``: writes what is cached of a conversation; its size is the same at every depth."""
         path = self._sessions.path(form.name)
-        tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
-        return {**self._sessions.describe(path), "cached_tokens": tokens}
+        try:
+            tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
+            return {**self._sessions.describe(path), "cached_tokens": tokens}
+        except OSError as error:
+            message = f"the session cannot be kept: {error.strerror or type(error).__name__}"
+            raise FaultError(Fault(507, message, "server_error", code="storage_error")) from error
 
     def restore_session(self, name: str) -> dict[str, Any]:
         """``POST /v1/sessions/{name}/restore``: what goes on from it finds it in the cache."""
@@ -182,9 +200,11 @@ class _Server:
         self._sessions.existing(name).unlink(missing_ok=True)
         return {"id": name, "object": "session", "deleted": True}
 
-    async def health(self) -> dict[str, Any]:
-        """``GET /health``."""
-        return {"status": "ok", **asdict(self.service.load)}
+    async def health(self) -> Response:
+        """``GET /health``: 503 where no request is taken any more."""
+        is_open = self.service.is_open
+        values = {"status": "ok" if is_open else "closing", **asdict(self.service.load)}
+        return JSONResponse(values, 200 if is_open else 503)
 
     async def show_metrics(self) -> Response:
         """``GET /metrics``."""
@@ -200,7 +220,7 @@ class _Server:
             self._grammars = Grammars(self._codec, self._model.manifest.model.vocab_size, stop_ids)
         return self._grammars.compile(kind, source)
 
-    async def _generate(self, form: ChatRequest | CompletionRequest, writer: Writer) -> Response:
+    async def _generate(self, form: ChatRequest | CompletionRequest, request: Request, writer: Writer) -> Response:
         if form.model is not None and form.model != self._options.name:
             message = f"model must be {self._options.name!r}, the one that is served, or left out, got {form.model!r}"
             raise FaultError(Fault(404, message, param="model", code="model_not_found"))
@@ -212,10 +232,15 @@ class _Server:
             events = self._events(choices, writer, prompts, wants_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         results: dict[int, GenerationResult] = {}
-        async with aclosing(self._follow(choices)) as following:
-            async for index, came in following:
-                if isinstance(came, GenerationResult):
-                    results[index] = came
+        gone = asyncio.ensure_future(_wait_until_gone(request))
+        gone.add_done_callback(lambda _: choices.cancel())
+        try:
+            async with aclosing(self._follow(choices)) as following:
+                async for index, came in following:
+                    if isinstance(came, GenerationResult):
+                        results[index] = came
+        finally:
+            gone.cancel()
         return JSONResponse(writer.whole([results[index] for index in range(len(results))], prompts))
 
     async def _follow(self, choices: Choices) -> AsyncGenerator[tuple[int, Part | GenerationResult], None]:
@@ -254,6 +279,12 @@ class _Server:
             yield _event((error.fault if isinstance(error, FaultError) else fault_of(error)).body)
         else:
             yield b"data: [DONE]\n\n"
+
+
+async def _wait_until_gone(request: Request) -> None:
+    """Until the client of a request, whose body was read, goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(values: dict[str, Any]) -> bytes:

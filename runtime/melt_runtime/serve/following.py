@@ -39,7 +39,13 @@ class Choices:
         self._left = count
 
     def submit(self, service: Service, asks: Sequence[Ask]) -> None:
-        """Asks for every answer."""
+        """Asks for every answer.
+
+        Raises:
+            ValueError: more of them than the service can ever have.
+        """
+        if len(asks) > service.most:
+            raise ValueError(f"this server takes {service.most} answers at once, prompts times n: got {len(asks)}")
         try:
             for index, ask in enumerate(asks):
                 self.replies.append(self._submit(service, index, ask))

@@ -12,6 +12,7 @@ from melt_runtime.request.grammar import GrammarKind
 from melt_runtime.schedule.depth import ExitRule
 
 MOST_CHOICES = 16
+MOST_MESSAGES = 10_000
 _MOST_STOPS = 16
 Number = float | int
 
@@ -46,8 +47,8 @@ class ChatMessage(_Form):
     """One message of a chat; ``tool_calls`` are an answer's, ``tool_call_id`` belongs to what such a call gave."""
 
     role: str
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -131,9 +132,9 @@ class Generation(_Form):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     grammar: GrammarForm | None = None
     loops: int | Literal["auto"] | None = None
     exit_rule: ExitRule | None = None
@@ -153,12 +154,12 @@ class Generation(_Form):
 class ChatRequest(Generation):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
     @model_validator(mode="after")
@@ -189,7 +190,12 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``: text, or token ids, as the model shall see it."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] = False
 
@@ -198,14 +204,14 @@ class SessionRequest(_Form):
     """Body of ``POST /v1/sessions``: the name, and the conversation so far, answers included."""
 
     name: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class TokenizeRequest(_Form):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
     text: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizeRequest":
@@ -217,4 +223,4 @@ class TokenizeRequest(_Form):
 class DetokenizeRequest(_Form):
     """Body of ``POST /detokenize``."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -1,17 +1,34 @@
 """Runs the application under uvicorn until the process is told to end."""
 
+import asyncio
 import socket
 import sys
+from collections.abc import Callable
 
 import uvicorn
 
-from melt_runtime.serve.guard import App
+from melt_runtime.serve.app import Application
 
 _BACKLOG = 1024
+_LAST_SECONDS = 5
+"""For connections, once every answer has ended."""
 
 
-def listen(app: App, host: str, port: int, drain_seconds: float) -> None:
-    """Serves until SIGTERM or SIGINT: then no connection more is taken, and answers under way get their time.
+class _Server(uvicorn.Server):
+    """Ends answers before connections, so that whoever still waits is told so."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[float], None], seconds: float):
+        super().__init__(config)
+        self._drain, self._seconds = drain, seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends."""
+        await asyncio.to_thread(self._drain, self._seconds)
+        await super().shutdown(sockets)
+
+
+def listen(app: Application, host: str, port: int, drain_seconds: float) -> None:
+    """Serves until SIGTERM or SIGINT: then no request more is taken, and answers under way get their time.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -27,10 +44,10 @@ def listen(app: App, host: str, port: int, drain_seconds: float) -> None:
         name = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"listening on http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         config = uvicorn.Config(
-            app,
+            app.asgi,
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, int(drain_seconds)),
+            timeout_graceful_shutdown=_LAST_SECONDS,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, app.drain, drain_seconds).run(sockets=[listener])

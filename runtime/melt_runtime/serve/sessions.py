@@ -1,5 +1,6 @@
 """Conversations in files of one folder, by names that reach nothing else."""
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -54,7 +55,12 @@ class SessionFiles:
         self.path("any")
         assert self.folder is not None
         found = sorted(self.folder.glob(f"*{_SUFFIX}"))
-        return [self.describe(path) for path in found if _NAME.fullmatch(path.name.removesuffix(_SUFFIX))]
+        named = [path for path in found if _NAME.fullmatch(path.name.removesuffix(_SUFFIX))]
+        described = []
+        for path in named:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                described.append(self.describe(path))
+        return described
 
     def describe(self, path: Path) -> dict[str, Any]:
         """One of them."""

@@ -54,11 +54,16 @@ class CallReader:
 
     def finish(self) -> tuple[str, list[Call]]:
         """What was held back, and the calls; text that is no call after all is said."""
-        rest = self._text[self._said :]
-        if self._matcher.found is None:
-            return rest, []
-        calls = [_parse(part.partition(CLOSE)[0]) for part in rest.split(OPEN)[1:]]
-        return ("", [call for call in calls if call]) if all(calls) else (rest, [])
+        rest, said, calls = self._text[self._said :], "", list[Call]()
+        while OPEN in rest:
+            before, _, after = rest.partition(OPEN)
+            read = _read_call(after)
+            if read is None:
+                return said + rest, calls
+            call, rest = read
+            calls.append(call)
+            said += before if before.strip() else ""
+        return said + (rest if rest.strip() or not calls else ""), calls
 
 
 def call_grammar(tools: Sequence[Tool], choice: NamedTool | None) -> str:
@@ -80,10 +85,19 @@ def call_grammar(tools: Sequence[Tool], choice: NamedTool | None) -> str:
     return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}\n'
 
 
-def _parse(text: str) -> Call | None:
+def _read_call(text: str) -> tuple[Call, str] | None:
+    """A call at the beginning of a text, and what follows it; None where there is none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    start = len(text) - len(text.lstrip())
     try:
-        values = json.loads(text)
+        values, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text, start)
         name, arguments = values["name"], values["arguments"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return Call(name, json.dumps(arguments)) if isinstance(name, str) and isinstance(arguments, dict) else None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    rest = text[end:].lstrip()
+    return Call(name, json.dumps(arguments)), rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else text[end:]

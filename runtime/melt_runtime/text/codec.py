@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from tokenizers import Tokenizer
 
 from melt_runtime.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
-from melt_runtime.errors import BundleError, MeltError, TokenError
+from melt_runtime.errors import BundleError, CapacityError, MeltError, TokenError
 from melt_runtime.text.messages import check_messages, check_tools, require_text
 from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatTemplate
 
@@ -44,6 +44,8 @@ class TextCodec:
         except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
         added = tokenizer.get_added_tokens_decoder()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True) if tokenizer.normalizer is None else {}
+        self._longest = max(map(len, vocabulary), default=0)
         self._specials = frozenset(token for token, form in added.items() if form.special)
 
     @classmethod
@@ -56,6 +58,18 @@ class TextCodec:
         with _refusing(BundleError, f"{TOKENIZER_NAME} cannot be read"):
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
         return cls(tokenizer, read_template(folder / CHAT_TEMPLATE_NAME) or None)
+
+    def require_length(self, text: str, most_tokens: int) -> None:
+        """Refuses text that cannot be so few tokens, before it is tokenized, which takes its time for a long one.
+
+        Raises:
+            CapacityError: it has more characters than so many of the longest token.
+        """
+        # What a normalizer makes of a text may be shorter.
+        if self._longest and len(text) > most_tokens * self._longest:
+            raise CapacityError(
+                f"{len(text)} characters cannot be {most_tokens} tokens, the capacity: shorten the text"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``.
