@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 from conftest import ROOT
-from serving import served
+from live_server import served
 from test_web import web
 
 from melt_runtime import MeltModel

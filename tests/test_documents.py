@@ -42,7 +42,7 @@ _OPTIMUM = "needs an environment of its own (tests/test_optimum.py)"
 _WEB = "needs Node and a browser (tests/test_web.py)"
 _CPP = "needs a compiler and ONNX Runtime's headers (tests/test_examples.py)"
 
-_SERVES = "serves until it is told to end (tests/test_serve.py)"
+_SERVES = "serves until it is told to end (tests/test_serve_limits.py)"
 
 NOT_RUN = {
     "pip install '.[cpu,serve]'": _INSTALLS,

@@ -65,7 +65,7 @@ FLOORS = (
     {"request"},
     {"execute"},
     {"loading", "engine", "runner"},
-    {"stream"},
+    {"stream", "reply"},
     {"session"},
     {"batch", "service"},
     {"model"},

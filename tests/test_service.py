@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from melt_runtime import AsyncMeltModel, BusyError, CancelledError, GenerationConfig, MeltModel, QueueError, RunError
-from melt_runtime.service import Part
+from melt_runtime.reply import Part
 
 PROMPTS = [[(7 * place + start) % 650 for place in range(9 + start)] for start in range(12)]
 SAID = GenerationConfig(max_new_tokens=8, temperature=0.0)

@@ -6,10 +6,11 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from melt_runtime.model import MeltModel
+from melt_runtime.reply import Part, Reply
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
 from melt_runtime.request.prompts import Prompt, say
 from melt_runtime.request.result import GenerationResult
-from melt_runtime.service import QUEUE, Load, Part, Reply
+from melt_runtime.service import QUEUE, Load
 
 
 class AsyncMeltModel:

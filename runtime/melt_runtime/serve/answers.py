@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from melt_runtime.reply import Part
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.tools import Call, CallReader
-from melt_runtime.service import Part
 from melt_runtime.text.codec import TextCodec
 
 

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from melt_runtime.errors import MeltError
 from melt_runtime.model import MeltModel
+from melt_runtime.reply import Part
 from melt_runtime.request.grammar import Grammar, Grammars
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.answers import Writer
@@ -28,7 +29,7 @@ from melt_runtime.serve.guard import App, Guard
 from melt_runtime.serve.metrics import Metrics
 from melt_runtime.serve.pages import page_routes
 from melt_runtime.serve.sessions import SessionFiles
-from melt_runtime.service import QUEUE, Part, Service
+from melt_runtime.service import QUEUE, Service
 
 
 @dataclass(frozen=True)

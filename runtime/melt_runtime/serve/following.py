@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from melt_runtime.reply import Part, Reply
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.asks import Ask
 from melt_runtime.serve.errors import Fault, FaultError
-from melt_runtime.service import Part, Reply, Service
+from melt_runtime.service import Service
 
 
 async def submit(service: Service, asks: Sequence[Ask]) -> "Choices":

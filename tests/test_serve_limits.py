@@ -1,0 +1,457 @@
+"""What a server refuses, and what it withstands: bad bodies, clients that go away, keys, limits, its end."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from live_server import (
+    CHAT,
+    CHATS,
+    JSON,
+    KEY,
+    LONG,
+    address,
+    ask,
+    client,
+    lone,
+    model,
+    read_metrics,
+    running,
+    served,
+    wait_until,
+)
+from pydantic import ValidationError
+
+from melt_runtime import MeltModel
+from melt_runtime.cli.main import main
+from melt_runtime.cli.serve import _names
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest
+
+__all__ = ["address", "client", "lone", "model"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code", "message"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "top_a": 1},
+            400,
+            "top_a",
+            "invalid_value",
+            "top_a is not supported",
+        ),
+        (CHATS, {}, 400, "messages", "invalid_value", "messages is missing"),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "temperature": "hot"},
+            400,
+            "temperature",
+            "invalid_value",
+            "'hot'",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "temperature": -1},
+            400,
+            None,
+            "invalid_value",
+            "temperature must be",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "loops": 0},
+            400,
+            None,
+            "invalid_value",
+            "loops must be at least 1",
+        ),
+        (CHATS, {"messages": CHAT, "top_logprobs": 2}, 400, None, "invalid_value", "top_logprobs"),
+        (CHATS, {"messages": CHAT, "model": "gpt"}, 404, "model", "model_not_found", "'melt-tiny'"),
+        (
+            *(CHATS, {"messages": [{"role": "user", "content": "Ana. " * 600}]}, 400, "messages"),
+            *("context_length_exceeded", "capacity"),
+        ),
+        (
+            *(CHATS, {"messages": CHAT, "max_tokens": 5000}, 400, "messages"),
+            *("context_length_exceeded", "capacity"),
+        ),
+        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "invalid_value", "tool"),
+        ("/v1/completions", {"prompt": [99999]}, 400, None, "invalid_value", "token ids must be in"),
+        ("/v1/completions", {"prompt": []}, 400, None, "invalid_value", "prompt must hold at least one"),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, None, "invalid_value", "half"),
+        (
+            *("/v1/completions", {"prompt": "a", "grammar": {"type": "regex", "value": "(["}}, 400, None),
+            *("invalid_value", "the regex cannot be compiled"),
+        ),
+        (
+            *("/v1/completions", {"prompt": "a", "grammar": {"type": "lark", "value": "x" * 70_000}}, 400, None),
+            *("invalid_value", "a grammar may have 65536 bytes"),
+        ),
+        (
+            "/v1/completions",
+            {"prompt": [[5]] * 100, "n": 2},
+            400,
+            None,
+            "invalid_value",
+            "prompts times n must be at most",
+        ),
+        ("/v1/completions", b"{", 400, None, "json_invalid", "the body must be JSON"),
+        ("/v1/completions", b"[" * 50_000, 400, None, None, ""),
+        ("/v1/completions", b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
+        ("/v1/nothing", {}, 404, None, "unknown_url", "there is no POST /v1/nothing"),
+        ("/detokenize", {"tokens": [-1]}, 400, None, "invalid_value", "tokens must be in"),
+    ],
+)
+def test_errors_have_openai_s_form_and_name_what_is_wrong(address, path, body, status, param, code, message):
+    got, _, answer = ask(address, path, body)
+    error = answer["error"]
+    assert (got, error["param"]) == (status, param), error
+    assert code is None or error["code"] == code
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+FIELDS = (
+    "n",
+    "stream",
+    "temperature",
+    "stop",
+    "seed",
+    "logit_bias",
+    "loops",
+    "response_format",
+    "grammar",
+    "logprobs",
+    "top_logprobs",
+    "decode",
+    "lag",
+    "max_completion_tokens",
+    "stream_options",
+    "model",
+    "top_p",
+    "exit_rule",
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), json_values, max_size=4),
+    st.just(CHAT) | st.lists(st.fixed_dictionaries({"role": st.text(max_size=6), "content": json_values}), max_size=3),
+)
+def test_no_body_is_answered_otherwise_than_with_2xx_or_4xx(address, body, messages):
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    with contextlib.closing(connection):
+        content = json.dumps({"max_tokens": 3, "messages": messages, **body})
+        connection.request("POST", "/v1/chat/completions", content, JSON)
+        response = connection.getresponse()
+        text = response.read()
+    assert 200 <= response.status < 300 or 400 <= response.status < 500, text
+
+
+def test_a_client_that_vanishes_frees_its_slot(address):
+    for stream in (True, False):
+        before = read_metrics(address).get('melt_answers_total{end="CancelledError"}', 0)
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("POST", "/v1/completions", json.dumps({**LONG, "loops": 256, "stream": stream}), JSON)
+        wait_until(lambda: running(address) == 1)
+        connection.close()
+        wait_until(lambda: running(address) == 0)
+        wait_until(lambda: 'melt_answers_total{end="CancelledError"}' in read_metrics(address))
+        assert read_metrics(address)['melt_answers_total{end="CancelledError"}'] == before + 1
+
+
+def test_64_clients_at_once_get_the_answers_of_lone_ones(tiny_bundle):
+    """In float32; of any depth, sampled too, some with a grammar, some that go away."""
+    model = MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=8)
+    people = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo"]
+
+    def question(number):
+        names = people[number % 8 :] + people[: number % 8]
+        facts = " ".join(f"{x} reports to {y}." for x, y in itertools.pairwise(names))
+        return f"{facts} Who is {('one level', 'two levels', 'three levels')[number % 3]} above {names[0]}?"
+
+    def settings(number):
+        return {"loops": 1 + number % 4, "temperature": float(number % 2), "seed": number}
+
+    expected = [model.generate(question(number), **settings(number)).text for number in range(64)]
+    found, faults = {}, []
+
+    def run(address, number):
+        body = {"messages": [{"role": "user", "content": question(number)}], **settings(number)}
+        try:
+            for _ in range(2):
+                if number % 8 == 7:
+                    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+                    connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True}), JSON)
+                    connection.close()
+                found.setdefault(number, set()).add(ask(address, CHATS, body)[2]["choices"][0]["message"]["content"])
+        except Exception as error:
+            faults.append(error)
+
+    with served(model, queue=256) as address:
+        threads = [threading.Thread(target=run, args=(address, number)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_until(lambda: running(address) == 0)
+        assert ask(address, "/health")[2]["waiting"] == 0
+    assert not faults
+    assert found == {number: {text} for number, text in enumerate(expected)}
+
+
+def test_a_wrong_body_of_many_parts_is_refused_at_its_first_faults():
+    """Each of three forms of a prompt once, not each of a hundred thousand elements."""
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate({"prompt": [0.5] * 100_000})
+    assert raised.value.error_count() <= 8
+    for form, values in ((ChatRequest, {"messages": [{}] * 9000}), (DetokenizeRequest, {"tokens": ["a"] * 9000})):
+        with pytest.raises(ValidationError) as raised:
+            form.model_validate(values)
+        assert raised.value.error_count() <= 4
+
+
+def test_more_answers_than_can_be_are_no_matter_of_time(model_of_one):
+    with served(model_of_one, queue=1) as address:
+        status, _, answer = ask(address, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 1})
+        assert status == 400
+        assert "this server takes 2 answers at once" in answer["error"]["message"]
+        assert ask(address, "/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 1})[0] == 200
+
+
+def test_a_grammar_that_costs_too_much_ends_its_own_answer(address, monkeypatch):
+    monkeypatch.setattr("melt_runtime.request.grammar._MOST_SECONDS", 0.0)
+    monkeypatch.setattr("melt_runtime.request.grammar._SECONDS_A_TOKEN", 0.0)
+    body = {"prompt": [5, 6], "max_tokens": 40, "grammar": {"type": "regex", "value": "[a-c]{3}[0-9]+x"}}
+    status, _, answer = ask(address, "/v1/completions", body)
+    assert status == 400
+    assert "the grammar costs more than it may" in answer["error"]["message"]
+    monkeypatch.undo()
+    assert ask(address, "/v1/completions", body)[0] == 200
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(address, monkeypatch):
+    monkeypatch.setattr("melt_runtime.text.codec.TextCodec.encode", None)
+    for path, body in (
+        (CHATS, {"messages": [{"role": "user", "content": "a " * 70_000}]}),
+        ("/tokenize", {"text": "a" * 99_000}),
+    ):
+        status, _, answer = ask(address, path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_too_many_are_told_to_come_back(model_of_one):
+    with served(model_of_one, queue=1) as address:
+
+        def long():
+            with contextlib.suppress(OSError):
+                ask(address, "/v1/completions", LONG)
+
+        threads = [threading.Thread(target=long) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: (health := ask(address, "/health")[2])["running"] + health["waiting"] == 2)
+        status, headers, answer = ask(address, "/v1/completions", LONG)
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert answer["error"]["code"] == "queue_full"
+        for thread in threads:
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def model_of_one(tiny_bundle):
+    return MeltModel.load(tiny_bundle, device="cpu", capacity=512)
+
+
+def test_an_answer_that_takes_too_long_is_ended(model_of_one):
+    with served(model_of_one, answer_seconds=0.05) as address:
+        status, _, answer = ask(address, "/v1/completions", LONG)
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        wait_until(lambda: running(address) == 0)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(model_of_one):
+    with served(model_of_one, body_seconds=0.1) as address:
+        host, port = address.removeprefix("http://").split(":")
+        head = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head)
+            assert b" 408 " in slow.recv(4096)
+
+
+def test_a_key_is_needed_where_there_is_one(model_of_one):
+    with served(model_of_one, key=KEY.encode()) as address:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+            status, answered, answer = ask(address, "/v1/models", headers=headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            assert answered["WWW-Authenticate"] == "Bearer"
+            assert KEY not in json.dumps(answer)
+        assert ask(address, "/metrics")[0] == 401
+        assert ask(address, "/health")[0] == 200
+        assert ask(address, "/v1/models", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_other_names_and_kinds_of_bodies_are_refused(model_of_one):
+    """A page whose name leads here, and a form that a page of anybody's may send."""
+    with served(model_of_one, hosts=("localhost", "127.0.0.1")) as address:
+        assert ask(address, "/health")[0] == 200
+        status, _, answer = ask(address, "/health", headers={"Host": "example.org:80"})
+        assert (status, answer["error"]["code"]) == (403, "unknown_host")
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            status, _, answer = ask(address, "/v1/completions", LONG, {"Content-Type": kind})
+            assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("levels", [50, 300, 3000])
+def test_a_deep_schema_ends_nothing(address, levels):
+    nested = '{"type": "object", "properties": {"a": ' * levels + "{}" + "}}" * levels
+    body = json.dumps({"messages": CHAT, "max_tokens": 5, "response_format": {"type": "json_schema"}})
+    body = body[:-2] + ', "json_schema": {"schema": ' + nested + "}}}"
+    assert ask(address, CHATS, body.encode())[0] in (200, 400)
+    assert ask(address, "/health")[0] == 200
+
+
+def test_other_pages_may_not_ask_unless_they_are_listed(model_of_one):
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with served(model_of_one) as address:
+        _, headers, _ = ask(address, "/v1/models", headers={"Origin": "https://example.org"})
+        assert headers["Access-Control-Allow-Origin"] is None
+    with served(model_of_one, key=KEY.encode(), origins=("https://example.org",)) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        with contextlib.closing(connection):
+            connection.request("OPTIONS", "/v1/chat/completions", headers=asked)
+            response = connection.getresponse()
+            response.read()
+        assert response.status == 200
+        assert response.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        status, headers, _ = ask(address, "/v1/models", headers={"Origin": "https://example.org"})
+        assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://example.org")
+        _, headers, _ = ask(address, "/health", headers={"Origin": "https://elsewhere.org"})
+        assert headers["Access-Control-Allow-Origin"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (["--host", "0.0.0.0"], {}, "--host 0.0.0.0 is open to other machines: give --api-key-file FILE"),
+        (["--host", "example.org"], {}, "is open to other machines"),
+        ([], {"MELT_API_KEY": "short"}, "the API key in MELT_API_KEY must be one word of at least 16"),
+        (["--no-key"], {"MELT_API_KEY": KEY}, "--no-key must be left out where a key is given"),
+        (["--port", "70000"], {}, "--port must be at most 65535"),
+        (["--slots", "0"], {}, "--slots must be at least 1"),
+        (["--timeout", "0"], {}, "--timeout must be above 0"),
+        (["--api-key-file", "/nowhere"], {}, "No such file"),
+        (["--capacity", "100000"], {}, "capacity must be at most 4096"),
+    ],
+)
+def test_the_command_refuses_what_is_unsafe_or_wrong(tiny_bundle, monkeypatch, capsys, options, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", str(tiny_bundle), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def start_server(bundle, port, *options):
+    """A server in a process of its own; its address, and what it said before it listened."""
+    command = [sys.executable, "-m", "melt_runtime", "serve", str(bundle), "--device", "cpu", "--capacity", "512"]
+    environment = {**os.environ, "MELT_API_KEY": KEY}
+    server = subprocess.Popen([*command, "--port", port, *options], stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    for line in server.stderr:
+        lines.append(line)
+        if line.startswith("listening on "):
+            break
+    return server, lines[-1].split()[-1], "".join(lines)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_ends_when_it_is_told_to(tiny_bundle, ending):
+    """Answers under way end first; another server takes the same port, also after one that was killed."""
+    shown = {"Authorization": f"Bearer {KEY}"}
+    server, address, said = start_server(tiny_bundle, "0")
+    assert "of state for 8 x 512 tokens" in said
+    answers = []
+
+    def ask_long():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answers.append(ask(address, "/v1/completions", LONG, shown))
+
+    thread = threading.Thread(target=ask_long)
+    thread.start()
+    wait_until(lambda: running(address) == 1)
+    server.send_signal(ending)
+    thread.join()
+    server.wait()
+    rest = server.stderr.read()
+    server.stderr.close()
+    assert KEY not in said + rest
+    assert "Traceback" not in rest, rest
+    if ending == signal.SIGTERM:
+        ((status, _, answer),) = answers
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 400)
+    again, same, _ = start_server(tiny_bundle, address.rsplit(":", 1)[1])
+    assert same == address
+    assert ask(address, "/v1/models", headers=shown)[0] == 200
+    again.terminate()
+    again.wait()
+    again.stderr.close()
+
+
+def test_who_still_waits_when_a_server_ends_is_told_so(tiny_bundle):
+    """An answer, a stream and one that waits for a slot, all of them longer than the time that is left."""
+    shown = {"Authorization": f"Bearer {KEY}"}
+    server, address, _ = start_server(tiny_bundle, "0", "--drain", "0.2", "--slots", "2")
+    deep = {**LONG, "loops": 1024}
+    answers = []
+
+    def stream():
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps({**deep, "stream": True}), {**JSON, **shown})
+            answers.append((200, None, connection.getresponse().read()))
+
+    def whole():
+        answers.append(ask(address, "/v1/completions", deep, shown))
+
+    threads = [threading.Thread(target=target) for target in (stream, whole, whole)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: (health := ask(address, "/health")[2])["running"] + health["waiting"] == 3)
+    server.terminate()
+    for thread in threads:
+        thread.join()
+    server.wait()
+    assert "Traceback" not in server.stderr.read()
+    server.stderr.close()
+    for status, _, answer in answers:
+        if status == 200:
+            assert json.loads(answer.strip().split(b"\n\n")[-1][6:])["error"]["code"] == "cancelled"
+        else:
+            assert (status, answer["error"]["code"]) == (503, "cancelled")
+
+
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
+def test_a_server_answers_to_its_own_address(host, name):
+    assert name in _names(host)
