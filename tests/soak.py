@@ -2,7 +2,7 @@
 
 tokens   100,000 tokens in one process, turn after turn at every depth: memory flat, time per token the same
 loads    1,000 loads and answers of the same bundle in one process: memory flat, the answer the same
-serving  20,000 requests of 8 clients to one server: its memory flat, every answer the one of its depth
+serving  20,000 requests of 64 clients to one server: its memory flat, every answer the one of its depth
 cache    processes that make and remove the entries of one load cache under each other: every answer right, nothing left
 """
 
@@ -32,7 +32,7 @@ DEPTHS = (1, 2, 3, 4)
 MOST_GROWTH = 8_000_000  # bytes, from a tenth of the way to the end
 MOST_DRIFT = 1.5  # median processor time per token of the last tenth over that of the first
 PROCESSES = 3
-CLIENTS = 8
+CLIENTS = 64
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,10 @@
 """The chat page of a real server in headless Chromium: send, stream, stop, depth, reload, a server that goes away."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 import urllib.request
@@ -29,7 +32,13 @@ class Page:
         shutil.copyfile(ROOT / "tests" / "chat_page.mjs", folder / "chat_page.mjs")
         command = ["node", "chat_page.mjs"]
         self._node = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self.go_on(task)
 
@@ -46,8 +55,15 @@ class Page:
             raise AssertionError(errors)
         return json.loads(line)
 
-    def close(self):
-        self._node.kill()
+    def end(self):
+        """Waits until it has closed its browser."""
+        self._node.communicate(timeout=60)
+        assert self._node.returncode == 0
+
+    def kill(self):
+        """Ends it, browser and all, where it stands."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._node.pid, signal.SIGKILL)
         self._node.communicate()
 
 
@@ -98,12 +114,13 @@ def test_the_page(web, model, alone, monkeypatch):
             assert [one["text"] for one in found["first"]] == [QUESTION, alone[1].text]
             assert found["faults"] == []
         except BaseException:
-            page.close()
+            page.kill()
             raise
     try:
         page.go_on()
         gone = page.step()
         assert "the server does not answer" in gone["error"]
         assert [one["role"] for one in gone["kept"]] == ["user", "assistant", "user"]
+        page.end()
     finally:
-        page.close()
+        page.kill()

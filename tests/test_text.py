@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from melt_runtime.errors import BundleError, TokenError
+from melt_runtime.errors import BundleError, CapacityError, TokenError
 from melt_runtime.text.codec import StopMatcher, TextCodec
 
 
@@ -235,3 +235,15 @@ def test_a_missing_template_names_the_way_out(codec):
 def test_a_broken_template_is_a_bundle_error(codec):
     with pytest.raises(BundleError, match="not a template"):
         TextCodec(codec.tokenizer, "{% if %}")
+
+
+def test_a_text_is_refused_by_its_length_only_where_every_character_has_a_token():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    TextCodec(words, None).require_length("a" + " " * 1000, 1)
+    whole = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec = TextCodec(whole, None)
+    codec.require_length("ab" * 50, 50)
+    with pytest.raises(CapacityError, match="101 characters are more than so many tokens can have, the capacity is 50"):
+        codec.require_length("a" * 101, 50)

@@ -44,8 +44,7 @@ class TextCodec:
         except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
         added = tokenizer.get_added_tokens_decoder()
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True) if tokenizer.normalizer is None else {}
-        self._longest = max(map(len, vocabulary), default=0)
+        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if _keeps_all(tokenizer) else 0
         self._specials = frozenset(token for token, form in added.items() if form.special)
 
     @classmethod
@@ -65,10 +64,10 @@ class TextCodec:
         Raises:
             CapacityError: it has more characters than so many of the longest token.
         """
-        # What a normalizer makes of a text may be shorter.
         if self._longest and len(text) > most_tokens * self._longest:
             raise CapacityError(
-                f"{len(text)} characters cannot be {most_tokens} tokens, the capacity: shorten the text"
+                f"{len(text)} characters are more than so many tokens can have, the capacity is {most_tokens}: "
+                "shorten the text"
             )
 
     def encode(self, text: str) -> list[int]:
@@ -136,6 +135,13 @@ def _refusing(kind: type[MeltError], what: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise kind(f"{what}: {error}") from error
         raise
+
+
+def _keeps_all(tokenizer: Tokenizer) -> bool:
+    """Whether every character of a text stands in its tokens: nothing is normalized, or left out between words."""
+    how = repr(tokenizer.pre_tokenizer)
+    drops = any(word in how for word in ("Removed", "Whitespace", "BertPreTokenizer"))
+    return tokenizer.normalizer is None and "ByteLevel" in how and not drops
 
 
 class StreamDecoder:
