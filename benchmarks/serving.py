@@ -28,6 +28,7 @@ from typing import Any
 from melt_runtime import MeltModel
 from melt_runtime.bench.measure import machine, new_process
 from melt_runtime.cli.options import numbers_option
+from melt_runtime.request.generation_files import read_generation_config
 
 CAPACITY, LONG_PROMPT, NEW_TOKENS = 2304, 2000, 20
 PEER = "llama-cpp-python"
@@ -192,7 +193,7 @@ def measure(
     """Everything of one bundle."""
     with new_process() as pool:
         alone = pool.submit(in_process, bundle, requests, prompt, tokens, threads).result()
-        stop_ids = pool.submit(_stop_ids, bundle).result()
+    stop_ids = _stop_ids(bundle)
     rows = [row_of(bundle.name, 0, alone)]
     print(show(rows[0]), flush=True)
     with serving(bundle, max(clients), threads) as port:
@@ -224,8 +225,6 @@ def measure(
 
 
 def _stop_ids(bundle: Path) -> list[int]:
-    from melt_runtime.request.generation_files import read_generation_config
-
     return [*(read_generation_config(bundle / "generation_config.json").stop_ids or ())]
 
 

@@ -69,7 +69,8 @@ FLOORS = (
     {"session"},
     {"batch", "service"},
     {"model"},
-    {"asynchronous", "bench", "serve"},
+    {"asynchronous", "bench"},
+    {"serve"},
     {"cli"},
     {"__main__"},
 )

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -244,3 +246,10 @@ def test_tasks_of_an_event_loop(model, alone):
     results, parts = asyncio.run(run())
     assert [one.token_ids for one in results] == alone
     assert parts[-1].token_ids == alone[0] == sum((part.token_ids for part in parts[:-1]), ())
+
+
+def test_the_runtime_is_imported_without_an_event_loop():
+    """Which takes longer than most of it; until ``AsyncMeltModel`` is asked for."""
+    code = "import sys, melt_runtime; print('asyncio' in sys.modules, melt_runtime.AsyncMeltModel.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "AsyncMeltModel"]

@@ -9,11 +9,11 @@ Example::
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("onnxruntime") is None:
     raise ImportError("melt_runtime needs ONNX Runtime, which is not installed: pip install 'melt-onnx[cpu]'")
 
-from melt_runtime.asynchronous import AsyncMeltModel
 from melt_runtime.batch import BatchStream
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
@@ -42,6 +42,9 @@ from melt_runtime.session import Session
 from melt_runtime.stream import GenerationStream
 from melt_runtime.text.codec import Message
 from melt_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from melt_runtime.asynchronous import AsyncMeltModel
 
 __all__ = [
     "AsyncMeltModel",
@@ -74,3 +77,12 @@ __all__ = [
     "plan_state",
     "read_manifest",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``AsyncMeltModel`` when it is asked for: the library of event loops takes a tenth of a second."""
+    if name == "AsyncMeltModel":
+        from melt_runtime.asynchronous import AsyncMeltModel
+
+        return AsyncMeltModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 from melt_runtime.model import MeltModel
 from melt_runtime.reply import Part, Reply
@@ -11,6 +11,26 @@ from melt_runtime.request.generation_config import GenerationChanges, Generation
 from melt_runtime.request.prompts import Prompt, say
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.service import QUEUE, Load
+
+T = TypeVar("T")
+
+
+async def submitted(submit: Callable[[], T], take_back: Callable[[T], None]) -> T:
+    """What ``submit`` gives, called in a thread, since a chat template may take its time.
+
+    A task that is cancelled meanwhile takes back what it asked for, once that is there.
+    """
+    asked = asyncio.ensure_future(asyncio.to_thread(submit))
+
+    def forget(done: asyncio.Future[T]) -> None:
+        if done.exception() is None:
+            take_back(done.result())
+
+    try:
+        return await asyncio.shield(asked)
+    except asyncio.CancelledError:
+        asked.add_done_callback(forget)
+        raise
 
 
 class AsyncMeltModel:
@@ -102,19 +122,7 @@ class AsyncMeltModel:
         on_part: Callable[[Part], None] | None,
         on_end: Callable[[Reply], None],
     ) -> Reply:
-        """Submits in a thread, since a chat template may take its time; a task that is cancelled meanwhile takes what
-        it asked for back."""
-        asked = asyncio.ensure_future(asyncio.to_thread(self._service.submit, prompt, said, raw, on_part, on_end))
-
-        def take_back(done: asyncio.Future[Reply]) -> None:
-            if done.exception() is None:
-                done.result().cancel()
-
-        try:
-            return await asyncio.shield(asked)
-        except asyncio.CancelledError:
-            asked.add_done_callback(take_back)
-            raise
+        return await submitted(lambda: self._service.submit(prompt, said, raw, on_part, on_end), Reply.cancel)
 
     async def close(self, seconds: float = 0.0) -> None:
         """Takes no more requests, gives those that it has ``seconds`` to end, cancels what is left, and ends."""

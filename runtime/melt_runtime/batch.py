@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from melt_runtime.arguments import function_or_none, instance, shown
 from melt_runtime.engine import Engine, Job
-from melt_runtime.errors import BatchError, MeltError
+from melt_runtime.errors import BatchError, MeltError, without_frames
 from melt_runtime.progress import Progress
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
-from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
+from melt_runtime.request.prompts import Desk, Prompt, say
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.session import DepthNotice
@@ -135,7 +135,7 @@ class Batch:
                     try:
                         running[self._admit(number, prompt)] = number
                     except (MeltError, ValueError) as error:
-                        errors[number] = _without_frames(error)
+                        errors[number] = without_frames(error)
                         self._count_one()
             for job in self._engine.run_pass() if running else ():
                 number = running.pop(job)
@@ -144,7 +144,7 @@ class Batch:
                 if job.error is None:
                     yield number, job.result(self._engine.state_bytes)
                 else:
-                    errors[number] = _without_frames(job.error)
+                    errors[number] = without_frames(job.error)
         if errors:
             raise BatchError(errors)
 
@@ -161,20 +161,7 @@ class Batch:
             MeltError, ValueError: the prompt or its settings cannot be taken; no slot was.
         """
         ask, desk = self._ask, self._desk
-        chat = as_chat(prompt, ask.raw)
-        ids = desk.encode(prompt if chat is None else chat, is_chat=chat is not None)
+        ids = desk.read(prompt, ask.raw)
         settings = desk.settle(ask.config(number), len(ids))
         self._notice(settings.loops)
-        slot = self._slots.acquire()
-        try:
-            slot.begin(ids, self._slots.reuse(slot, ids, settings.depth))
-            return self._engine.start(Request(ids, settings, desk.codec), slot)
-        except BaseException:
-            self._slots.release(slot)
-            raise
-
-
-def _without_frames(error: Exception) -> Exception:
-    """An error that keeps no prompt in memory, as the frames that it came through do."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+        return self._engine.admit(Request(ids, settings, desk.codec), self._slots.acquire())

@@ -134,6 +134,19 @@ class Engine:
         self.jobs.append(job)
         return job
 
+    def admit(self, request: Request, slot: Slot) -> Job:
+        """Starts a request on ``slot``, which has just been acquired, with what any slot holds of its prompt.
+
+        Where that fails, the slot is free again.
+        """
+        slots, prompt = self.executor.slots, request.prompt
+        try:
+            slot.begin(prompt, slots.reuse(slot, prompt, request.settings.depth))
+            return self.start(request, slot)
+        except BaseException:
+            slots.release(slot)
+            raise
+
     def drop(self, job: Job) -> None:
         """Forgets a job, wherever it stands; its slot is the caller's to use."""
         if job in self.jobs:

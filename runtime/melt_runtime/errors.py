@@ -87,3 +87,9 @@ class BatchError(MeltError):
         shown = [f"prompt {number}: {error}" for number, error in sorted(self.errors.items())[:_SHOWN]]
         more = [f"and {len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else []
         super().__init__("\n  ".join([f"{len(errors)} of the prompts could not be answered:", *shown, *more]))
+
+
+def without_frames(error: Exception) -> Exception:
+    """An error that keeps no prompt in memory, as the frames that it came through do."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

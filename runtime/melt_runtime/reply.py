@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from melt_runtime.errors import without_frames
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
@@ -57,11 +58,6 @@ class Reply:
         self._is_cancelled = False
         self._ended = threading.Event()
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self._request.prompt)
-
     def cancel(self) -> None:
         """Ends it before the next pass, with ``CancelledError``, from any thread; not where it has ended."""
         self._is_cancelled = True
@@ -90,10 +86,7 @@ class Reply:
             self._on_part(Part(text, tuple(new_ids), tuple(loops), tuple(logprobs)))
 
     def _end(self, result: GenerationResult | None, error: Exception | None) -> None:
-        self.result, self.error = result, error
-        if error is not None:  # it keeps no prompt in memory, as the frames that it came through do
-            error.__cause__ = error.__context__ = None
-            error.with_traceback(None)
+        self.result, self.error = result, None if error is None else without_frames(error)
         self._ended.set()
         if self._on_end is not None:
             try:

@@ -20,7 +20,7 @@ from melt_runtime.engine import Engine, Job
 from melt_runtime.errors import CancelledError, QueueError, RunError, SavedError
 from melt_runtime.reply import Part, Reply
 from melt_runtime.request.generation_config import GenerationConfig
-from melt_runtime.request.prompts import Desk, Prompt, as_chat
+from melt_runtime.request.prompts import Desk, Prompt
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.schedule.depth import Depth
@@ -137,7 +137,7 @@ class Service:
         """
         with self._changed:
             self._require_room()
-        ids = self._encode(prompt, raw)
+        ids = self._desk.read(prompt, raw)
         request = Request(ids, self._desk.settle(config, len(ids)), self._desk.codec)
         reply = Reply(request, on_part, on_end, self._notify)
         with self._changed:
@@ -162,7 +162,7 @@ class Service:
             OSError: the file cannot be written.
             QueueError: the service is closing.
         """
-        ids = self._encode(prompt, raw)
+        ids = self._desk.read(prompt, raw)
 
         def run() -> int:
             held = [slot for slot in self._slots if self._slots.is_free(slot) and slot.length]
@@ -224,10 +224,6 @@ class Service:
                 done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
-
-    def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
-        chat = as_chat(prompt, raw)
-        return self._desk.encode(prompt if chat is None else chat, is_chat=chat is not None)
 
     def close(self, seconds: float = 0.0) -> None:
         """Takes no more requests, gives those that it has ``seconds`` to end, cancels what is left, and ends.
@@ -311,12 +307,10 @@ class Service:
                 reply = self._waiting.popleft()
             request = reply._request
             slot = self._slots.acquire_for(request.prompt, request.settings.depth)
+            reply.started_at = time.monotonic()
             try:
-                slot.begin(request.prompt, self._slots.reuse(slot, request.prompt, request.settings.depth))
-                reply.started_at = time.monotonic()
-                job = self._engine.start(request, slot)
+                job = self._engine.admit(request, slot)
             except Exception as error:
-                self._slots.release(slot)
                 reply._end(None, error)
                 continue
             with self._changed:

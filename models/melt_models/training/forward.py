@@ -76,6 +76,7 @@ def forward_chunk(
         recompute: keep only each layer's inputs for the backward pass and compute the layer again there.
         pieces: what of a layer needs no earlier rows; default: as they stand here.
     """
+    pieces = pieces or Pieces()
     frame = Frame.of(backbone.config, cache.length, input_ids.shape[1], input_ids.device)
     is_looplm = backbone.config.cache_kind == "per_loop"
     attended = []
@@ -88,7 +89,7 @@ def forward_chunk(
         own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
         past = own if is_looplm else cache.final.setdefault(layer_idx, [])
         # The lists grow below; a recomputation in the backward pass must see them as they are now.
-        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces or Pieces())
+        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces)
         if recompute and torch.is_grad_enabled():
             result = checkpoint(_layer, *arguments, use_reentrant=False)
         else:

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: an option outside its rule, or an address that needs a key.
         OSError: the address cannot be listened on.
     """
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
+    if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise ValueError("melt serve needs its web framework: pip install 'melt-onnx[serve]'")
     key = read_key(args.api_key_file, os.environ.get(KEY_VARIABLE))
     require_key(args.host, key, args.no_key)

@@ -48,6 +48,11 @@ class Desk:
         ids = self._encode_text(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
         return check_ids(ids, self.plan.shape, self.plan.require_total)
 
+    def read(self, prompt: Prompt, raw: bool) -> list[int]:
+        """Token ids of a prompt that stands alone; errors as for ``encode``, and those of ``as_chat``."""
+        chat = as_chat(prompt, raw)
+        return self.encode(prompt if chat is None else chat, is_chat=chat is not None)
+
     def _encode_text(self, text: str) -> list[int]:
         if isinstance(text, str):  # what is none, the codec refuses
             self.codec.require_length(text, self.plan.capacity)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from melt_runtime.asynchronous import submitted
 from melt_runtime.reply import Part, Reply
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.asks import Ask
@@ -11,18 +12,13 @@ from melt_runtime.service import Service
 
 
 async def submit(service: Service, asks: Sequence[Ask]) -> "Choices":
-    """Takes all answers of a request, or none. In a thread, since a chat template may take its time.
+    """Takes all answers of a request, or none.
 
     Raises:
         QueueError, TokenError, CapacityError, ValueError: of any of them; the others are cancelled.
     """
     choices = Choices(len(asks))
-    asked = asyncio.ensure_future(asyncio.to_thread(choices.submit, service, asks))
-    try:
-        await asyncio.shield(asked)
-    except asyncio.CancelledError:
-        asked.add_done_callback(lambda _: choices.cancel())
-        raise
+    await submitted(lambda: choices.submit(service, asks), lambda _: choices.cancel())
     return choices
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -44,7 +45,6 @@ class TextCodec:
         except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
         added = tokenizer.get_added_tokens_decoder()
-        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if _keeps_all(tokenizer) else 0
         self._specials = frozenset(token for token, form in added.items() if form.special)
 
     @classmethod
@@ -58,13 +58,19 @@ class TextCodec:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
         return cls(tokenizer, read_template(folder / CHAT_TEMPLATE_NAME) or None)
 
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token; 0 where characters may have none. Found when a text is long enough."""
+        tokenizer = self.tokenizer
+        return max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if _keeps_all(tokenizer) else 0
+
     def require_length(self, text: str, most_tokens: int) -> None:
         """Refuses text that cannot be so few tokens, before it is tokenized, which takes its time for a long one.
 
         Raises:
             CapacityError: it has more characters than so many of the longest token.
         """
-        if self._longest and len(text) > most_tokens * self._longest:
+        if len(text) > most_tokens and self._longest and len(text) > most_tokens * self._longest:
             raise CapacityError(
                 f"{len(text)} characters are more than so many tokens can have, the capacity is {most_tokens}: "
                 "shorten the text"
