@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--most-bytes", type=int, default=6_000_000, help="of a package (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
     args = parser.parse_args(argv)

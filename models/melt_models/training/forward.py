@@ -91,9 +91,9 @@ def forward_chunk(
         # The lists grow below; a recomputation in the backward pass must see them as they are now.
         arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces)
         if recompute and torch.is_grad_enabled():
-            result = checkpoint(_layer, *arguments, use_reentrant=False)
+            result = checkpoint(layer_pass, *arguments, use_reentrant=False)
         else:
-            result = _layer(*arguments)
+            result = layer_pass(*arguments)
         x, latent, output, rows, looplm_rows = result
         attended.append(output)
         if left is not None:
@@ -112,7 +112,7 @@ def forward_chunk(
     return ChunkPass(states, attended)
 
 
-def _layer(
+def layer_pass(
     layer: Layer,
     x: Tensor,
     latent: Tensor | None,

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from melt_models.modeling import MeltCausalLM
 from melt_models.training.exit_gate import continue_targets, expected_loops, gate_loss, joint_terms
 from melt_models.training.forward import ChunkPass, Pieces, TrainingCache, compiled, forward_chunk
 from melt_models.training.recipe import Exit, Joint, Phase
+from melt_models.training.wave import forward_wave
 
 IGNORED = -100
+WAVE_TOKENS = 64
+"""Of a sequence, its last ones, that are read as a wave, or the second half of a shorter one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Step:
         chunk_size: tokens in parallel; 0: whole sequences.
         alpha: MELT's share of keys and values; None outside phase 1.
         leaving: seed of where supervised tokens leave the loop; None: none does before the last.
+        lag: of the wave as which the sequences' last tokens are read; None: all are read in chunks.
     """
 
     phase: Phase | Joint | Exit
@@ -52,6 +57,7 @@ class Step:
     chunk_size: int
     alpha: float | None
     leaving: int | None = None
+    lag: int | None = None
 
 
 class Objective(nn.Module):
@@ -102,17 +108,15 @@ class Objective(nn.Module):
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
         sums: dict[str, Tensor] = {}
         cache = _new_cache(batch, step)
-        for start in range(0, length, chunk_size):
-            part = slice(start, start + chunk_size)
-            got = forward_chunk(
-                self.student.model,
-                batch.input_ids[:, part],
-                step.loops,
-                cache,
-                step.alpha,
-                self.recompute,
-                self._pieces,
-            )
+        waved = 0 if step.lag is None else min(WAVE_TOKENS, length // 2)
+        ends = [*range(chunk_size, length - waved, chunk_size), length - waved, *([length] if waved else [])]
+        for start, end in pairwise([0, *ends]):
+            part, backbone = slice(start, end), self.student.model
+            ids = batch.input_ids[:, part]
+            if step.lag is not None and end == length:
+                got = forward_wave(backbone, ids, step.loops, step.lag, cache, self._pieces)
+            else:
+                got = forward_chunk(backbone, ids, step.loops, cache, step.alpha, self.recompute, self._pieces)
             for name, value in self._terms(got, wanted, batch, part, phase).items():
                 sums[name] = sums[name] + value if name in sums else value
         tokens, counted = batch.real.sum(), (batch.targets != IGNORED).sum().clamp(min=1)

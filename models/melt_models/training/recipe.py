@@ -122,6 +122,7 @@ class Recipe:
         joint: model and exit gate together; None leaves it out.
         exit: the exit gate's phase; None leaves it out.
         base_learning_rate: AdamW, for the LoopLM's weights.
+        muon_learning_rate: Muon, for the matrices of the LoopLM's layers; 0: AdamW trains them, too.
         gate_learning_rate: AdamW, for the gates.
         gate_kind: how the latent state is updated, for a student made from the teacher.
         gate_bias_init: initial ``b_z`` of its gates.
@@ -133,9 +134,11 @@ class Recipe:
         most_loops: the deepest of those; 0 where there are none.
         leaving_steps: fraction of steps of phase 2 and of the exit gate's in which supervised tokens leave the loop
             anywhere, drawn, so that the student learns to read the rows that they leave.
+        wave_steps: fraction of steps of phase 2 in which the sequences' last tokens are read as a wave of a lag drawn
+            from 1 to loops - 1, so that the student learns to read rows of neighbours that are loops ahead.
         warmup_steps: steps over which the rates rise from 0, anew for the joint phase and the exit gate's.
         decay_steps: steps at the end over which they fall to 0: of phases 1 and 2, the joint one, the exit gate's.
-        weight_decay: AdamW, for matrices of the base; gates, norms and biases have none.
+        weight_decay: for matrices of the base; gates, norms and biases have none.
         gradient_clip: largest norm of the gradient.
         precision: ``float32``, or ``bfloat16`` for autocast (weights and optimizer stay float32).
         gradient_checkpointing: compute layers again in the backward pass instead of keeping their insides.
@@ -152,6 +155,7 @@ class Recipe:
     joint: Joint | None = None
     exit: Exit | None = None
     base_learning_rate: float = 0.0
+    muon_learning_rate: float = 0.0
     gate_learning_rate: float = 0.0
     gate_kind: str = "elementwise"
     gate_bias_init: float = -4.0
@@ -160,6 +164,7 @@ class Recipe:
     deep_steps: float = 0.0
     most_loops: int = 0
     leaving_steps: float = 0.0
+    wave_steps: float = 0.0
     warmup_steps: int = 0
     decay_steps: int = 0
     weight_decay: float = 0.0
@@ -326,6 +331,9 @@ def _broken_rules(recipe: Recipe) -> list[str]:
     for name in ("base_learning_rate", "gate_learning_rate"):
         rate = getattr(recipe, name)
         require(rate > 0 if recipe.trains_model else rate == 0, name, _rate_rule(recipe), rate)
+    muon = recipe.muon_learning_rate
+    rule = "at least 0, and 0 where only the exit gate is trained"
+    require(muon == 0 or (muon > 0 and recipe.trains_model), "muon_learning_rate", rule, muon)
     for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
         require(getattr(recipe, name) >= 0, name, "at least 0", getattr(recipe, name))
     for name, values in (
@@ -336,7 +344,7 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         require(getattr(recipe, name) in values, name, f"one of {', '.join(values)}", getattr(recipe, name))
     sizes = recipe.chunk_sizes
     require(bool(sizes) and min(sizes) >= 0, "chunk_sizes", "one or more numbers of at least 0", list(sizes))
-    for name in ("shallow_steps", "deep_steps", "leaving_steps"):
+    for name in ("shallow_steps", "deep_steps", "leaving_steps", "wave_steps"):
         require(0 <= getattr(recipe, name) <= 1, name, "in [0, 1]", getattr(recipe, name))
     depths = recipe.shallow_steps + recipe.deep_steps
     require(depths <= 1, "shallow_steps + deep_steps", "at most 1", depths)
@@ -344,6 +352,9 @@ def _broken_rules(recipe: Recipe) -> list[str]:
         held = recipe.distillation.steps > 0 or recipe.exit is not None
         rule = "left out where neither phase 2 nor the exit gate's is"
         require(held, "leaving_steps", rule, recipe.leaving_steps)
+    if recipe.wave_steps > 0:
+        held = recipe.distillation.steps > 0 and recipe.gate_kind != "mean"
+        require(held, "wave_steps", "left out without phase 2, and for the gate kind mean", recipe.wave_steps)
     if recipe.deep_steps > 0:
         rule = "given where deep_steps is above 0, above the model's loops"
         require(recipe.paired_steps > 0, "deep_steps", "left out where phases 1 and 2 are", recipe.deep_steps)

@@ -25,6 +25,7 @@ from melt_files.locks import lock
 from melt_models.checkpoint import load_checkpoint
 from melt_models.modeling import MeltCausalLM
 from melt_models.training.errors import TrainingError
+from melt_models.training.optimizer import Optimizer
 from melt_models.training.processes import Processes
 
 RUN_NAME, LOG_NAME, CHECKPOINTS_NAME, MODEL_NAME = "run.json", "log.jsonl", "checkpoints", "model"
@@ -94,7 +95,7 @@ class RunFolder:
         folders = (self.out / CHECKPOINTS_NAME).glob("step-*")
         return sorted((path for path in folders if _STEP.fullmatch(path.name)), key=_step_of)
 
-    def save(self, step: int, student: MeltCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, student: MeltCausalLM, optimizer: Optimizer) -> None:
         """Writes the state after ``step`` steps, then removes older ones.
 
         Raises:
@@ -115,7 +116,7 @@ class RunFolder:
         for path in (self.out / CHECKPOINTS_NAME).glob(f".step-*{_OLD}"):
             shutil.rmtree(path)
 
-    def restore(self, student: MeltCausalLM, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    def restore(self, student: MeltCausalLM, optimizer: Optimizer, device: torch.device) -> int:
         """Loads the newest checkpoint into both, cuts the log to it, and returns the number of steps done.
 
         Raises:

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from melt_layers import GateLinear
 from melt_models.modeling import MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.training.allocator import keep_freed_memory
 from melt_models.training.data import TokenData
 from melt_models.training.errors import TrainingError
 from melt_models.training.objective import Objective, Step
+from melt_models.training.optimizer import Optimizer, exit_gate_of, make_optimizer
 from melt_models.training.processes import Processes, joined
 from melt_models.training.recipe import Exit, Joint, Phase, Recipe
 from melt_models.training.saving import RunFolder
 from melt_models.training.student import load_pair, values_of
-
-_BETAS = (0.9, 0.95)
 
 
 def train(
@@ -118,40 +116,6 @@ def choose_device(device: str) -> torch.device:
     return place
 
 
-def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with rates of their own for the base, MELT's gates and the exit gate, of which it has those to be trained.
-
-    The exit gate's group is the last one, and each phase sets its rate. What has no gradient in a phase it leaves as it
-    is.
-    """
-    leaving = _exit_gate(student)
-    exit_gate = [(leaving, 0.0, 0.0)] if recipe.trains_exit_gate else []
-    if not recipe.trains_model:
-        return _adamw(exit_gate)
-    gates = [p for module in student.modules() if isinstance(module, GateLinear) for p in module.parameters()]
-    known = {id(parameter) for parameter in (*gates, *leaving)}
-    base = [p for p in student.parameters() if id(p) not in known]
-    groups = [
-        ([p for p in base if p.ndim > 1], recipe.base_learning_rate, recipe.weight_decay),
-        ([p for p in base if p.ndim == 1], recipe.base_learning_rate, 0.0),
-        (gates, recipe.gate_learning_rate, 0.0),
-        *exit_gate,
-    ]
-    return _adamw(groups)
-
-
-def _adamw(groups: list[tuple[list[nn.Parameter], float, float]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [{"params": p, "lr": rate, "full_rate": rate, "weight_decay": decay} for p, rate, decay in groups if p],
-        betas=_BETAS,
-    )
-
-
-def _exit_gate(student: MeltCausalLM) -> list[nn.Parameter]:
-    gate = student.model.early_exit_gate
-    return [] if gate is None else list(gate.parameters())
-
-
 def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
     """What is drawn at a step: it depends on nothing but recipe and step."""
     rng = random.Random(f"{recipe.seed}/{step}")
@@ -166,7 +130,16 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
         depth = loops
     if alpha is None and not isinstance(phase, Joint) and rng.random() < recipe.leaving_steps:
         leaving = rng.getrandbits(32)
-    return Step(phase, depth, chunk, alpha, leaving)
+    lag = None
+    if (
+        alpha is None
+        and leaving is None
+        and isinstance(phase, Phase)
+        and depth > 1
+        and rng.random() < recipe.wave_steps
+    ):
+        lag = rng.randrange(1, depth)
+    return Step(phase, depth, chunk, alpha, leaving, lag)
 
 
 class _Loop:
@@ -176,7 +149,7 @@ class _Loop:
         self,
         recipe: Recipe,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         data: TokenData,
         folder: RunFolder,
         device: torch.device,
@@ -194,10 +167,10 @@ class _Loop:
             return
         self._phase = phase
         self.student.requires_grad_(phase.trains_model)
-        for parameter in _exit_gate(self.student):
+        for parameter in exit_gate_of(self.student):
             parameter.requires_grad_(phase.trains_exit_gate)
         if not isinstance(phase, Phase):
-            self.optimizer.param_groups[-1]["full_rate"] = phase.learning_rate
+            self.optimizer.set_exit_rate(phase.learning_rate)
         self.objective = self.processes.wrap(self._alone)
 
     def run(self, steps: range) -> None:
@@ -236,13 +209,10 @@ class _Loop:
             )
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), recipe.gradient_clip).item()
         rate = recipe.rate_of(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["full_rate"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate)
         name = recipe.name_of(step)
         record = {"step": step + 1, "phase": name, **terms, "gradient_norm": norm, "rate": rate, "alpha": drawn.alpha}
-        return record | {"loops": drawn.loops, "chunk": drawn.chunk_size, "tokens": tokens}
+        return record | {"loops": drawn.loops, "chunk": drawn.chunk_size, "lag": drawn.lag, "tokens": tokens}
 
     def accumulate(self, step: int, drawn: Step) -> tuple[dict[str, float], int]:
         """Adds up one step's gradients; returns mean terms and the tokens of all processes."""
