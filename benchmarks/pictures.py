@@ -4,7 +4,7 @@
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
 ``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py``,
-``serving.py`` and ``answers.py``.
+``serving.py``, ``answers.py``, ``text.py`` and ``training_code.py``.
 """
 
 import json
@@ -170,6 +170,38 @@ def draw_serving(bundles: dict[str, dict[str, Any]], path: Path) -> None:
             panel.legend(loc="upper left")
 
 
+def draw_text(found: dict[str, Any], path: Path) -> None:
+    """Source code: perplexity by loops a token for fixed depths and both rules, and the drafts that hold by loop."""
+    with picture(path, "melt-code: what a loop is worth", 1, 2, width=10, height=4) as (_, axes):
+        curve, drafts = axes[0]
+        for rule in dict.fromkeys(point["rule"] for point in found["curve"]):
+            own = sorted((p["loops"], p["perplexity"]) for p in found["curve"] if p["rule"] == rule)
+            curve.plot(*zip(*own, strict=True), "o-", label="every token alike" if rule == "fixed" else f"auto, {rule}")
+        curve.set(title="leaving early", xlabel="loops a token", ylabel="perplexity of held-out code")
+        curve.legend()
+        for row in found["drafts"]:
+            style = {"color": "black", "linewidth": 2.5} if row["kind"] == "all" else {"alpha": 0.8}
+            held = [100 * share for share in row["held"]]
+            drafts.plot(range(1, len(held) + 1), held, "o-", label=row["kind"], **style)
+        drafts.set(title="drafts that hold, by kind of the next token", xlabel="loops that the draft took")
+        drafts.set(ylabel="%", xticks=range(1, len(held) + 1))
+        drafts.legend(loc="lower right", fontsize=8)
+
+
+def draw_code_runs(runs: list[dict[str, Any]], path: Path) -> None:
+    """Source code: perplexity by loops of the teacher, of kinds of gate and of recipes with a part left out."""
+    with picture(path, "Source code: perplexity of held-out text by loops, in chunks of 64", width=8, height=4.5) as (
+        figure,
+        axes,
+    ):
+        for place, run in enumerate(runs):
+            points = [(int(loops), value) for loops, value in run["perplexity"].items()]
+            style = {"color": "black", "linewidth": 2.5} if not place else {"color": f"C{place}"}
+            axes[0, 0].plot(*zip(*points, strict=True), "o-", label=run["title"], **style)
+        axes[0, 0].set(xlabel="loops", ylabel="perplexity", xticks=[loops for loops, _ in points])
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+
+
 def main() -> int:
     """Draws them all."""
     for name in ("bench-full", "bench-kv"):
@@ -179,6 +211,8 @@ def main() -> int:
     draw_waves(read("decoding-full.json")["rows"] + read("decoding.json")["rows"], DOCS / "decoding.png")
     draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
     draw_serving(read("serving.json")["bundles"], DOCS / "serving.png")
+    draw_text(read("text.json"), DOCS / "text.png")
+    draw_code_runs(read("training-code.json"), DOCS / "training-code.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

@@ -13,101 +13,39 @@ docs/training.md show; the tables are printed in Markdown, and OUT/results.json 
 import argparse
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-import transformers
+from rows import Row, by_title, cache_bytes, rows_of_kinds, run_row, run_rows
 from transformers import AutoTokenizer
 
 from melt_models import MeltCausalLM, load_checkpoint
 from melt_models.tiny.data import Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
-from melt_models.training import Phase, Recipe, read_recipe, train
+from melt_models.training import read_recipe
 from melt_models.training.recipe_files import recipe_path
-from melt_models.training.saving import read_log
 
-ROOT = Path(__file__).parent.parent
 RECIPE = recipe_path("melt-tiny-short")
 DEPTHS = (1, 2, 3, 4)
 CONTEXTS = 2048
 WHOLE = 384
-RESULT_NAME = "result.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: what it is called, and what it changes in the recipe."""
-
-    title: str
-    changes: dict[str, object] = field(default_factory=dict)
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"{self.title.replace(' ', '-')}-seed-{self.seed}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The recipe that it runs."""
-        return replace(base, seed=self.seed, **self.changes)
-
-
-def rows(base: Recipe) -> list[Row]:
-    """Every run of tables (a) and (b)."""
-    text = {"cross_entropy": 1.0}
-    kinds = [Row("MELT", {}, seed) for seed in range(3)]
-    kinds += [Row(kind, {"gate_kind": kind}, seed) for seed in range(3) for kind in ("last", "scalar")]
-    kinds += [Row(kind, {"gate_kind": kind}) for kind in ("ema", "mean")]
-    at_once = {"transition": Phase(0), "distillation": replace(base.distillation, steps=base.steps)}
-    alone = {"transition": Phase(base.transition.steps, **text), "distillation": Phase(base.distillation.steps, **text)}
-    return [
-        *kinds,
-        Row("without phase 1", at_once),
-        Row("without distillation", {**alone, "shallow_steps": 0.0}),
-        Row("without chunks", {"chunk_sizes": (0,)}),
-    ]
-
-
-def run_row(row: Row, args: argparse.Namespace) -> None:
-    """Trains and measures one row; in a process of its own."""
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    out = args.out / row.name
-    folder = train(row.recipe(read_recipe(RECIPE)), args.teacher, args.data, out, device="cpu")
-    log = read_log(out)
-    result = {**measure(load_checkpoint(folder), args.teacher), "minutes": log[-1]["seconds"] / 60, "steps": len(log)}
-    (out / RESULT_NAME).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(model: MeltCausalLM, tokenizer: Path) -> dict:
     """Exact match by loops and hops at the trained chunk, at four loops with whole sequences, and the cache's size."""
-    encoder, config = Encoder(AutoTokenizer.from_pretrained(tokenizer)), model.config
-    slots = config.total_ut_steps if config.cache_kind == "per_loop" else 1
-    row_bytes = 2 * config.num_key_value_heads * config.head_dim * 4
+    encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer))
     return {
         "accuracy": exact_match(model, encoder, CONTEXTS, 1, DEPTHS, 64),
         "whole": exact_match(model, encoder, CONTEXTS, 1, DEPTHS[-1:], WHOLE),
-        "cache_bytes": config.num_hidden_layers * slots * row_bytes,
+        "cache_bytes": cache_bytes(model),
     }
 
 
 def percent(result: dict, name: str = "accuracy") -> float:
     """Exact match over 1 to 4 hops at four loops."""
     return 100 * mean(result[name][str(DEPTHS[-1])].values())
-
-
-def by_title(results: dict[str, dict], wanted: list[Row]) -> dict[str, list[dict]]:
-    """The results of every seed of a title; the teacher first."""
-    groups: dict[str, list[dict]] = {"teacher": [results["teacher"]]}
-    for row in wanted:
-        groups.setdefault(row.title, []).append(results[row.name])
-    return groups
 
 
 def tables(results: dict[str, dict], wanted: list[Row]) -> str:
@@ -154,24 +92,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what benchmarks/pictures.py draws")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    wanted = rows(read_recipe(RECIPE))
+    base = read_recipe(RECIPE)
+    wanted = rows_of_kinds(base)
     if args.only:
-        run_row(next(row for row in wanted if row.name == args.only), args)
+        row = next(row for row in wanted if row.name == args.only)
+        run_row(row, base, args.teacher, args.data, args.out, lambda model: measure(model, args.teacher))
         return 0
-
-    def start(row: Row) -> int:
-        if (args.out / row.name / RESULT_NAME).is_file():
-            return 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / f"{row.name}.log").open("w") as log:
-            done = subprocess.run([sys.executable, *sys.argv, "--only", row.name], stdout=log, stderr=log)
-        print(f"{row.name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
-        return done.returncode
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        if any(pool.map(start, wanted)):
-            return 1
-    results = {row.name: json.loads((args.out / row.name / RESULT_NAME).read_text()) for row in wanted}
+    results = run_rows(wanted, args.out, args.jobs)
     results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher), args.teacher)))
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results, wanted))

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from melt_export.probe import Probe
 from melt_export.progress import bar
-from melt_runtime.bench.forced import run_plain, run_wave
+from melt_runtime.bench.forced import fill, run_plain, run_wave
 from melt_runtime.bundle.measured import WaveQuality
 from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.plan import Array
-from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 
 
@@ -59,24 +58,12 @@ def measure_waves(executor: Executor, probe: Probe, loops: int) -> dict[str, Wav
     plain: list[int] = []
     for passage in bar(probe.passages, "passage", "waves"):
         known, given = passage.ids[: passage.start - 1], passage.ids[passage.start - 1 :]
-        _fill(executor, known, loops)
+        fill(executor, known, loops)
         run_plain(executor, given[:-1], loops, lambda logits: plain.append(int(logits.argmax())))
         for lag, reading in readings.items():
             executor.slots[0].truncate(len(known))
             _read_wave(executor, given, loops, lag, reading)
     return {str(lag): reading.result(plain) for lag, reading in readings.items()}
-
-
-def _fill(executor: Executor, ids: list[int], loops: int) -> None:
-    """Makes ``ids`` what the cache holds, chunk after chunk."""
-    slot = executor.slots[0]
-    slot.begin(ids, kept=0)
-    while slot.length < len(ids):
-        span = slot.next_span(Depth.fixed(loops))
-        slot.flight = [span]
-        while not span.is_done:
-            executor.run([span])
-        slot.commit()
 
 
 def _read_wave(executor: Executor, given: list[int], loops: int, lag: int, reading: _Reading) -> None:

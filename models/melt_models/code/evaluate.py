@@ -3,7 +3,7 @@
     python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out
 
 Every depth reads the rows on its own, in the model's chunks, so that the cache holds states of that depth. Bits per
-byte do not depend on the tokenizer.
+byte do not depend on the tokenizer. ``--waves`` reads the last tokens of every row as waves instead, lag by lag.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from melt_models.errors import CheckpointError
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.training.errors import TrainingError
+from melt_models.training.forward import TrainingCache, forward_chunk
+from melt_models.training.objective import WAVE_TOKENS
+from melt_models.training.wave import forward_wave
 
 _ROWS_AT_ONCE = 16
 
@@ -39,6 +42,26 @@ class Measure:
     loss: float
     bits_per_byte: float
     right: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class WaveMeasure:
+    """Of waves of one lag whose drafts all hold, over the last tokens of every row.
+
+    Attributes:
+        loss: cross entropy after the last loop, nats a token.
+        agreement: share of tokens whose first choice is that of plain decoding, one token after another.
+        held: share of tokens whose first choice after ``lag`` loops is the last loop's: drafts that hold.
+    """
+
+    loss: float
+    agreement: float
+    held: float
 
     @property
     def perplexity(self) -> float:
@@ -68,6 +91,35 @@ def measure_depth(
     return Measure(loss / scored.numel(), loss / math.log(2) / int(token_bytes[scored].sum()), right / scored.numel())
 
 
+@torch.no_grad()
+def measure_waves(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int) -> dict[int, WaveMeasure]:
+    """Reads the last ``WAVE_TOKENS`` tokens of MELT's rows [n, L] as waves of every lag, the rest in chunks.
+
+    Returns:
+        By lag, from 1 to ``loops - 1``, which is plain decoding.
+    """
+    targets = rows[:, -WAVE_TOKENS:].flatten()
+    choices: dict[int, list[torch.Tensor]] = {}
+    found: dict[int, tuple[float, float]] = {}
+    for lag in range(1, loops):
+        by_loop = []
+        for part in rows.split(_ROWS_AT_ONCE):
+            known, read = part[:, : -WAVE_TOKENS - 1], part[:, -WAVE_TOKENS - 1 : -1]
+            cache = TrainingCache()
+            for chunk in known.split(chunk_size, dim=1):
+                forward_chunk(model.model, chunk, loops, cache)
+            states = forward_wave(model.model, read, loops, lag, cache).states
+            by_loop.append(model.lm_head(torch.stack([states[lag - 1], states[-1]])).flatten(1, 2))
+        early, last = torch.cat(by_loop, dim=1)
+        choices[lag] = [early.argmax(-1), last.argmax(-1)]
+        found[lag] = F.cross_entropy(last, targets).item(), (choices[lag][0] == choices[lag][1]).float().mean().item()
+    plain = choices[loops - 1][1]
+    return {
+        lag: WaveMeasure(loss, (choices[lag][1] == plain).float().mean().item(), held)
+        for lag, (loss, held) in found.items()
+    }
+
+
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Bytes of each token, [V] int64: byte-level BPE writes each as one character; special tokens have none."""
     special = set(tokenizer.all_special_ids)
@@ -75,22 +127,12 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return torch.tensor([0 if token in special else len(name) for token, name in enumerate(names)])
 
 
-def measure(folder: Path, data: Path, rows: int, depths: range, chunk_size: int | None = None) -> dict[int, Measure]:
-    """Every depth of a checkpoint.
-
-    Args:
-        folder: the checkpoint, with its tokenizer.
-        data: token data, as ``melt_models.code.write_data`` makes it.
-        rows: how many of it, evenly spread.
-        depths: numbers of loops.
-        chunk_size: tokens in parallel; default: the model's own.
+def read_rows(data: Path, rows: int) -> torch.Tensor:
+    """Token ids [rows, L] of token data, evenly spread.
 
     Raises:
-        CheckpointError: of the checkpoint.
-        TrainingError: the data have fewer rows.
+        TrainingError: no token data, or fewer rows.
     """
-    model = load_checkpoint(folder).float().eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     try:
         found = load_from_disk(str(data))
     except (OSError, ValueError) as error:
@@ -99,11 +141,17 @@ def measure(folder: Path, data: Path, rows: int, depths: range, chunk_size: int 
         ) from error
     if not 1 <= rows <= len(found):
         raise TrainingError(f"--rows must be in [1, {len(found)}], the rows of {data}, got {rows}")
-    chosen = torch.tensor([found[place * len(found) // rows]["input_ids"] for place in range(rows)])
+    return torch.tensor([found[place * len(found) // rows]["input_ids"] for place in range(rows)])
+
+
+def measure(
+    model: MeltCausalLM, tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, depths: range, chunk_size: int
+) -> dict[int, Measure]:
+    """Every depth of a model over rows [n, L]."""
     sizes, result = bytes_of_tokens(tokenizer), {}
     with Progress("evaluating", len(depths), "depth") as progress:
         for loops in depths:
-            result[loops] = measure_depth(model, chosen, sizes, loops, chunk_size or model.config.chunk_size)
+            result[loops] = measure_depth(model, rows, sizes, loops, chunk_size)
             progress.advance()
     return result
 
@@ -120,21 +168,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=200, help="of the data, evenly spread (default: %(default)s)")
     parser.add_argument("--most-loops", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--chunk-size", type=int, help="tokens in parallel (default: the model's own)")
+    parser.add_argument("--waves", action="store_true", help="read the last tokens of every row as waves, lag by lag")
     args = parser.parse_args(argv)
     try:
         for name in ("most_loops", "chunk_size"):
             value = getattr(args, name)
             if value is not None and value < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        depths = range(1, args.most_loops + 1)
-        found = measure(args.checkpoint, args.data, args.rows, depths, args.chunk_size)
+        model = load_checkpoint(args.checkpoint).float().eval()
+        rows, chunk_size = read_rows(args.data, args.rows), args.chunk_size or model.config.chunk_size
+        if args.waves:
+            print(wave_table(model, rows, args.most_loops, chunk_size))
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
+            print(depth_table(measure(model, tokenizer, rows, range(1, args.most_loops + 1), chunk_size)))
     except (CheckpointError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("| loops | perplexity | bits per byte | first choice right |\n|---|---|---|---|")
-    for loops, one in found.items():
-        print(f"| {loops} | {one.perplexity:.2f} | {one.bits_per_byte:.3f} | {one.right:.1%} |")
     return 0
+
+
+def depth_table(found: dict[int, Measure]) -> str:
+    """In Markdown."""
+    lines = ["| loops | perplexity | bits per byte | first choice right |", "|---|---|---|---|"]
+    lines += [f"| {n} | {one.perplexity:.2f} | {one.bits_per_byte:.3f} | {one.right:.1%} |" for n, one in found.items()]
+    return "\n".join(lines)
+
+
+def wave_table(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int) -> str:
+    """In Markdown.
+
+    Raises:
+        TrainingError: the model has no waves to measure, one loop, or rows that are too short.
+    """
+    if model.config.gate_kind in ("none", "mean"):
+        raise TrainingError(
+            f"--waves must be given with MELT of another gate kind than mean, got {model.config.gate_kind}: a LoopLM's "
+            "wave is plain decoding"
+        )
+    if loops < 2 or rows.shape[1] < WAVE_TOKENS + 2:
+        raise TrainingError(
+            f"--waves must be given at least 2 loops and rows of {WAVE_TOKENS + 2} tokens, got {loops} and "
+            f"{rows.shape[1]}"
+        )
+    lines = ["| lag | perplexity | choices as in plain decoding | drafts that hold |", "|---|---|---|---|"]
+    for lag, one in measure_waves(model, rows, loops, chunk_size).items():
+        lines.append(f"| {lag} | {one.perplexity:.2f} | {one.agreement:.1%} | {one.held:.1%} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

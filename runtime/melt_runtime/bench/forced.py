@@ -9,6 +9,18 @@ from melt_runtime.schedule.span import Span
 from melt_runtime.schedule.wave import Wave
 
 
+def fill(executor: Executor, ids: Sequence[int], loops: int) -> None:
+    """Makes ``ids`` what the first slot holds, chunk after chunk."""
+    slot = executor.slots[0]
+    slot.begin(list(ids), kept=0)
+    while slot.length < len(ids):
+        span = slot.next_span(Depth.fixed(loops))
+        slot.flight = [span]
+        while not span.is_done:
+            executor.run([span])
+        slot.commit()
+
+
 def run_plain(
     executor: Executor, ids: Sequence[int], loops: int, read: Callable[[Array], object], after_each_loop: bool = False
 ) -> int:

@@ -1,0 +1,128 @@
+"""The tables of MELT's training on source code: gate kinds, parts left out, perplexity by loops, waves.
+
+    make melt-code-teacher
+    python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model \\
+        --data build/melt-code-training/data --out build/code-tables --jobs 2 --json docs/data/training-code.json
+
+Every row is a run of the recipe ``melt-code-short`` with a few numbers changed, in a process of its own with one
+thread. A run that was stopped goes on, and a finished one is only read. ``--json`` writes what the picture of
+docs/training.md shows; the tables are printed in Markdown.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rows import Row, by_title, cache_bytes, rows_of_kinds, run_row, run_rows
+from transformers import PreTrainedTokenizerFast
+
+from melt_models import MeltCausalLM, load_checkpoint
+from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves, read_rows
+from melt_models.training import Recipe, read_recipe
+from melt_models.training.recipe_files import recipe_path
+
+RECIPE = recipe_path("melt-code-short")
+DEPTHS = (1, 2, 3, 4)
+ROWS, CHUNK = 128, 64
+
+
+def rows(base: Recipe) -> list[Row]:
+    """Every run; ``waves`` is MELT with half of the steps of phase 2 read as waves."""
+    return [*rows_of_kinds(base), *(Row("with waves", {"wave_steps": 0.5}, seed) for seed in range(3))]
+
+
+def measure(model: MeltCausalLM, teacher: Path, data: Path) -> dict[str, Any]:
+    """Losses by loops in chunks, at four loops with whole rows, in waves by lag, and the cache's size."""
+    sizes = bytes_of_tokens(PreTrainedTokenizerFast.from_pretrained(teacher))
+    held_out, model = read_rows(data / "held_out", ROWS), model.float().eval()
+    whole = held_out.shape[1]
+    waves = {}
+    if model.config.gate_kind not in ("none", "mean"):
+        waves = {lag: asdict(one) for lag, one in measure_waves(model, held_out, DEPTHS[-1], CHUNK).items()}
+    return {
+        "loops": {loops: asdict(measure_depth(model, held_out, sizes, loops, CHUNK)) for loops in DEPTHS},
+        "whole": asdict(measure_depth(model, held_out, sizes, DEPTHS[-1], whole)),
+        "waves": waves,
+        "cache_bytes": cache_bytes(model),
+    }
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and over several seeds the standard deviation."""
+    around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{around}"
+
+
+def tables(results: dict[str, dict[str, Any]], wanted: list[Row]) -> str:
+    """In Markdown."""
+    groups = by_title(results, wanted)
+    lines = ["| | seeds | perplexity, 1 loop | 2 | 3 | 4 | bits per byte, 4 loops | not in chunks | cache a token |"]
+    lines.append("|---" * 9 + "|")
+    for title, group in groups.items():
+        by_loops = [spread([math.exp(one["loops"][str(loops)]["loss"]) for one in group], 2) for loops in DEPTHS]
+        bits = spread([one["loops"]["4"]["bits_per_byte"] for one in group], 3)
+        whole = spread([math.exp(one["whole"]["loss"]) for one in group], 2)
+        cells = [title, str(len(group)), *by_loops, bits, whole, f"{group[0]['cache_bytes']:,} B"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| waves | perplexity, lag 1 | 2 | 3 | choices as in plain decoding, lag 1 | 2 | drafts that hold, lag 1 | 2 |",
+    ]
+    lines.append("|---" * 8 + "|")
+    for title, group in groups.items():
+        if all(one["waves"] for one in group):
+            losses = [spread([math.exp(one["waves"][lag]["loss"]) for one in group], 2) for lag in "123"]
+            shares = [
+                spread([100 * one["waves"][lag][name] for one in group], 1) + " %"
+                for name in ("agreement", "held")
+                for lag in "12"
+            ]
+            lines.append(f"| {' | '.join([title, *losses, *shares])} |")
+    return "\n".join(lines)
+
+
+def summary(results: dict[str, dict[str, Any]], wanted: list[Row]) -> list[dict[str, Any]]:
+    """What ``benchmarks/pictures.py`` draws: perplexity by loops of every title."""
+    return [
+        {
+            "title": title,
+            "seeds": len(group),
+            "perplexity": {n: mean(math.exp(one["loops"][str(n)]["loss"]) for one in group) for n in DEPTHS},
+        }
+        for title, group in by_title(results, wanted).items()
+    ]
+
+
+def main() -> int:
+    """Runs what is missing, then prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train and held_out")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write what benchmarks/pictures.py draws")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    base = read_recipe(RECIPE)
+    wanted = rows(base)
+    if args.only:
+        row = next(row for row in wanted if row.name == args.only)
+        data = args.data / "train"
+        run_row(row, base, args.teacher, data, args.out, lambda model: measure(model, args.teacher, args.data))
+        return 0
+    results = run_rows(wanted, args.out, args.jobs)
+    results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher), args.teacher, args.data)))
+    print(tables(results, wanted))
+    if args.json is not None:
+        args.json.write_text(json.dumps(summary(results, wanted), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What melt-code's evaluation says is what the model itself says: losses by loops, bytes, waves."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_model, save_checkpoint
+from datasets import Dataset, disable_progress_bars
+from tolerances import TORCH, assert_close
+
+from melt_models.code import evaluate
+from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves
+from melt_models.code.tokenizer import train_tokenizer
+from melt_models.training.objective import WAVE_TOKENS
+
+TEXT = "def head(path):\n    with open(path) as stream:\n        return stream.readline()  # naïve — one line\n" * 8
+LENGTH, CHUNK, LOOPS = WAVE_TOKENS + 12, 8, 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    disable_progress_bars()
+    return train_tokenizer([TEXT])
+
+
+@pytest.fixture(scope="module")
+def melt(tokenizer):
+    return random_model(vocab_size=len(tokenizer), total_ut_steps=LOOPS, chunk_size=CHUNK, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    return torch.tensor([ids[start : start + LENGTH] for start in (0, 7, 19)])
+
+
+@torch.no_grad()
+def test_losses_by_loops_are_the_models_own(melt, tokenizer, rows):
+    sizes = bytes_of_tokens(tokenizer)
+    for loops in (1, LOOPS):
+        found = measure_depth(melt, rows, sizes, loops, CHUNK)
+        out = melt(rows, labels=rows, loops=loops, chunk_size=CHUNK)
+        assert_close(torch.tensor(found.loss), out.loss, TORCH)
+        assert found.perplexity == math.exp(found.loss)
+        right = (out.logits[:, :-1].argmax(-1) == rows[:, 1:]).float().mean()
+        assert_close(torch.tensor(found.right), right, TORCH)
+        scored = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in rows)
+        bits = out.loss * rows[:, 1:].numel() / math.log(2) / scored
+        assert_close(torch.tensor(found.bits_per_byte), bits, TORCH)
+
+
+def test_special_tokens_have_no_bytes_and_the_others_those_of_their_text(tokenizer):
+    sizes = bytes_of_tokens(tokenizer)
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert sizes[ids].sum() == len(TEXT.encode())
+    assert sizes[tokenizer.all_special_ids].tolist() == [0, 0]
+
+
+@torch.no_grad()
+def test_the_longest_lag_is_one_token_after_another(melt, rows):
+    found = measure_waves(melt, rows, LOOPS, CHUNK)
+    known = rows[:, : -WAVE_TOKENS - 1]
+    out = melt(known, loops=LOOPS, chunk_size=CHUNK)
+    out = melt(rows[:, -WAVE_TOKENS - 1 : -1], past_key_values=out.cache, loops=LOOPS, chunk_size=1)
+    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, -WAVE_TOKENS:].flatten())
+    assert list(found) == [1, 2, 3]
+    assert_close(torch.tensor(found[3].loss), loss, TORCH)
+    assert found[3].agreement == 1.0
+    assert all(0 <= one.held <= 1 and one.loss > 0 for one in found.values())
+    assert found[1].loss != found[3].loss
+
+
+@pytest.fixture(scope="module")
+def folders(melt, tokenizer, rows, tmp_path_factory):
+    root = tmp_path_factory.mktemp("code")
+    Dataset.from_dict({"input_ids": rows.tolist()}).save_to_disk(str(root / "data"))
+    Dataset.from_dict({"input_ids": rows[:, :20].tolist()}).save_to_disk(str(root / "short"))
+    for name, kind in (("melt", "elementwise"), ("looplm", "none")):
+        model = melt if kind != "none" else random_model(vocab_size=len(tokenizer), gate_kind=kind)
+        tokenizer.save_pretrained(save_checkpoint(model, root / name))
+    return root
+
+
+def test_the_command_prints_a_table_of_depths_and_one_of_waves(folders, capsys):
+    arguments = [str(folders / "melt"), "--data", str(folders / "data"), "--rows", "2"]
+    assert evaluate.main([*arguments, "--most-loops", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["loops", "---", "1", "2", "3"]
+    assert evaluate.main([*arguments, "--waves"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["lag", "---", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (
+            "melt",
+            ["--data", "short", "--waves"],
+            "at least 2 loops and rows of 66 tokens, got 4 and 20",
+        ),
+        ("melt", ["--data", "data", "--waves", "--most-loops", "1"], "got 1 and 76"),
+        ("looplm", ["--data", "data", "--waves"], "got none: a LoopLM's wave is plain decoding"),
+        ("melt", ["--data", "data", "--rows", "4"], r"--rows must be in [1, 3], the rows of"),
+        ("melt", ["--data", "melt"], "is not token data"),
+        ("melt", ["--data", "data", "--most-loops", "0"], "--most-loops must be at least 1, got 0"),
+        ("data", ["--data", "data"], "error: "),
+    ],
+)
+def test_bad_input_is_refused_by_name(folders, capsys, model, arguments, message):
+    arguments[1] = str(folders / arguments[1])
+    rows = [] if "--rows" in arguments else ["--rows", "2"]
+    assert evaluate.main([str(folders / model), *arguments, *rows]) == 1
+    assert message in capsys.readouterr().err
