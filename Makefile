@@ -140,10 +140,12 @@ melt-code-teacher: $(VENV)/ready
 	$(BIN)/melt-train melt-code-teacher --student $(CODE)/data/start --data $(CODE)/data/train \
 		--out $(CODE)/teacher --device cpu --plot
 
-## melt-code: train melt-code from its LoopLM; stopped, the same command goes on
+## melt-code: train melt-code from its LoopLM, then on waves and its exit gate; stopped, the same command goes on
 melt-code: melt-code-teacher
 	$(BIN)/melt-train melt-code --teacher $(CODE)/teacher/model --data $(CODE)/data/train \
 		--out $(CODE)/run --device cpu --plot
+	$(BIN)/melt-train melt-code-waves --teacher $(CODE)/teacher/model --student $(CODE)/run/model \
+		--data $(CODE)/data/train --out $(CODE)/waves --device cpu --plot
 
 ## train-smoke: every step of a training: teacher, data, all phases, in about a minute; it trains nothing of use
 SMOKE := build/train-smoke

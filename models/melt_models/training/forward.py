@@ -57,6 +57,17 @@ class ChunkPass:
     attended: list[Tensor]
 
 
+def joined(passes: list[ChunkPass]) -> ChunkPass:
+    """Consecutive chunks as one."""
+    if len(passes) == 1:
+        return passes[0]
+    states, attended = zip(*((one.states, one.attended) for one in passes), strict=True)
+    return ChunkPass(
+        [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)],
+        [torch.cat(parts, dim=1) for parts in zip(*attended, strict=True)],
+    )
+
+
 def forward_chunk(
     backbone: MeltBackbone,
     input_ids: Tensor,

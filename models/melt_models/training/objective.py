@@ -11,13 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from melt_models.modeling import MeltCausalLM
 from melt_models.training.exit_gate import continue_targets, expected_loops, gate_loss, joint_terms
-from melt_models.training.forward import ChunkPass, Pieces, TrainingCache, compiled, forward_chunk
+from melt_models.training.forward import ChunkPass, Pieces, TrainingCache, compiled, forward_chunk, joined
 from melt_models.training.recipe import Exit, Joint, Phase
 from melt_models.training.wave import forward_wave
 
 IGNORED = -100
 WAVE_TOKENS = 64
 """Of a sequence, its last ones, that are read as a wave, or the second half of a shorter one."""
+_TOKENS_AT_ONCE = 512
+"""Of a batch, whose logits are compared together; a larger chunk's are by themselves."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,20 @@ class Objective(nn.Module):
         cache = _new_cache(batch, step)
         waved = 0 if step.lag is None else min(WAVE_TOKENS, length // 2)
         ends = [*range(chunk_size, length - waved, chunk_size), length - waved, *([length] if waved else [])]
+        held: list[ChunkPass] = []  # small chunks share the terms' products, which read the head's weights
+        begin = 0
         for start, end in pairwise([0, *ends]):
-            part, backbone = slice(start, end), self.student.model
-            ids = batch.input_ids[:, part]
+            backbone, ids = self.student.model, batch.input_ids[:, start:end]
             if step.lag is not None and end == length:
-                got = forward_wave(backbone, ids, step.loops, step.lag, cache, self._pieces)
+                held.append(forward_wave(backbone, ids, step.loops, step.lag, cache, self._pieces))
             else:
-                got = forward_chunk(backbone, ids, step.loops, cache, step.alpha, self.recompute, self._pieces)
-            for name, value in self._terms(got, wanted, batch, part, phase).items():
+                args = (step.loops, cache, step.alpha, self.recompute, self._pieces)
+                held.append(forward_chunk(backbone, ids, *args))
+            if end < length and len(ids) * (end + chunk_size - begin) <= _TOKENS_AT_ONCE:
+                continue
+            for name, value in self._terms(joined(held), wanted, batch, slice(begin, end), phase).items():
                 sums[name] = sums[name] + value if name in sums else value
+            held, begin = [], end
         tokens, counted = batch.real.sum(), (batch.targets != IGNORED).sum().clamp(min=1)
         loops = step.loops if self.every_loop else 1
         outputs = step.loops * len(self.student.model.layers)
