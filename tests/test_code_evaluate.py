@@ -8,7 +8,8 @@ from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars
 from tolerances import TORCH, assert_close
 
-from melt_models.code import evaluate
+from melt_models import load_checkpoint
+from melt_models.code import evaluate, ship
 from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves
 from melt_models.code.tokenizer import train_tokenizer
 from melt_models.training.objective import WAVE_TOKENS
@@ -112,3 +113,19 @@ def test_bad_input_is_refused_by_name(folders, capsys, model, arguments, message
     rows = [] if "--rows" in arguments else ["--rows", "2"]
     assert evaluate.main([str(folders / model), *arguments, *rows]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_ships_is_the_model_in_bfloat16_with_its_sources(folders, melt, tmp_path, capsys):
+    (tmp_path / "sources.json").write_text("{}")
+    arguments = [str(folders / "melt"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert ship.main(arguments) == 0
+    shipped = load_checkpoint(tmp_path / "out")
+    assert shipped.dtype == torch.bfloat16
+    for name, weight in shipped.state_dict().items():
+        assert torch.equal(weight, melt.state_dict()[name].bfloat16())
+    assert (tmp_path / "out" / "sources.json").read_text() == "{}"
+    assert ship.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
+    assert ship.main([*arguments[:2], str(folders / "data"), "--out", str(tmp_path / "other")]) == 1
+    assert "--data must have sources.json" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

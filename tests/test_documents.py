@@ -61,6 +61,13 @@ NOT_RUN = {
     "make melt-tiny": _MAKE,
     "make melt-code": _MAKE,
     "make melt-code-teacher": _MAKE,
+    "make demo-code": _MAKE,
+    "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out": _MINUTES,
+    "python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model "
+    "--data build/melt-code-training/data --out build/code-tables --jobs 2 "
+    "--json docs/data/training-code.json": _TRAINS,
+    "python benchmarks/text.py build/melt-code-float32 build/melt-code-int8 build/melt-code-int4 "
+    "--data build/melt-code-training/data --json docs/data/text.json": _MINUTES,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/melt": _TRAINS,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/melt --plot": _TRAINS,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/run": _TRAINS,
