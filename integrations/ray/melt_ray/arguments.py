@@ -57,7 +57,7 @@ class ReplicaArgs(BaseModel):
     def _check_key(self) -> Self:
         if (self.api_key_file is not None) == self.no_key:
             raise ValueError(
-                "api_key_file must be given, or no_key: true to let everybody ask who can reach the port; one of the two"
+                "api_key_file must be given, or no_key: true lets everybody ask who can reach the port: one of the two"
             )
         return self
 
@@ -119,7 +119,9 @@ class ServeArgs(ReplicaArgs):
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"max_replicas must be at least min_replicas ({self.min_replicas}), got {self.max_replicas}")
+            raise ValueError(
+                f"max_replicas must be at least min_replicas ({self.min_replicas}), got {self.max_replicas}"
+            )
         return self
 
     @property

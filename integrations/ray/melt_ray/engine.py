@@ -24,7 +24,7 @@ class Engine:
     Ray waits for the requests under way before it ends a replica (``drain_seconds``), then calls ``__del__``.
     """
 
-    async def __init__(self, args: ReplicaArgs, expected: BundleIdentity):
+    async def __init__(self, args: ReplicaArgs, expected: BundleIdentity):  # type: ignore[misc]  # Ray awaits it
         """Loads the model.
 
         Raises:

@@ -19,20 +19,20 @@ _SESSION_PATH = re.compile(r"/v1/sessions/([^/]+)(?:/restore)?")
 def conversation_key(path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:
     """A short name for the conversation of a request; empty where it belongs to none.
 
-    The first of these that a request has: the header ``x-session-id``; in its body ``messages``, of which the messages
-    up to the first one by the user count, or a ``prompt``, of which the beginning counts; the name of a session in its
-    path.
+    The first of these that a request has: the header ``x-session-id``; below ``/v1``, in its body, ``messages``, of
+    which those up to the first one by the user count, or a ``prompt``, of which the beginning counts; the name of a
+    session in its path.
 
     Args:
         path: of the URL.
         headers: names in lower case.
         body: JSON, or anything else, which has no key.
     """
-    if not path.startswith("/v1/"):
-        return ""
     named = next((value for name, value in headers if name == SESSION_HEADER), b"")
     if named:
         return _digest(["session", named.decode("latin-1")])
+    if not path.startswith("/v1/"):
+        return ""
     root = _root(body)
     if root is not None:
         return _digest(root)
