@@ -89,6 +89,7 @@ class ServeArgs(ReplicaArgs):
         fingerprint: of the bundle, where the node that builds the application has none; ``melt-ray fingerprint`` prints
             it.
         gpus: of a replica.
+        resources: of a replica, by the names that the cluster's nodes have for them: which nodes may run it.
         most_waiting: requests that may wait before the replicas.
         drain_seconds: for answers under way where a replica is to end.
         router: ``conversation`` sends its turns to one replica, ``load`` each to the less busy of two.
@@ -100,10 +101,12 @@ class ServeArgs(ReplicaArgs):
         health_seconds: between two questions whether a replica is well.
         ingress_replicas: processes that take requests; they only pass them on.
         ingress_cpus: of each.
+        ingress_resources: of each, as above; best on nodes that stay.
     """
 
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, float] = {}
     most_waiting: Annotated[int, Field(ge=1)] = 1024
     drain_seconds: Seconds = 300.0
     router: Literal["conversation", "load"] = "conversation"
@@ -115,6 +118,7 @@ class ServeArgs(ReplicaArgs):
     health_seconds: Seconds = 10.0
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     ingress_cpus: Annotated[float, Field(ge=0)] = 1.0
+    ingress_resources: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:

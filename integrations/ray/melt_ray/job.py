@@ -18,7 +18,7 @@ from melt_ray.parts import begin_run, part_path
 from melt_ray.rows import RowRange, SourceFile, count_rows, files_of
 from melt_ray.settings import BatchSettings
 from melt_ray.worker import Tally, Worker
-from melt_runtime.errors import BusyError, MeltError
+from melt_runtime import BusyError, MeltError, plan_state, read_manifest
 
 _MOST_BLOCKS = 10_000
 _LOCK = ".lock"
@@ -80,7 +80,8 @@ def batch(
         progress: called with the rows that are done, all of them, and the speed.
 
     Raises:
-        ValueError: files that cannot be read or have no such column; an ``out`` of another run. Nothing was done.
+        ValueError: files that cannot be read or have no such column; sizes that the bundle cannot have; an ``out`` of
+            another run. Nothing was done.
         BundleError: no bundle here.
         BusyError: another process is at work in ``out``.
         MeltError: a task failed, and why; what is written stays, the same call goes on.
@@ -90,6 +91,9 @@ def batch(
     sources = [source] if isinstance(source, str | Path) else list(source)
     paths, folder = files_of(sources), Path(out).resolve()
     expected = BundleIdentity.of(Path(bundle).resolve())
+    plan_state(
+        read_manifest(expected.path), settings.capacity, settings.slots, None, settings.most_loops, settings.kv_cache
+    )
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     files = _count(paths, settings)
@@ -146,6 +150,11 @@ def _answer(
     try:
         for row in _tasks(left, expected, out, settings, worker).iter_rows() if left else ():
             tally = Tally(**row)
+            if tally.fault:
+                raise MeltError(
+                    f"the batch stopped after {before + now} of {total} rows, the same call goes on; on {tally.node}: "
+                    f"{tally.fault}"
+                )
             if not Path(tally.part).is_file():
                 raise MeltError(
                     f"out must be on a disk that all nodes share: {tally.node} wrote {tally.part}, which is not here"
@@ -155,7 +164,9 @@ def _answer(
             if progress is not None:
                 progress(before + now, total, f"{summary().rate:.0f} tokens/s")
     except RayError as error:
-        raise MeltError(f"the batch stopped after {before + now} of {total} rows: {_reason(error)}") from error
+        raise MeltError(
+            f"Ray stopped the batch after {before + now} of {total} rows, the same call goes on: {error}"
+        ) from error
     return summary()
 
 
@@ -187,12 +198,3 @@ def _locked(out: Path) -> Iterator[None]:
         if lock(file.fileno(), wait=False) is False:
             raise BusyError(f"another process is at work in {out}: wait for it, end it, or name another folder")
         yield
-
-
-def _reason(error: BaseException) -> str:
-    """What was said where it happened: Ray wraps it, and adds the frames of every process."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    if isinstance(cause, BaseException):
-        return _reason(cause)
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

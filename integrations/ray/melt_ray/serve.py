@@ -27,7 +27,7 @@ def build(args: ServeArgs) -> Application:
         name="engine",
         max_ongoing_requests=args.requests_of_replica,
         max_queued_requests=args.most_waiting,
-        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus, "resources": args.resources},
         autoscaling_config=AutoscalingConfig(
             min_replicas=args.min_replicas,
             max_replicas=args.max_replicas,
@@ -45,7 +45,7 @@ def build(args: ServeArgs) -> Application:
         name="ingress",
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=args.most_waiting + args.max_replicas * args.requests_of_replica,
-        ray_actor_options={"num_cpus": args.ingress_cpus},
+        ray_actor_options={"num_cpus": args.ingress_cpus, "resources": args.ingress_resources},
         graceful_shutdown_timeout_s=args.drain_seconds + _LAST_SECONDS,
     )
     expected = BundleIdentity(str(args.bundle), args.fingerprint or _fingerprint_here(args))

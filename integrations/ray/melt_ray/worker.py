@@ -9,7 +9,7 @@ from melt_ray.bundles import BundleIdentity, node_name
 from melt_ray.parts import part_path, read_part, write_part
 from melt_ray.rows import RowRange, read_rows
 from melt_ray.settings import BatchSettings
-from melt_runtime import BatchError, GenerationConfig, GenerationResult, MeltModel
+from melt_runtime import BatchError, GenerationConfig, GenerationResult, MeltError, MeltModel
 from melt_runtime.arguments import is_whole, shown
 from melt_runtime.cli.json_lines import one_line
 from melt_runtime.errors import TokenError
@@ -28,30 +28,53 @@ class Tally:
         tokens: of answers.
         prompt_tokens: of prompts.
         passes: runs of the loop graph, each counted for every answer that it belonged to.
+        fault: why nothing came of it, where that is so; Ray would wrap an exception in its own.
     """
 
     part: str
     node: str
-    rows: int
-    errors: int
-    tokens: int
-    prompt_tokens: int
-    passes: int
+    rows: int = 0
+    errors: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    passes: int = 0
+    fault: str = ""
 
 
 class Worker:
     """Answers ranges, and writes each when it is done."""
 
     def __init__(self, expected: BundleIdentity, out: str, settings: BatchSettings):
-        """Loads the model.
+        """Loads the model; where that fails, every range is told why."""
+        self._out, self._settings, self._node = Path(out), settings, node_name()
+        self._fault = ""
+        try:
+            self._model, self._config = self._load(expected), GenerationConfig(**settings.generation)
+        except (MeltError, ValueError, OSError) as error:
+            self._fault = str(error)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers a range, unless it is written: a task whose actor was lost after writing is run again."""
+        rows = RowRange(**row)
+        path = part_path(self._out, rows, self._settings.format)
+        if self._fault:
+            return vars(Tally(str(path), self._node, fault=self._fault))
+        try:
+            if not path.is_file():
+                self._write(path, list(self._answers(rows)))
+            return vars(self._tally(path))
+        except (MeltError, ValueError, OSError) as error:
+            return vars(Tally(str(path), self._node, fault=str(error)))
+
+    def _load(self, expected: BundleIdentity) -> MeltModel:
+        """The model.
 
         Raises:
-            BundleError, MeltError: this node has not what the driver's has; or the bundle cannot be loaded.
+            MeltError, ValueError, OSError: this node has not what the driver's has; or the bundle cannot be loaded.
         """
         expected.require_here()
-        self._out, self._settings, self._node = Path(out), settings, node_name()
-        self._config = GenerationConfig(**settings.generation)
-        self._model = MeltModel.load(
+        settings = self._settings
+        return MeltModel.load(
             expected.path,
             device=settings.device,
             capacity=settings.capacity,
@@ -60,19 +83,6 @@ class Worker:
             kv_cache=settings.kv_cache,
             slots=settings.slots,
         )
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers a range, unless it is written: a task whose actor was lost after writing is run again.
-
-        Raises:
-            ValueError: the file cannot be read any more.
-            MeltError, OSError: the runtime gave up, or the part cannot be written.
-        """
-        rows = RowRange(**row)
-        path = part_path(self._out, rows, self._settings.format)
-        if not path.is_file():
-            self._write(path, list(self._answers(rows)))
-        return vars(self._tally(path))
 
     def _write(self, path: Path, answers: list[dict[str, Any]]) -> None:
         write_part(path, answers)

@@ -3,6 +3,8 @@
 import http.client
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -45,24 +47,36 @@ class Told:
         return bool(self.error) and bool(self.error["message"]) and (self.status >= 500 or len(errors) == 1)
 
 
-def ask(port: int, path: str, body: dict | None = None, headers: dict | None = None, method: str | None = None) -> Told:
-    """One request to its end."""
+@contextmanager
+def asked(port: int, path: str, body: dict | None, headers: dict | None = None) -> Iterator[http.client.HTTPResponse]:
+    """The beginning of an answer; the connection is closed at the end."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         data = None if body is None else json.dumps(body)
-        connection.request(method or ("GET" if body is None else "POST"), path, data, {**JSON, **(headers or {})})
-        response = connection.getresponse()
-        told = Told(response.status, response.getheader("x-melt-replica"))
-        if "event-stream" in response.getheader("content-type", ""):
-            for line in response:
-                if line.startswith(b"data: "):
-                    text = line[6:].strip()
-                    told.events.append(None if text == b"[DONE]" else json.loads(text))
-        else:
-            told.body = json.loads(response.read() or b"{}")
-        return told
+        connection.request("GET" if body is None else "POST", path, data, {**JSON, **(headers or {})})
+        with connection.getresponse() as response:
+            yield response
     finally:
         connection.close()
+
+
+def read(response: http.client.HTTPResponse) -> Told:
+    """The rest of an answer."""
+    told = Told(response.status, response.getheader("x-melt-replica"))
+    if "event-stream" in response.getheader("content-type", ""):
+        for line in response:
+            if line.startswith(b"data: "):
+                text = line[6:].strip()
+                told.events.append(None if text == b"[DONE]" else json.loads(text))
+    else:
+        told.body = json.loads(response.read() or b"{}")
+    return told
+
+
+def ask(port: int, path: str, body: dict | None = None, headers: dict | None = None) -> Told:
+    """One request to its end."""
+    with asked(port, path, body, headers) as response:
+        return read(response)
 
 
 def long_stream(number: int, tokens: int = 300) -> dict:
