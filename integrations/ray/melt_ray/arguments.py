@@ -11,8 +11,11 @@ _DAY = 86400.0
 Seconds = Annotated[float, Field(gt=0, le=_DAY)]
 
 
-class ReplicaArgs(BaseModel):
-    """What a replica is told; the defaults are those of ``melt serve``. Where any of it changes, replicas are replaced.
+class ServeArgs(BaseModel):
+    """Everything but the bundle and who may ask has a default; those of a replica are those of ``melt serve``.
+
+    Where any of it changes in a file, ``serve deploy`` replaces the replicas, one after another; how many there are is
+    better said in the file's ``deployments``, where a change replaces none.
 
     Attributes:
         bundle: folder written by ``melt-export``, by the same path on every node.
@@ -32,6 +35,22 @@ class ReplicaArgs(BaseModel):
         most_loops: deepest that a request may ask for, of a LoopLM.
         most_bytes: of a body.
         answer_seconds: that an answer may take.
+        fingerprint: of the bundle, where the node that builds the application has none; ``melt-ray fingerprint`` prints
+            it.
+        gpus: of a replica.
+        resources: of a replica, by the names that the cluster's nodes have for them: which nodes may run it.
+        most_waiting: requests that may wait before the replicas.
+        drain_seconds: for answers under way where a replica is to end.
+        router: ``conversation`` sends its turns to one replica, ``load`` each to the less busy of two.
+        min_replicas: that there always are.
+        max_replicas: that there may be.
+        target_requests: of a replica, at which Ray adds or removes some; default: its slots.
+        upscale_seconds: that more requests must last before a replica is added.
+        downscale_seconds: that fewer must last before one is removed.
+        health_seconds: between two questions whether a replica is well.
+        ingress_replicas: processes that take requests; they only pass them on.
+        ingress_cpus: of each.
+        ingress_resources: of each, as above; best on nodes that stay.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,13 +71,31 @@ class ReplicaArgs(BaseModel):
     most_loops: Annotated[int, Field(ge=1)] | None = None
     most_bytes: Annotated[int, Field(ge=1)] = 4 << 20
     answer_seconds: Seconds = 3600.0
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, float] = {}
+    most_waiting: Annotated[int, Field(ge=1)] = 1024
+    drain_seconds: Seconds = 300.0
+    router: Literal["conversation", "load"] = "conversation"
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_requests: Annotated[float, Field(gt=0)] | None = None
+    upscale_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 10.0
+    downscale_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 300.0
+    health_seconds: Seconds = 10.0
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    ingress_cpus: Annotated[float, Field(ge=0)] = 1.0
+    ingress_resources: dict[str, float] = {}
 
     @model_validator(mode="after")
-    def _check_key(self) -> Self:
+    def _check(self) -> Self:
         if (self.api_key_file is not None) == self.no_key:
             raise ValueError(
                 "api_key_file must be given, or no_key: true lets everybody ask who can reach the port: one of the two"
             )
+        if self.min_replicas > self.max_replicas:
+            least = self.min_replicas
+            raise ValueError(f"max_replicas must be at least min_replicas ({least}), got {self.max_replicas}")
         return self
 
     @property
@@ -80,55 +117,3 @@ class ReplicaArgs(BaseModel):
     def requests_of_replica(self) -> int:
         """Requests that a replica takes at once, running and waiting."""
         return self.slots + self.queue_of_replica
-
-
-class ServeArgs(ReplicaArgs):
-    """What a deployment is told. What is not a replica's can change while it answers.
-
-    Attributes:
-        fingerprint: of the bundle, where the node that builds the application has none; ``melt-ray fingerprint`` prints
-            it.
-        gpus: of a replica.
-        resources: of a replica, by the names that the cluster's nodes have for them: which nodes may run it.
-        most_waiting: requests that may wait before the replicas.
-        drain_seconds: for answers under way where a replica is to end.
-        router: ``conversation`` sends its turns to one replica, ``load`` each to the less busy of two.
-        min_replicas: that there always are.
-        max_replicas: that there may be.
-        target_requests: of a replica, at which Ray adds or removes some; default: its slots.
-        upscale_seconds: that more requests must last before a replica is added.
-        downscale_seconds: that fewer must last before one is removed.
-        health_seconds: between two questions whether a replica is well.
-        ingress_replicas: processes that take requests; they only pass them on.
-        ingress_cpus: of each.
-        ingress_resources: of each, as above; best on nodes that stay.
-    """
-
-    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    resources: dict[str, float] = {}
-    most_waiting: Annotated[int, Field(ge=1)] = 1024
-    drain_seconds: Seconds = 300.0
-    router: Literal["conversation", "load"] = "conversation"
-    min_replicas: Annotated[int, Field(ge=1)] = 1
-    max_replicas: Annotated[int, Field(ge=1)] = 1
-    target_requests: Annotated[float, Field(gt=0)] | None = None
-    upscale_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 10.0
-    downscale_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 300.0
-    health_seconds: Seconds = 10.0
-    ingress_replicas: Annotated[int, Field(ge=1)] = 1
-    ingress_cpus: Annotated[float, Field(ge=0)] = 1.0
-    ingress_resources: dict[str, float] = {}
-
-    @model_validator(mode="after")
-    def _check_replicas(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"max_replicas must be at least min_replicas ({self.min_replicas}), got {self.max_replicas}"
-            )
-        return self
-
-    @property
-    def of_replica(self) -> ReplicaArgs:
-        """The part that replicas see."""
-        return ReplicaArgs(**self.model_dump(include=set(ReplicaArgs.model_fields)))

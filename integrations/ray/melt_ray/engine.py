@@ -7,7 +7,7 @@ from ray import serve
 from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 
-from melt_ray.arguments import ReplicaArgs
+from melt_ray.arguments import ServeArgs
 from melt_ray.bundles import BundleIdentity, node_name
 from melt_ray.exchange import Head, HttpRequest, exchange
 from melt_runtime import MeltModel
@@ -24,7 +24,7 @@ class Engine:
     Ray waits for the requests under way before it ends a replica (``drain_seconds``), then calls ``__del__``.
     """
 
-    async def __init__(self, args: ReplicaArgs, expected: BundleIdentity):  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, args: ServeArgs, expected: BundleIdentity):  # type: ignore[misc]  # Ray awaits it
         """Loads the model.
 
         Raises:

@@ -50,7 +50,7 @@ def build(args: ServeArgs) -> Application:
     )
     expected = BundleIdentity(str(args.bundle), args.fingerprint or _fingerprint_here(args))
     return ingress.bind(
-        engine.bind(args.of_replica, expected), args.most_bytes, args.answer_seconds, args.router == "conversation"
+        engine.bind(args, expected), args.most_bytes, args.answer_seconds, args.router == "conversation"
     )
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from melt_ray.arguments import ReplicaArgs, ServeArgs
+from melt_ray.arguments import ServeArgs
 from melt_ray.keys import PREFIX_CHARACTERS, conversation_key
 from melt_ray.router import rank
 
@@ -109,14 +109,6 @@ def test_arguments_are_refused_by_name():
     ):
         with pytest.raises(ValidationError, match=message):
             ServeArgs(**values)
-
-
-def test_what_is_no_replicas_business_leaves_replicas_as_they_are():
-    one = ServeArgs(bundle="b", no_key=True)
-    two = ServeArgs(bundle="b", no_key=True, max_replicas=2, drain_seconds=1)
-    assert type(one.of_replica) is ReplicaArgs
-    assert one.of_replica == two.of_replica
-    assert one.requests_of_replica == 16
 
 
 def test_serving_needs_no_ray_data():

@@ -10,6 +10,8 @@ import pytest
 import ray
 from conftest import STORE
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from serving import CHATS, TEXTS, Told, ask, asked, long_stream, read, wait_until
 
 from melt_ray.bundles import BundleIdentity
@@ -23,17 +25,24 @@ STORY = " ".join(f"{a} reports to {b}." for a, b in zip("ABCDEFGHIJKLMNOPQRSTU",
 
 @pytest.fixture(scope="module")
 def deploy(cluster, bundle) -> Iterator[Callable[..., int]]:
-    """Deploys with other arguments; gives the port."""
+    """Deploys so many replicas, as ``serve deploy`` does with a file, waits until they run, and gives the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    args = {"bundle": str(bundle), "no_key": True, "device": "cpu", "slots": 4, "health_seconds": 1}
+    args |= {"ingress_resources": {"head": 0.1}, "resources": {"replica": 1}, "drain_seconds": 60}
 
-    def run(**changes) -> int:
-        args = {"bundle": bundle, "no_key": True, "device": "cpu", "slots": 4, "health_seconds": 1}
-        args |= {"ingress_resources": {"head": 0.1}, "resources": {"replica": 1}, "drain_seconds": 60}
-        args |= {"min_replicas": 2, "max_replicas": 2, **changes}
-        serve.run(build(ServeArgs(**args)))
+    def run(count: int, **changes) -> int:
+        scaling = {"min_replicas": count, "max_replicas": count, "target_ongoing_requests": 4}
+        application = {
+            "name": "default",
+            "import_path": "melt_ray.serve:build",
+            "args": {**args, **changes},
+            "deployments": [{"name": "engine", "autoscaling_config": scaling}],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        wait_until(lambda: running(count) and len(replicas()) == count)
         return port
 
     yield run
@@ -49,7 +58,7 @@ def nodes(cluster) -> list:
 @pytest.fixture(scope="module")
 def port(deploy, nodes) -> int:
     """Two replicas, on a node each."""
-    return deploy()
+    return deploy(2)
 
 
 def replicas() -> list[str]:
@@ -60,7 +69,10 @@ def replicas() -> list[str]:
 
 def running(count: int) -> bool:
     """Whether so many replicas run, and no other."""
-    states = serve.status().applications["default"].deployments["engine"].replica_states
+    application = serve.status().applications.get("default")
+    if application is None or application.status != "RUNNING":
+        return False
+    states = application.deployments["engine"].replica_states
     return {str(getattr(state, "value", state)): number for state, number in states.items() if number} == {
         "RUNNING": count
     }
@@ -205,13 +217,19 @@ def test_replicas_come_and_go_without_a_lost_stream(port, deploy):
     def scale() -> None:
         for count in (1, 2, 1):
             before = set(replicas())
-            deploy(min_replicas=count, max_replicas=count)
-            wait_until(lambda count=count: running(count) and len(replicas()) == count)
+            deploy(count)
             assert before <= set(replicas()) or before >= set(replicas())  # those that stay are not replaced
 
     told = under_load(port, 4, scale, tokens=100)
     assert all(one.is_whole for one in told), [one for one in told if not one.is_whole]
     assert len({one.replica for one in told}) == 3
+
+
+def test_a_replica_is_replaced_without_a_lost_stream(port, deploy):
+    before = replicas()
+    told = under_load(port, 4, lambda: deploy(1, most_waiting=2048))
+    assert set(before).isdisjoint(replicas())
+    assert all(one.is_whole for one in told), [one for one in told if not one.is_whole]
 
 
 def test_a_node_with_something_else_is_named(cluster, bundle, tmp_path):
