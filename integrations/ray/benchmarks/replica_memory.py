@@ -1,6 +1,6 @@
 """What replicas on one node share: resident memory of each, and its part of it where shared pages are divided.
 
-    python integrations/ray/benchmarks/replica_memory.py build/bench/melt-1.6b-4-int8 --replicas 1,2
+    build/environments/ray/bin/python integrations/ray/benchmarks/replica_memory.py build/bench/melt-1.6b-4-int8
 
 RSS counts a page in every process that has it, PSS divides it among them (/proc/PID/smaps_rollup, Linux). Each replica
 has answered before it is looked at.
