@@ -5,7 +5,7 @@
 A turn's past is the prompt of the turn before; it is found where all its whole chunks were cached. Conversations of
 several turns, so many at a time, over 2 replicas. Between two turns a client thinks: without that the replica that has
 just answered it would be the less busy one by itself. Once with ``router: conversation``, once with ``router: load``,
-which is Ray's own rule: the less busy of two.
+which is Ray's own rule: the less busy of two. On a cluster: RAY_ADDRESS=auto, on a node that has an HTTP proxy.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Sizes:
     turns: int
     clients: int
     think: float
+    tokens: int
     chunk: int
 
 
@@ -46,6 +47,7 @@ class Found:
     hits: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    new_tokens: int = 0
     seconds: list[float] = field(default_factory=list)
 
 
@@ -57,10 +59,11 @@ def converse(port: int, number: int, sizes: Sizes, found: Found, lock: threading
     for turn in range(sizes.turns):
         time.sleep(draw.uniform(0, 2 * sizes.think))
         began = time.perf_counter()
-        _, answer = ask(port, CHATS, {"messages": messages, "max_tokens": 8, "temperature": 0.0})
+        _, answer = ask(port, CHATS, {"messages": messages, "max_tokens": sizes.tokens, "temperature": 0.0})
         seconds = time.perf_counter() - began
         usage = answer["usage"]
         with lock:
+            found.new_tokens += usage["completion_tokens"]
             if turn:
                 cached = usage["prompt_tokens_details"]["cached_tokens"]
                 found.turns, found.hits = found.turns + 1, found.hits + (cached >= past // sizes.chunk * sizes.chunk)
@@ -104,20 +107,25 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=6, help="of each (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at a time (default: %(default)s)")
     parser.add_argument("--think", type=float, default=0.5, help="seconds between turns (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=4, help="of a replica (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=8, help="of a replica (default: %(default)s)")
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"\n| router | turns with a past | found in the cache | tokens not computed | turn, ms: p50 |\n{'|---' * 5}|")
+    titles = ("router", "turns with a past", "found in the cache", "tokens not computed", "turn, ms: p50", "tokens/s")
+    print(f"\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     chunk = read_manifest(args.bundle).model.trained_chunk
-    sizes = Sizes(args.conversations, args.turns, args.clients, args.think, chunk)
+    sizes = Sizes(args.conversations, args.turns, args.clients, args.think, args.tokens, chunk)
     with local_ray(args.replicas + 1) as port:
         for router in ("conversation", "load"):
             replicas = {"slots": args.slots, "min_replicas": args.replicas, "max_replicas": args.replicas}
             # Another name is another deployment of replicas, whose caches are empty.
             deploy(bundle=args.bundle.resolve(), name=f"by-{router}", router=router, device="cpu", **replicas)
+            began = time.perf_counter()
             found = measure(port, sizes)
+            rate = found.new_tokens / (time.perf_counter() - began)
             shares = f"{found.hits / found.turns:.0%} | {found.cached_tokens / found.prompt_tokens:.0%}"
-            print(f"| {router} | {found.turns} | {shares} | {1e3 * statistics.median(found.seconds):.0f} |", flush=True)
+            middle = 1e3 * statistics.median(found.seconds)
+            print(f"| {router} | {found.turns} | {shares} | {middle:.0f} | {rate:.1f} |", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Ray and a deployment on this machine alone, for measurements."""
+"""Ray and a deployment for measurements: on this machine alone, or on the cluster of RAY_ADDRESS."""
 
 import json
 import logging
@@ -17,18 +17,13 @@ from melt_ray.serve import ServeArgs, build
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[int]:
-    """A cluster of one node, with so many CPUs by name; gives the port of its HTTP proxy."""
+    """A cluster of one node, with so many CPUs by name, or that of RAY_ADDRESS; gives the port of its HTTP proxy."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    ray.init(
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    local = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if "RAY_ADDRESS" in os.environ else local))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
         yield port

@@ -2,7 +2,7 @@
 
     build/environments/ray/bin/python integrations/ray/benchmarks/passing_on.py build/melt-tiny
 
-One client, one request after another: an answer of 3 tokens whole, and a stream of 200 tokens.
+One client, one request after another, the servers in turns: an answer of 3 tokens whole, and a stream of 200 tokens.
 """
 
 import argparse
@@ -55,36 +55,31 @@ def seconds_of(port: int, body: dict[str, Any]) -> tuple[float, float]:
         return first, time.perf_counter() - began
 
 
-def measure(port: int, requests: int) -> list[float]:
-    """Medians, in seconds: a short answer; a stream's first event; its end."""
+def measure(ports: list[int], requests: int) -> list[list[float]]:
+    """Medians of each server, in seconds: a short answer; a stream's first event; its end. The servers take turns."""
     short = {"prompt": [5, 6, 7], "max_tokens": 3, "logit_bias": {"3": -100}, "loops": 4}
     long = {**short, "max_tokens": TOKENS, "stream": True}
-    seconds_of(port, short)
-    shorts = [seconds_of(port, short)[1] for _ in range(requests)]
-    longs = [seconds_of(port, long) for _ in range(max(3, requests // 10))]
-    return [statistics.median(shorts), *(statistics.median(values) for values in zip(*longs, strict=True))]
+    found: list[list[tuple[float, ...]]] = [[] for _ in ports]
+    for _ in range(requests + 1):
+        for port, rows in zip(ports, found, strict=True):
+            rows.append((seconds_of(port, short)[1], *seconds_of(port, long)))
+    return [[statistics.median(column) for column in zip(*rows[1:], strict=True)] for rows in found]
 
 
 def main() -> int:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--requests", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--requests", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--slots", type=int, default=4, help="default: %(default)s")
     args = parser.parse_args()
     print("; ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"\n| server | answer of 3 tokens, ms | stream: first event, ms | {TOKENS} tokens, ms |\n{'|---' * 4}|")
-    with served(args.bundle, args.slots) as port:
-        show("melt serve", measure(port, args.requests))
-    with local_ray(2) as port:
+    with served(args.bundle, args.slots) as alone, local_ray(2) as port:
         deploy(bundle=args.bundle.resolve(), slots=args.slots, device="cpu")
-        show("Ray Serve", measure(port, args.requests))
+        for server, seconds in zip(("melt serve", "Ray Serve"), measure([alone, port], args.requests), strict=True):
+            print(f"| {server} | {' | '.join(f'{1e3 * value:.1f}' for value in seconds)} |")
     return 0
-
-
-def show(server: str, seconds: list[float]) -> None:
-    """A line of the table."""
-    print(f"| {server} | {' | '.join(f'{1e3 * value:.1f}' for value in seconds)} |", flush=True)
 
 
 if __name__ == "__main__":

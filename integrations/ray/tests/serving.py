@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
-JSON = {"Content-Type": "application/json"}
+KEY = "a-key-of-enough-length"
+HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
 @dataclass
@@ -53,7 +54,7 @@ def asked(port: int, path: str, body: dict | None, headers: dict | None = None) 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         data = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", path, data, {**JSON, **(headers or {})})
+        connection.request("GET" if body is None else "POST", path, data, {**HEADERS, **(headers or {})})
         with connection.getresponse() as response:
             yield response
     finally:

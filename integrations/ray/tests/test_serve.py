@@ -12,7 +12,7 @@ from conftest import STORE
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
-from serving import CHATS, TEXTS, Told, ask, asked, long_stream, read, wait_until
+from serving import CHATS, KEY, TEXTS, Told, ask, asked, long_stream, read, wait_until
 
 from melt_ray.bundles import BundleIdentity
 from melt_ray.serve import ServeArgs, build
@@ -24,13 +24,15 @@ STORY = " ".join(f"{a} reports to {b}." for a, b in zip("ABCDEFGHIJKLMNOPQRSTU",
 
 
 @pytest.fixture(scope="module")
-def deploy(cluster, bundle) -> Iterator[Callable[..., int]]:
+def deploy(cluster, bundle, tmp_path_factory) -> Iterator[Callable[..., int]]:
     """Deploys so many replicas, as ``serve deploy`` does with a file, waits until they run, and gives the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    args = {"bundle": str(bundle), "no_key": True, "device": "cpu", "slots": 4, "health_seconds": 1}
+    key = tmp_path_factory.mktemp("secret") / "key"
+    key.write_text(KEY)
+    args = {"bundle": str(bundle), "api_key_file": str(key), "device": "cpu", "slots": 4, "health_seconds": 1}
     args |= {"ingress_resources": {"head": 0.1}, "resources": {"replica": 1}, "drain_seconds": 60}
 
     def run(count: int, **changes) -> int:
@@ -131,6 +133,8 @@ def test_errors_have_openais_form(port):
     ):
         told = ask(port, path, body)
         assert (told.status, told.error["code"]) == (status, code), told
+    told = ask(port, CHATS, {"messages": [{"role": "user", "content": "x"}]}, {"Authorization": f"Bearer not-{KEY}"})
+    assert (told.status, told.error["code"]) == (401, "invalid_api_key")
     assert ask(port, "/health").body["slots"] == 4
     assert ask(port, "/v1/models").body["data"][0]["id"] == "melt-tiny"
 
