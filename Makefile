@@ -12,7 +12,7 @@ NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
-.PHONY: demo demo-bundle demo-code demo-smollm2 test test-newest test-large test-cuda fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
+.PHONY: demo demo-bundle demo-code demo-smollm2 test test-newest test-large test-cuda test-ray fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops, as deep as needed, in a wave
 demo: $(VENV)/ready
@@ -92,6 +92,16 @@ test-large: $(VENV)/ready
 ## test-cuda: what needs a GPU and the CUDA libraries (see: melt doctor)
 test-cuda: $(VENV)/ready
 	$(BIN)/pytest -m cuda
+
+## test-ray: replicas, batches and lost nodes on a cluster of Ray in this machine, in an environment of its own (4 minutes)
+RAY := build/environments/ray
+test-ray: $(RAY)/ready
+	$(RAY)/bin/pytest integrations/ray/tests
+
+$(RAY)/ready: pyproject.toml integrations/ray/pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check -e '.[cpu,serve]' -e './integrations/ray[test]'
+	touch $@
 
 ## fuzz: damaged bundles and checkpoints, odd calls; none may bring out anything but this project's errors (an hour)
 BUNDLES ?= 10000

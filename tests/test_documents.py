@@ -42,6 +42,8 @@ _OPTIMUM = "needs an environment of its own (tests/test_optimum.py)"
 _WEB = "needs Node and a browser (tests/test_web.py)"
 _CPP = "needs a compiler and ONNX Runtime's headers (tests/test_examples.py)"
 
+_RAY = "needs an environment of its own, with Ray (make test-ray)"
+
 _SERVES = "serves until it is told to end (tests/test_serve_limits.py)"
 
 NOT_RUN = {
@@ -55,6 +57,16 @@ NOT_RUN = {
     "pip install '.[train,export,cuda]'": _INSTALLS,
     "pip install onnxruntime-genai tokenizers": _GENAI,
     "pip install . ./integrations/optimum": _OPTIMUM,
+    "pip install '.[cpu,serve]' ./integrations/ray": _RAY,
+    "serve run integrations/ray/serve.yaml": _RAY,
+    "melt-ray batch prompts.jsonl --bundle build/melt-tiny --out answers": _RAY,
+    "build/environments/ray/bin/python integrations/ray/benchmarks/passing_on.py build/melt-tiny": _RAY,
+    "build/environments/ray/bin/python integrations/ray/benchmarks/replica_memory.py "
+    "build/bench/melt-1.6b-4-int8": _RAY,
+    "build/environments/ray/bin/python integrations/ray/benchmarks/cache_hits.py build/melt-tiny "
+    "--conversations 16": _RAY,
+    "python benchmarks/session_moves.py build/bench/melt-1.6b-4-int8 build/bench/ouro-1.4b-4-int8 --loops 1,4 "
+    "--kv-cache float --threads 1 --json docs/data/session-moves.json": _FULL_SIZE,
     "make demo": _MAKE,
     "make test": _MAKE,
     "make train-smoke": _MAKE,

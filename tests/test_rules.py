@@ -18,6 +18,7 @@ PACKAGES = {
     "melt_models": ROOT / "models" / "melt_models",
     "melt_export": ROOT / "melt_export",
     "transformers_melt": ROOT / "integrations" / "optimum" / "transformers_melt",
+    "melt_ray": ROOT / "integrations" / "ray" / "melt_ray",
 }
 ALLOWED = {
     "melt_files": {"melt_files"},
@@ -50,9 +51,10 @@ ALLOWED = {
     "transformers_melt": {
         *("torch", "numpy", "onnx", "onnxruntime", "transformers", "optimum", "melt_layers", "transformers_melt"),
     },
+    "melt_ray": {"ray", "pyarrow", "pydantic", "starlette", "uvicorn", "melt_files", "melt_runtime", "melt_ray"},
 }
-HERE = [name for name in PACKAGES if name != "transformers_melt"]
-"""What this environment can import: optimum wants another transformers."""
+HERE = [name for name in PACKAGES if name not in ("transformers_melt", "melt_ray")]
+"""What this environment can import: optimum wants another transformers, and Ray is not in it."""
 # Inside the runtime, an earlier floor never imports a later one: rooms are folders, the others single modules.
 FLOORS = (
     {"errors", "version", "progress"},
