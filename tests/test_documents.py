@@ -75,6 +75,8 @@ NOT_RUN = {
     "make melt-code-teacher": _MAKE,
     "make demo-code": _MAKE,
     "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out": _MINUTES,
+    "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out "
+    "--rows 100": _MINUTES,
     "python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model "
     "--data build/melt-code-training/data --out build/code-tables --jobs 2 "
     "--json docs/data/training-code.json": _TRAINS,

@@ -1,7 +1,6 @@
 """The shipped model of source code: depth pays on text that it has never seen, and what its card says holds."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_waves_read_nearly_as_well_as_plain_decoding(model, rows):
     plain = waves[max(waves)]
     assert waves[1].perplexity < 1.1 * plain.perplexity
     assert waves[1].agreement > 0.8
-    assert waves[1].held > 0.5
+    assert 0.2 < waves[1].held < waves[2].held < waves[3].held
 
 
 def test_the_weights_are_small_and_the_sources_named():
@@ -73,4 +72,3 @@ def test_the_card_is_about_this_model(model):
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert f"{parameters / 1e6:.1f} million parameters" in card
-    assert isinstance(FOLDER, Path)
