@@ -4,7 +4,7 @@
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
 ``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py``,
-``serving.py``, ``answers.py``, ``text.py`` and ``training_code.py``.
+``serving.py``, ``answers.py`` and ``text.py``.
 """
 
 import json
@@ -188,20 +188,6 @@ def draw_text(found: dict[str, Any], path: Path) -> None:
         drafts.legend(loc="lower right", fontsize=8)
 
 
-def draw_code_runs(runs: list[dict[str, Any]], path: Path) -> None:
-    """Source code: perplexity by loops of the teacher, of kinds of gate and of recipes with a part left out."""
-    with picture(path, "Source code: perplexity of held-out text by loops, in chunks of 64", width=8, height=4.5) as (
-        figure,
-        axes,
-    ):
-        for place, run in enumerate(runs):
-            points = [(int(loops), value) for loops, value in run["perplexity"].items()]
-            style = {"color": "black", "linewidth": 2.5} if not place else {"color": f"C{place}"}
-            axes[0, 0].plot(*zip(*points, strict=True), "o-", label=run["title"], **style)
-        axes[0, 0].set(xlabel="loops", ylabel="perplexity", xticks=[loops for loops, _ in points])
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-
-
 def main() -> int:
     """Draws them all."""
     for name in ("bench-full", "bench-kv"):
@@ -212,7 +198,6 @@ def main() -> int:
     draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
     draw_serving(read("serving.json")["bundles"], DOCS / "serving.png")
     draw_text(read("text.json"), DOCS / "text.png")
-    draw_code_runs(read("training-code.json"), DOCS / "training-code.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

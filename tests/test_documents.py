@@ -80,6 +80,8 @@ NOT_RUN = {
     "python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model "
     "--data build/melt-code-training/data --out build/code-tables --jobs 2 "
     "--json docs/data/training-code.json": _TRAINS,
+    "python export.py models/melt-code --out build/melt-code-int8 --precision int8 --eval-text "
+    "runtime/melt_runtime/model.py": "make demo-code runs it",
     "python benchmarks/text.py build/melt-code-float32 build/melt-code-int8 build/melt-code-int4 "
     "--data build/melt-code-training/data --json docs/data/text.json": _MINUTES,
     "melt-train ouro-1.4b --teacher ByteDance/Ouro-1.4B --data tokens --out build/melt": _TRAINS,
