@@ -177,7 +177,9 @@ def draw_text(found: dict[str, Any], path: Path) -> None:
         for rule in dict.fromkeys(point["rule"] for point in found["curve"]):
             own = sorted((p["loops"], p["perplexity"]) for p in found["curve"] if p["rule"] == rule)
             curve.plot(*zip(*own, strict=True), "o-", label="every token alike" if rule == "fixed" else f"auto, {rule}")
+        least = min(point["perplexity"] for point in found["curve"])
         curve.set(title="leaving early", xlabel="loops a token", ylabel="perplexity of held-out code")
+        curve.set(xlim=(1.5, 4.1), ylim=(0.9 * least, 1.8 * least))  # one loop is far above
         curve.legend()
         for row in found["drafts"]:
             style = {"color": "black", "linewidth": 2.5} if row["kind"] == "all" else {"alpha": 0.8}
