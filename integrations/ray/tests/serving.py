@@ -86,8 +86,8 @@ def long_stream(number: int, tokens: int = 300) -> dict:
     return {"prompt": prompt, "max_tokens": tokens, "logit_bias": {"3": -100}, "stream": True, "loops": 4}
 
 
-def wait_until(holds, seconds: float = 60.0) -> None:
-    """Waits until something holds; it must."""
+def wait_until(holds, seconds: float = 240.0) -> None:
+    """Waits until something holds; it must. A busy machine may take minutes to start a replica."""
     ends = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < ends, "it never held"
