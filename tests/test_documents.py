@@ -73,13 +73,7 @@ NOT_RUN = {
     "make melt-tiny": _MAKE,
     "make melt-code": _MAKE,
     "make melt-code-teacher": _MAKE,
-    "make demo-code": _MAKE,
     "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out": _MINUTES,
-    "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out "
-    "--rows 100": _MINUTES,
-    "python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model "
-    "--data build/melt-code-training/data --out build/code-tables --jobs 2 "
-    "--json docs/data/training-code.json": _TRAINS,
     "python export.py models/melt-code --out build/melt-code-int8 --precision int8 --eval-text "
     "runtime/melt_runtime/model.py": "make demo-code runs it",
     "python benchmarks/text.py build/melt-code-float32 build/melt-code-int8 build/melt-code-int4 "
