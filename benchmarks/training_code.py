@@ -5,8 +5,8 @@
         --data build/melt-code-training/data --out build/code-tables --jobs 2 --json docs/data/training-code.json
 
 Every row is a run of the recipe ``melt-code-short`` with a few numbers changed, in a process of its own with one
-thread. A run that was stopped goes on, and a finished one is only read. ``--json`` writes what the picture of
-docs/training.md shows; the tables are printed in Markdown.
+thread. A run that was stopped goes on, and a finished one is only read. The tables are printed in Markdown; ``--json``
+writes the mean perplexities of every title by loops.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def tables(results: dict[str, dict[str, Any]], wanted: list[Row]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]], wanted: list[Row]) -> list[dict[str, Any]]:
-    """What ``benchmarks/pictures.py`` draws: perplexity by loops of every title."""
+    """Mean perplexity by loops of every title."""
     return [
         {
             "title": title,
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with train and held_out")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write what benchmarks/pictures.py draws")
+    parser.add_argument("--json", type=Path, help="write mean perplexities by loops")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     base = read_recipe(RECIPE)
