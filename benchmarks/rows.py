@@ -3,7 +3,9 @@
 A run that was stopped goes on, and a finished one is only read.
 """
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -56,19 +58,71 @@ def rows_of_kinds(base: Recipe) -> list[Row]:
     ]
 
 
-def run_row(
-    row: Row, base: Recipe, teacher: Path, data: Path, out: Path, measure: Callable[[MeltCausalLM], Any]
+def parse_arguments(about: str | None, data: str, written: str) -> argparse.Namespace:
+    """The command line of a table; its ``only`` is for the process of a row.
+
+    Args:
+        about: the table.
+        data: what ``--data`` is.
+        written: what ``--json`` does.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help=data)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help=written)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def results_of(
+    args: argparse.Namespace,
+    wanted: Sequence[Row],
+    base: Recipe,
+    data: Path,
+    measure: Callable[[MeltCausalLM], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Runs what is missing and gives what ``measure`` found, by the rows' names and of ``teacher``.
+
+    In the process of one row it trains that one and ends.
+
+    Args:
+        args: of ``parse_arguments``.
+        wanted: the rows.
+        base: recipe that they change.
+        data: token data to train on.
+        measure: looks at a trained model.
+
+    Raises:
+        SystemExit: a run failed; or the row of this process is done.
+    """
+    if args.only:
+        _run_row(next(row for row in wanted if row.name == args.only), args, base, data, measure)
+        raise SystemExit(0)
+    results = _run_rows(wanted, args.out, args.jobs)
+    results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher))))
+    return results
+
+
+def _run_row(
+    row: Row,
+    args: argparse.Namespace,
+    base: Recipe,
+    data: Path,
+    measure: Callable[[MeltCausalLM], dict[str, Any]],
 ) -> None:
     """Trains and measures one row; in a process of its own."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    folder = train(row.recipe(base), teacher, data, out / row.name, device="cpu")
-    log = read_log(out / row.name)
+    out = args.out / row.name
+    folder = train(row.recipe(base), args.teacher, data, out, device="cpu")
+    log = read_log(out)
     result = {**measure(load_checkpoint(folder)), "minutes": log[-1]["seconds"] / 60, "steps": len(log)}
-    (out / row.name / RESULT_NAME).write_text(json.dumps(result, indent=1) + "\n")
+    (out / RESULT_NAME).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run_rows(wanted: Sequence[Row], out: Path, jobs: int) -> dict[str, dict[str, Any]]:
+def _run_rows(wanted: Sequence[Row], out: Path, jobs: int) -> dict[str, dict[str, Any]]:
     """Runs what is missing, ``jobs`` at a time: this command again, with ``--only`` and the row's name.
 
     Raises:

@@ -10,18 +10,16 @@ one thread. A run that was stopped goes on, and a finished one is only read. ``-
 docs/training.md show; the tables are printed in Markdown, and OUT/results.json has every number.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rows import Row, by_title, cache_bytes, rows_of_kinds, run_row, run_rows
+from rows import Row, by_title, cache_bytes, parse_arguments, results_of, rows_of_kinds
 from transformers import AutoTokenizer
 
-from melt_models import MeltCausalLM, load_checkpoint
+from melt_models import MeltCausalLM
 from melt_models.tiny.data import Encoder
 from melt_models.tiny.evaluate import exact_match, format_table
 from melt_models.training import read_recipe
@@ -84,22 +82,10 @@ def summary(results: dict[str, dict], wanted: list[Row]) -> dict[str, Any]:
 
 def main() -> int:
     """Runs what is missing, then prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write what benchmarks/pictures.py draws")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_arguments(__doc__, "token data", "write what benchmarks/pictures.py draws")
     base = read_recipe(RECIPE)
     wanted = rows_of_kinds(base)
-    if args.only:
-        row = next(row for row in wanted if row.name == args.only)
-        run_row(row, base, args.teacher, args.data, args.out, lambda model: measure(model, args.teacher))
-        return 0
-    results = run_rows(wanted, args.out, args.jobs)
-    results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher), args.teacher)))
+    results = results_of(args, wanted, base, args.data, lambda model: measure(model, args.teacher))
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results, wanted))
     if args.json is not None:

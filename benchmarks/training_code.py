@@ -9,20 +9,18 @@ thread. A run that was stopped goes on, and a finished one is only read. The tab
 writes the mean perplexities of every title by loops.
 """
 
-import argparse
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rows import Row, by_title, cache_bytes, rows_of_kinds, run_row, run_rows
+from rows import Row, by_title, cache_bytes, parse_arguments, results_of, rows_of_kinds
 from transformers import PreTrainedTokenizerFast
 
-from melt_models import MeltCausalLM, load_checkpoint
+from melt_models import MeltCausalLM
 from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves, read_rows
 from melt_models.training import Recipe, read_recipe
 from melt_models.training.recipe_files import recipe_path
@@ -101,23 +99,11 @@ def summary(results: dict[str, dict[str, Any]], wanted: list[Row]) -> list[dict[
 
 def main() -> int:
     """Runs what is missing, then prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train and held_out")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write mean perplexities by loops")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_arguments(__doc__, "folder with train and held_out", "write mean perplexities by loops")
     base = read_recipe(RECIPE)
     wanted = rows(base)
-    if args.only:
-        row = next(row for row in wanted if row.name == args.only)
-        data = args.data / "train"
-        run_row(row, base, args.teacher, data, args.out, lambda model: measure(model, args.teacher, args.data))
-        return 0
-    results = run_rows(wanted, args.out, args.jobs)
-    results["teacher"] = json.loads(json.dumps(measure(load_checkpoint(args.teacher), args.teacher, args.data)))
+    data = args.data / "train"
+    results = results_of(args, wanted, base, data, lambda model: measure(model, args.teacher, args.data))
     print(tables(results, wanted))
     if args.json is not None:
         args.json.write_text(json.dumps(summary(results, wanted), indent=1) + "\n")
