@@ -15,12 +15,11 @@ _BETAS = (0.9, 0.95)
 class Optimizer:
     """AdamW and Muon as one. A group's ``full_rate`` is its learning rate after warm-up and before decay.
 
-    What has no gradient in a phase stays as it is.
+    Where the exit gate is trained, it is AdamW's last group. What has no gradient in a phase stays as it is.
     """
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer], exit_gate: dict[str, Any] | None):
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]):
         self._parts = parts
-        self._exit_gate = exit_gate
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -29,8 +28,7 @@ class Optimizer:
 
     def set_exit_rate(self, rate: float) -> None:
         """The full learning rate of the exit gate; each phase that trains it has its own."""
-        assert self._exit_gate is not None, "the recipe trains no exit gate"
-        self._exit_gate["full_rate"] = rate
+        self._parts["adamw"].param_groups[-1]["full_rate"] = rate
 
     def step(self, rate: float) -> None:
         """Moves the weights at a fraction of the full rates, and forgets their gradients."""
@@ -50,8 +48,6 @@ class Optimizer:
             raise ValueError(f"optimizers must be {', '.join(self._parts)}, got {', '.join(state)}")
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
-        if self._exit_gate is not None:
-            self._exit_gate = self._parts["adamw"].param_groups[-1]
 
 
 def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> Optimizer:
@@ -62,8 +58,7 @@ def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> Optimizer:
     leaving = exit_gate_of(student)
     exit_gate = [(leaving, 0.0, 0.0)] if recipe.trains_exit_gate else []
     if not recipe.trains_model:
-        adamw = _adamw(exit_gate)
-        return Optimizer({"adamw": adamw}, adamw.param_groups[-1])
+        return Optimizer({"adamw": _adamw(exit_gate)})
     gates = [p for module in student.modules() if isinstance(module, GateLinear) for p in module.parameters()]
     known = {id(parameter) for parameter in (*gates, *leaving)}
     base = [p for p in student.parameters() if id(p) not in known]
@@ -83,7 +78,7 @@ def make_optimizer(student: MeltCausalLM, recipe: Recipe) -> Optimizer:
             *exit_gate,
         ]
     )
-    return Optimizer(parts, parts["adamw"].param_groups[-1] if exit_gate else None)
+    return Optimizer(parts)
 
 
 def exit_gate_of(student: MeltCausalLM) -> list[nn.Parameter]:
