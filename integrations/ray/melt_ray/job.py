@@ -140,11 +140,9 @@ def _answer(
     """Has the ranges answered that are left."""
     began, now = time.perf_counter(), 0
     before = total - sum(rows.stop - rows.start for rows in left)
-    tallies: list[Tally] = []
+    sums = dict.fromkeys(("errors", "tokens", "prompt_tokens", "passes"), 0)
 
     def summary() -> Summary:
-        names = ("errors", "tokens", "prompt_tokens", "passes")
-        sums = {name: sum(getattr(tally, name) for tally in tallies) for name in names}
         return Summary(rows=total, before=before, now=now, seconds=time.perf_counter() - began, **sums)
 
     try:
@@ -159,7 +157,8 @@ def _answer(
                 raise MeltError(
                     f"out must be on a disk that all nodes share: {tally.node} wrote {tally.part}, which is not here"
                 )
-            tallies.append(tally)
+            for name in sums:
+                sums[name] += getattr(tally, name)
             now += tally.rows
             if progress is not None:
                 progress(before + now, total, f"{summary().rate:.0f} tokens/s")

@@ -60,9 +60,11 @@ class Worker:
         if self._fault:
             return vars(Tally(str(path), self._node, fault=self._fault))
         try:
-            if not path.is_file():
-                self._write(path, list(self._answers(rows)))
-            return vars(self._tally(path))
+            if path.is_file():
+                return vars(self._tally(path, read_part(path)))
+            answers = list(self._answers(rows))
+            self._write(path, answers)
+            return vars(self._tally(path, answers))
         except (MeltError, ValueError, OSError) as error:
             return vars(Tally(str(path), self._node, fault=str(error)))
 
@@ -112,8 +114,7 @@ class Worker:
             found.update({numbers[place]: one for place, one in error.errors.items()})
         return found
 
-    def _tally(self, path: Path) -> Tally:
-        rows = read_part(path)
+    def _tally(self, path: Path, rows: list[dict[str, Any]]) -> Tally:
         answered = [row for row in rows if row["error"] is None]
         return Tally(
             part=str(path),
