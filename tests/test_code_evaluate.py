@@ -10,9 +10,8 @@ from tolerances import TORCH, assert_close
 
 from melt_models import load_checkpoint
 from melt_models.code import evaluate, ship
-from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves
+from melt_models.code.evaluate import WAVE_TOKENS, bytes_of_tokens, measure_depth, measure_waves
 from melt_models.code.tokenizer import train_tokenizer
-from melt_models.training.objective import WAVE_TOKENS
 
 TEXT = "def head(path):\n    with open(path) as stream:\n        return stream.readline()  # naïve — one line\n" * 8
 LENGTH, CHUNK, LOOPS = WAVE_TOKENS + 12, 8, 4
@@ -57,13 +56,14 @@ def test_special_tokens_have_no_bytes_and_the_others_those_of_their_text(tokeniz
     assert sizes[tokenizer.all_special_ids].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("tokens", [WAVE_TOKENS, LENGTH - 1])
 @torch.no_grad()
-def test_the_longest_lag_is_one_token_after_another(melt, rows):
-    found = measure_waves(melt, rows, LOOPS, CHUNK)
-    known = rows[:, : -WAVE_TOKENS - 1]
-    out = melt(known, loops=LOOPS, chunk_size=CHUNK)
-    out = melt(rows[:, -WAVE_TOKENS - 1 : -1], past_key_values=out.cache, loops=LOOPS, chunk_size=1)
-    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, -WAVE_TOKENS:].flatten())
+def test_the_longest_lag_is_one_token_after_another(melt, rows, tokens):
+    found = measure_waves(melt, rows, LOOPS, CHUNK, tokens)
+    known = rows[:, : -tokens - 1]
+    cache = melt(known, loops=LOOPS, chunk_size=CHUNK).cache if known.shape[1] else None
+    out = melt(rows[:, -tokens - 1 : -1], past_key_values=cache, loops=LOOPS, chunk_size=1)
+    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, -tokens:].flatten())
     assert list(found) == [1, 2, 3]
     assert_close(torch.tensor(found[3].loss), loss, TORCH)
     assert found[3].agreement == 1.0
@@ -98,9 +98,11 @@ def test_the_command_prints_a_table_of_depths_and_one_of_waves(folders, capsys):
         (
             "melt",
             ["--data", "short", "--waves"],
-            "at least 2 loops and rows of 66 tokens, got 4 and 20",
+            "--waves 64 must be given at least 2 loops and rows of more tokens, got 4 and 20",
         ),
         ("melt", ["--data", "data", "--waves", "--most-loops", "1"], "got 1 and 76"),
+        ("melt", ["--data", "data", "--waves", "76"], "rows of more tokens, got 4 and 76"),
+        ("melt", ["--data", "data", "--waves", "0"], "--waves must be at least 1, got 0"),
         ("looplm", ["--data", "data", "--waves"], "got none: a LoopLM's wave is plain decoding"),
         ("melt", ["--data", "data", "--rows", "4"], r"--rows must be in [1, 3], the rows of"),
         ("melt", ["--data", "melt"], "is not token data"),

@@ -14,7 +14,7 @@ from melt_models.training import Phase, Recipe, TrainingError
 from melt_models.training.forward import TrainingCache, forward_chunk
 from melt_models.training.objective import Objective, Step
 from melt_models.training.trainer import draw_step
-from melt_models.training.wave import forward_wave
+from melt_models.training.wave import ROUNDS, forward_wave, settle_wave
 
 
 def read_wave(model: MeltCausalLM, ids: torch.Tensor, known: int, lag: int) -> tuple[torch.Tensor, TrainingCache]:
@@ -86,14 +86,45 @@ def test_at_the_longest_lag_a_wave_is_one_token_after_another():
                 assert_close(torch.cat(one, dim=2), torch.cat(other, dim=2), TORCH)
 
 
-def test_a_step_reads_the_second_half_as_a_wave_and_its_gradients_reach_every_weight():
+@pytest.mark.parametrize("gate_kind", ["elementwise", "scalar", "ema", "last"])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+@pytest.mark.parametrize("known", [0, CHUNK])
+@torch.no_grad()
+def test_rounds_settle_on_the_wave_a_token_more_in_each(gate_kind, lag, known):
+    student, ids = student_of(random_model(gate_kind="none"), gate_kind), tokens()[:, :15]
+
+    def read(forward, *rounds):
+        cache = TrainingCache()
+        if known:
+            forward_chunk(student.model, ids[:, :known], LOOPS, cache)
+        got = forward(student.model, ids[:, known:], LOOPS, lag, cache, *rounds)
+        return torch.stack(got.states), torch.stack(got.attended), cache
+
+    states, attended, cache = read(forward_wave)
+    count = 15 - known
+    for rounds in (0, 1, ROUNDS):
+        assert_close(read(settle_wave, None, rounds)[0][:, :, : rounds + 1], states[:, :, : rounds + 1], TORCH)
+    settled = read(settle_wave, None, count - 1)
+    assert_close(settled[0], states, TORCH)
+    assert_close(settled[1], attended, TORCH)
+    assert settled[2].length == cache.length
+    for layer, rows in cache.final.items():
+        for one, other in zip(zip(*settled[2].final[layer], strict=True), zip(*rows, strict=True), strict=True):
+            assert_close(torch.cat(one, dim=2), torch.cat(other, dim=2), TORCH)
+
+
+def test_a_step_reads_what_is_not_in_chunks_as_a_wave_and_its_gradients_reach_every_weight():
     teacher = random_model(gate_kind="none")
     student, ids = student_of(teacher), tokens()
     step = Step(DISTILLED, LOOPS, CHUNK, None)
     objective = Objective(student, teacher, every_loop=True)
-    plain, waved = (objective(batch_of(ids), dataclasses.replace(step, lag=lag))["loss"] for lag in (None, 1))
+    lags = ({"lag": None}, {"lag": 1}, {"lag": 1, "in_chunks": 0.5})
+    plain, waved, half = (objective(batch_of(ids), dataclasses.replace(step, **lag))["loss"] for lag in lags)
     assert_far(plain, waved, TORCH)
-    same = objective(batch_of(ids), dataclasses.replace(step, chunk_size=1, lag=LOOPS - 1))["loss"]
+    assert_far(half, waved, TORCH)
+    known = ids.shape[1] - ROUNDS - 1  # after them so few tokens that the rounds reach all
+    at_end = dataclasses.replace(step, chunk_size=1, lag=LOOPS - 1, in_chunks=known / ids.shape[1])
+    same = objective(batch_of(ids), at_end)["loss"]
     assert_close(same, objective(batch_of(ids), dataclasses.replace(step, chunk_size=1))["loss"], TORCH)
     waved.backward()
     weights = {name: weight.grad for name, weight in student.named_parameters() if "early_exit" not in name}
@@ -110,12 +141,13 @@ def test_waves_are_drawn_in_phase_two_alone_and_change_no_other_draw():
     )
     plain = [draw_step(recipe, step, LOOPS) for step in range(200)]
     waved = [draw_step(dataclasses.replace(recipe, wave_steps=0.5), step, LOOPS) for step in range(200)]
-    assert [dataclasses.replace(step, lag=None) for step in waved] == plain
+    assert [dataclasses.replace(step, lag=None, in_chunks=0.0) for step in waved] == plain
     assert all(step.lag is None for step in waved[:5])
     lags = [(step.lag, step.loops, step.leaving) for step in waved if step.lag is not None]
     assert 30 < len(lags) < 110
     assert {lag for lag, _, _ in lags} == {1, 2, 3}
     assert all(lag < loops and leaving is None for lag, loops, leaving in lags)
+    assert {step.in_chunks for step in waved if step.lag is not None} == {0.0, 0.5}
 
 
 @pytest.mark.parametrize(

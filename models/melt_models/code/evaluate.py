@@ -23,9 +23,9 @@ from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.training.errors import TrainingError
 from melt_models.training.forward import TrainingCache, forward_chunk
-from melt_models.training.objective import WAVE_TOKENS
 from melt_models.training.wave import forward_wave
 
+WAVE_TOKENS = 64
 _ROWS_AT_ONCE = 16
 
 
@@ -92,21 +92,26 @@ def measure_depth(
 
 
 @torch.no_grad()
-def measure_waves(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int) -> dict[int, WaveMeasure]:
-    """Reads the last ``WAVE_TOKENS`` tokens of MELT's rows [n, L] as waves of every lag, the rest in chunks.
+def measure_waves(
+    model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int, tokens: int = WAVE_TOKENS
+) -> dict[int, WaveMeasure]:
+    """Reads the last tokens of MELT's rows [n, L] as waves of every lag, the rest in chunks.
+
+    Args:
+        tokens: of each row that are read so and scored, below L.
 
     Returns:
         By lag, from 1 to ``loops - 1``, which is plain decoding.
     """
-    targets = rows[:, -WAVE_TOKENS:].flatten()
+    targets = rows[:, -tokens:].flatten()
     choices: dict[int, list[torch.Tensor]] = {}
     found: dict[int, tuple[float, float]] = {}
     for lag in range(1, loops):
         by_loop = []
         for part in rows.split(_ROWS_AT_ONCE):
-            known, read = part[:, : -WAVE_TOKENS - 1], part[:, -WAVE_TOKENS - 1 : -1]
+            known, read = part[:, : -tokens - 1], part[:, -tokens - 1 : -1]
             cache = TrainingCache()
-            for chunk in known.split(chunk_size, dim=1):
+            for chunk in known.split(chunk_size, dim=1) if known.shape[1] else ():
                 forward_chunk(model.model, chunk, loops, cache)
             states = forward_wave(model.model, read, loops, lag, cache).states
             by_loop.append(model.lm_head(torch.stack([states[lag - 1], states[-1]])).flatten(1, 2))
@@ -168,17 +173,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=200, help="of the data, evenly spread (default: %(default)s)")
     parser.add_argument("--most-loops", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--chunk-size", type=int, help="tokens in parallel (default: the model's own)")
-    parser.add_argument("--waves", action="store_true", help="read the last tokens of every row as waves, lag by lag")
+    parser.add_argument(
+        "--waves",
+        nargs="?",
+        type=int,
+        const=WAVE_TOKENS,
+        metavar="TOKENS",
+        help="read so many tokens at the end of every row as waves, lag by lag (default: %(const)s)",
+    )
     args = parser.parse_args(argv)
     try:
-        for name in ("most_loops", "chunk_size"):
+        for name in ("most_loops", "chunk_size", "waves"):
             value = getattr(args, name)
             if value is not None and value < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         model = load_checkpoint(args.checkpoint).float().eval()
         rows, chunk_size = read_rows(args.data, args.rows), args.chunk_size or model.config.chunk_size
-        if args.waves:
-            print(wave_table(model, rows, args.most_loops, chunk_size))
+        if args.waves is not None:
+            print(wave_table(model, rows, args.most_loops, chunk_size, args.waves))
         else:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
             print(depth_table(measure(model, tokenizer, rows, range(1, args.most_loops + 1), chunk_size)))
@@ -195,7 +207,7 @@ def depth_table(found: dict[int, Measure]) -> str:
     return "\n".join(lines)
 
 
-def wave_table(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int) -> str:
+def wave_table(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int, tokens: int) -> str:
     """In Markdown.
 
     Raises:
@@ -206,13 +218,12 @@ def wave_table(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: 
             f"--waves must be given with MELT of another gate kind than mean, got {model.config.gate_kind}: a LoopLM's "
             "wave is plain decoding"
         )
-    if loops < 2 or rows.shape[1] < WAVE_TOKENS + 2:
+    if loops < 2 or rows.shape[1] <= tokens:
         raise TrainingError(
-            f"--waves must be given at least 2 loops and rows of {WAVE_TOKENS + 2} tokens, got {loops} and "
-            f"{rows.shape[1]}"
+            f"--waves {tokens} must be given at least 2 loops and rows of more tokens, got {loops} and {rows.shape[1]}"
         )
     lines = ["| lag | perplexity | choices as in plain decoding | drafts that hold |", "|---|---|---|---|"]
-    for lag, one in measure_waves(model, rows, loops, chunk_size).items():
+    for lag, one in measure_waves(model, rows, loops, chunk_size, tokens).items():
         lines.append(f"| {lag} | {one.perplexity:.2f} | {one.agreement:.1%} | {one.held:.1%} |")
     return "\n".join(lines)
 

@@ -13,11 +13,9 @@ from melt_models.modeling import MeltCausalLM
 from melt_models.training.exit_gate import continue_targets, expected_loops, gate_loss, joint_terms
 from melt_models.training.forward import ChunkPass, Pieces, TrainingCache, compiled, forward_chunk, joined
 from melt_models.training.recipe import Exit, Joint, Phase
-from melt_models.training.wave import forward_wave
+from melt_models.training.wave import settle_wave
 
 IGNORED = -100
-WAVE_TOKENS = 64
-"""Of a sequence, its last ones, that are read as a wave, or the second half of a shorter one."""
 _TOKENS_AT_ONCE = 512
 """Of a batch, whose logits are compared together; a larger chunk's are by themselves."""
 
@@ -51,7 +49,8 @@ class Step:
         chunk_size: tokens in parallel; 0: whole sequences.
         alpha: MELT's share of keys and values; None outside phase 1.
         leaving: seed of where supervised tokens leave the loop; None: none does before the last.
-        lag: of the wave as which the sequences' last tokens are read; None: all are read in chunks.
+        lag: of the wave as which the sequences are read, after their share ``in_chunks``; None: all are read in chunks.
+        in_chunks: share of the sequences before the wave.
     """
 
     phase: Phase | Joint | Exit
@@ -60,6 +59,7 @@ class Step:
     alpha: float | None
     leaving: int | None = None
     lag: int | None = None
+    in_chunks: float = 0.0
 
 
 class Objective(nn.Module):
@@ -110,14 +110,14 @@ class Objective(nn.Module):
         wanted = self._teach(batch, step.loops) if phase.needs_teacher else None
         sums: dict[str, Tensor] = {}
         cache = _new_cache(batch, step)
-        waved = 0 if step.lag is None else min(WAVE_TOKENS, length // 2)
-        ends = [*range(chunk_size, length - waved, chunk_size), length - waved, *([length] if waved else [])]
+        known = length if step.lag is None else int(length * step.in_chunks)
+        ends = sorted({*range(chunk_size, known, chunk_size), known, length} - {0})
         held: list[ChunkPass] = []  # small chunks share the terms' products, which read the head's weights
         begin = 0
         for start, end in pairwise([0, *ends]):
             backbone, ids = self.student.model, batch.input_ids[:, start:end]
             if step.lag is not None and end == length:
-                held.append(forward_wave(backbone, ids, step.loops, step.lag, cache, self._pieces))
+                held.append(settle_wave(backbone, ids, step.loops, step.lag, cache, self._pieces))
             else:
                 args = (step.loops, cache, step.alpha, self.recompute, self._pieces)
                 held.append(forward_chunk(backbone, ids, *args))

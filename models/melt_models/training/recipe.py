@@ -134,8 +134,9 @@ class Recipe:
         most_loops: the deepest of those; 0 where there are none.
         leaving_steps: fraction of steps of phase 2 and of the exit gate's in which supervised tokens leave the loop
             anywhere, drawn, so that the student learns to read the rows that they leave.
-        wave_steps: fraction of steps of phase 2 in which the sequences' last tokens are read as a wave of a lag drawn
-            from 1 to loops - 1, so that the student learns to read rows of neighbours that are loops ahead.
+        wave_steps: fraction of steps of phase 2 in which the sequences, or their second halves, are read as a wave of a
+            lag drawn from 1 to loops - 1, plain decoding, so that the student learns to read rows of neighbours that
+            are loops ahead.
         warmup_steps: steps over which the rates rise from 0, anew for the joint phase and the exit gate's.
         decay_steps: steps at the end over which they fall to 0: of phases 1 and 2, the joint one, the exit gate's.
         weight_decay: for matrices of the base; gates, norms and biases have none.

@@ -24,6 +24,9 @@ from melt_models.training.recipe import Exit, Joint, Phase, Recipe
 from melt_models.training.saving import RunFolder
 from melt_models.training.student import load_pair, values_of
 
+_IN_CHUNKS = (0.0, 0.5)
+"""Shares of a sequence that are read in chunks before a wave: all of it is written, or half of it is a prompt."""
+
 
 def train(
     recipe: Recipe,
@@ -130,7 +133,7 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
         depth = loops
     if alpha is None and not isinstance(phase, Joint) and rng.random() < recipe.leaving_steps:
         leaving = rng.getrandbits(32)
-    lag = None
+    lag, in_chunks = None, 0.0
     if (
         alpha is None
         and leaving is None
@@ -138,8 +141,8 @@ def draw_step(recipe: Recipe, step: int, loops: int) -> Step:
         and depth > 1
         and rng.random() < recipe.wave_steps
     ):
-        lag = rng.randrange(1, depth)
-    return Step(phase, depth, chunk, alpha, leaving, lag)
+        lag, in_chunks = rng.randrange(1, depth), rng.choice(_IN_CHUNKS)
+    return Step(phase, depth, chunk, alpha, leaving, lag, in_chunks)
 
 
 class _Loop:
