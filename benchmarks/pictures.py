@@ -4,7 +4,7 @@
 
 Each file there is written by the command that measures it: ``melt bench --json`` (``bench-full.json``,
 ``bench-kv.json``), and by ``--json`` of ``benchmarks/memory.py``, ``training.py``, ``batches.py``, ``decoding.py``,
-``serving.py``, ``answers.py`` and ``text.py``.
+``serving.py``, ``answers.py``, ``text.py`` and ``training_code.py``.
 """
 
 import json
@@ -190,6 +190,20 @@ def draw_text(found: dict[str, Any], path: Path) -> None:
         drafts.legend(loc="lower right", fontsize=8)
 
 
+def draw_code_runs(runs: list[dict[str, Any]], path: Path) -> None:
+    """Source code: perplexity at 4 loops of every kind of gate and recipe, in chunks and one token after another."""
+    singly = str(max(int(lag) for run in runs for lag in run["by_lag"]))
+    with picture(path, "melt-code's text: perplexity at 4 loops", width=8, height=5) as (_, axes):
+        axis, places = axes[0, 0], list(range(len(runs)))[::-1]
+        for place, run in zip(places, runs, strict=True):
+            axis.plot([run["by_lag"]["0"], run["by_lag"][singly]], [place] * 2, color="#bbbbbb", zorder=1)
+        for lag, label in (("0", "in chunks of 64"), (singly, "token by token")):
+            axis.scatter([run["by_lag"][lag] for run in runs], places, label=label)
+        axis.set_yticks(places, [run["title"] for run in runs])
+        axis.set(xlabel="perplexity of held-out code", xscale="log")
+        axis.legend(loc="lower right")
+
+
 def main() -> int:
     """Draws them all."""
     for name in ("bench-full", "bench-kv"):
@@ -200,6 +214,7 @@ def main() -> int:
     draw_thresholds(read("answers.json")["curve"], DOCS / "answers.png")
     draw_serving(read("serving.json")["bundles"], DOCS / "serving.png")
     draw_text(read("text.json"), DOCS / "text.png")
+    draw_code_runs(read("training-code.json"), DOCS / "training-code.png")
     training = read("training.json")
     draw_runs(training["runs"], DOCS / "training-kinds.png")
     draw_depths(training["accuracy"], DOCS / "training-loops.png")

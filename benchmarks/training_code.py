@@ -27,12 +27,14 @@ from melt_models.training.recipe_files import recipe_path
 
 RECIPE = recipe_path("melt-code-short")
 DEPTHS = (1, 2, 3, 4)
-ROWS, CHUNK = 128, 64
+ROWS, CHUNK = 100, 64
 
 
 def rows(base: Recipe) -> list[Row]:
-    """Every run; ``waves`` is MELT with half of the steps of phase 2 read as waves."""
-    return [*rows_of_kinds(base), *(Row("with waves", {"wave_steps": 0.5}, seed) for seed in range(3))]
+    """Every run; ``with waves`` reads half of the steps of phase 2 as waves."""
+    waves = {"wave_steps": 0.5}
+    kinds = [Row(f"{kind} with waves", {"gate_kind": kind, **waves}) for kind in ("last", "scalar")]
+    return [*rows_of_kinds(base), Row("with waves", waves), *kinds]
 
 
 def measure(model: MeltCausalLM, teacher: Path, data: Path) -> dict[str, Any]:
@@ -40,19 +42,18 @@ def measure(model: MeltCausalLM, teacher: Path, data: Path) -> dict[str, Any]:
     sizes = bytes_of_tokens(PreTrainedTokenizerFast.from_pretrained(teacher))
     held_out, model = read_rows(data / "held_out", ROWS), model.float().eval()
     whole = held_out.shape[1]
-    waves = {}
-    if model.config.gate_kind not in ("none", "mean"):
-        waves = {lag: asdict(one) for lag, one in measure_waves(model, held_out, DEPTHS[-1], CHUNK).items()}
     return {
         "loops": {loops: asdict(measure_depth(model, held_out, sizes, loops, CHUNK)) for loops in DEPTHS},
         "whole": asdict(measure_depth(model, held_out, sizes, DEPTHS[-1], whole)),
-        "waves": waves,
+        "waves": {lag: asdict(one) for lag, one in measure_waves(model, held_out, DEPTHS[-1], CHUNK).items()},
         "cache_bytes": cache_bytes(model),
     }
 
 
 def spread(values: list[float], digits: int) -> str:
-    """The mean, and over several seeds the standard deviation."""
+    """The mean, and over several seeds the standard deviation; of nothing, nothing."""
+    if not values:
+        return ""
     around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{around}"
 
@@ -70,28 +71,26 @@ def tables(results: dict[str, dict[str, Any]], wanted: list[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| waves | perplexity, lag 1 | 2 | 3 | choices as in plain decoding, lag 1 | 2 | drafts that hold, lag 1 | 2 |",
+        "| last tokens | perplexity, in chunks | lag 1 | 2 | 3 | choices as in plain decoding, in chunks | lag 1 | 2 |",
     ]
     lines.append("|---" * 8 + "|")
     for title, group in groups.items():
-        if all(one["waves"] for one in group):
-            losses = [spread([math.exp(one["waves"][lag]["loss"]) for one in group], 2) for lag in "123"]
-            shares = [
-                spread([100 * one["waves"][lag][name] for one in group], 1) + " %"
-                for name in ("agreement", "held")
-                for lag in "12"
-            ]
-            lines.append(f"| {' | '.join([title, *losses, *shares])} |")
+        waves = [one["waves"] for one in group]
+        losses = [spread([math.exp(one[lag]["loss"]) for one in waves if lag in one], 2) for lag in "0123"]
+        shares = [spread([100 * one[lag]["agreement"] for one in waves if lag in one], 1) for lag in "012"]
+        cells = [title, *losses, *(f"{share} %" if share else "" for share in shares)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def summary(results: dict[str, dict[str, Any]], wanted: list[Row]) -> list[dict[str, Any]]:
-    """Mean perplexity by loops of every title."""
+    """Mean perplexities of every title: by loops in chunks, and of the last tokens by lag (0: in chunks)."""
     return [
         {
             "title": title,
             "seeds": len(group),
-            "perplexity": {n: mean(math.exp(one["loops"][str(n)]["loss"]) for one in group) for n in DEPTHS},
+            "in_chunks": {n: mean(math.exp(one["loops"][str(n)]["loss"]) for one in group) for n in DEPTHS},
+            "by_lag": {lag: mean(math.exp(one["waves"][lag]["loss"]) for one in group) for lag in group[0]["waves"]},
         }
         for title, group in by_title(results, wanted).items()
     ]

@@ -64,11 +64,32 @@ def test_the_longest_lag_is_one_token_after_another(melt, rows, tokens):
     cache = melt(known, loops=LOOPS, chunk_size=CHUNK).cache if known.shape[1] else None
     out = melt(rows[:, -tokens - 1 : -1], past_key_values=cache, loops=LOOPS, chunk_size=1)
     loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, -tokens:].flatten())
-    assert list(found) == [1, 2, 3]
+    assert list(found) == [0, 1, 2, 3]
     assert_close(torch.tensor(found[3].loss), loss, TORCH)
     assert found[3].agreement == 1.0
-    assert all(0 <= one.held <= 1 and one.loss > 0 for one in found.values())
-    assert found[1].loss != found[3].loss
+    assert all(0 <= one.agreement <= 1 and one.loss > 0 for one in found.values())
+    assert [one.held is None or 0 <= one.held <= 1 for one in found.values()] == [True] * LOOPS
+    assert len({one.loss for one in found.values()}) == LOOPS
+
+
+@torch.no_grad()
+def test_at_lag_0_the_tokens_are_read_in_chunks(melt, rows):
+    found = measure_waves(melt, rows, LOOPS, CHUNK, LENGTH - 1)[0]
+    out = melt(rows, labels=rows, loops=LOOPS, chunk_size=CHUNK)
+    assert_close(torch.tensor(found.loss), out.loss, TORCH)
+    assert found.held is None
+
+
+@pytest.mark.parametrize("gate_kind", ["none", "mean"])
+@torch.no_grad()
+def test_models_without_waves_are_read_in_chunks_and_token_by_token(tokenizer, rows, gate_kind):
+    model = random_model(vocab_size=len(tokenizer), gate_kind=gate_kind, max_position_embeddings=256)
+    found = measure_waves(model, rows, LOOPS, CHUNK, 20)
+    assert list(found) == [0, LOOPS - 1]
+    if gate_kind == "none":
+        assert_close(torch.tensor(found[0].loss), torch.tensor(found[3].loss), TORCH)
+    else:
+        assert found[0].loss != found[3].loss
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +110,7 @@ def test_the_command_prints_a_table_of_depths_and_one_of_waves(folders, capsys):
     assert [line.split("|")[1].strip() for line in lines] == ["loops", "---", "1", "2", "3"]
     assert evaluate.main([*arguments, "--waves"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["lag", "---", "1", "2", "3"]
+    assert [line.split("|")[1].strip() for line in lines] == ["lag", "---", "in chunks", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +124,6 @@ def test_the_command_prints_a_table_of_depths_and_one_of_waves(folders, capsys):
         ("melt", ["--data", "data", "--waves", "--most-loops", "1"], "got 1 and 76"),
         ("melt", ["--data", "data", "--waves", "76"], "rows of more tokens, got 4 and 76"),
         ("melt", ["--data", "data", "--waves", "0"], "--waves must be at least 1, got 0"),
-        ("looplm", ["--data", "data", "--waves"], "got none: a LoopLM's wave is plain decoding"),
         ("melt", ["--data", "data", "--rows", "4"], r"--rows must be in [1, 3], the rows of"),
         ("melt", ["--data", "melt"], "is not token data"),
         ("melt", ["--data", "data", "--most-loops", "0"], "--most-loops must be at least 1, got 0"),

@@ -22,7 +22,7 @@ from melt_models.errors import CheckpointError
 from melt_models.modeling import KVCache, MeltCausalLM
 from melt_models.progress import Progress
 from melt_models.training.errors import TrainingError
-from melt_models.training.forward import TrainingCache, forward_chunk
+from melt_models.training.forward import TrainingCache, forward_chunk, joined
 from melt_models.training.wave import forward_wave
 
 WAVE_TOKENS = 64
@@ -51,17 +51,18 @@ class Measure:
 
 @dataclass(frozen=True)
 class WaveMeasure:
-    """Of waves of one lag whose drafts all hold, over the last tokens of every row.
+    """Of waves of one lag whose drafts all hold, over the last tokens of every row; lag 0 is chunks.
 
     Attributes:
         loss: cross entropy after the last loop, nats a token.
         agreement: share of tokens whose first choice is that of plain decoding, one token after another.
-        held: share of tokens whose first choice after ``lag`` loops is the last loop's: drafts that hold.
+        held: share of tokens whose first choice after ``lag`` loops is the last loop's: drafts that hold. None for
+            chunks, which draft nothing.
     """
 
     loss: float
     agreement: float
-    held: float
+    held: float | None
 
     @property
     def perplexity(self) -> float:
@@ -95,34 +96,50 @@ def measure_depth(
 def measure_waves(
     model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: int, tokens: int = WAVE_TOKENS
 ) -> dict[int, WaveMeasure]:
-    """Reads the last tokens of MELT's rows [n, L] as waves of every lag, the rest in chunks.
+    """Reads the last tokens of rows [n, L] as waves of every lag, the rest in chunks.
 
     Args:
         tokens: of each row that are read so and scored, below L.
 
     Returns:
-        By lag, from 1 to ``loops - 1``, which is plain decoding.
+        By lag: 0 for chunks, then 1 to ``loops - 1``, which is plain decoding; of a LoopLM and of the gate kind
+        ``mean``, which have no waves, 0 and ``loops - 1``.
     """
     targets = rows[:, -tokens:].flatten()
+    has_waves = model.config.gate_kind not in ("none", "mean")
     choices: dict[int, list[torch.Tensor]] = {}
-    found: dict[int, tuple[float, float]] = {}
-    for lag in range(1, loops):
+    losses: dict[int, float] = {}
+    for lag in range(loops) if has_waves else (0, loops - 1):
         by_loop = []
         for part in rows.split(_ROWS_AT_ONCE):
-            known, read = part[:, : -tokens - 1], part[:, -tokens - 1 : -1]
-            cache = TrainingCache()
-            for chunk in known.split(chunk_size, dim=1) if known.shape[1] else ():
-                forward_chunk(model.model, chunk, loops, cache)
-            states = forward_wave(model.model, read, loops, lag, cache).states
+            cache, known, read = TrainingCache(), part[:, : -tokens - 1], part[:, -tokens - 1 : -1]
+            _read_chunks(model, known, loops, chunk_size, cache)
+            if 0 < lag < loops - 1:
+                states = forward_wave(model.model, read, loops, lag, cache).states
+            else:
+                states = _read_chunks(model, read, loops, 1 if lag else chunk_size, cache)
             by_loop.append(model.lm_head(torch.stack([states[lag - 1], states[-1]])).flatten(1, 2))
         early, last = torch.cat(by_loop, dim=1)
         choices[lag] = [early.argmax(-1), last.argmax(-1)]
-        found[lag] = F.cross_entropy(last, targets).item(), (choices[lag][0] == choices[lag][1]).float().mean().item()
+        losses[lag] = F.cross_entropy(last, targets).item()
     plain = choices[loops - 1][1]
     return {
-        lag: WaveMeasure(loss, (choices[lag][1] == plain).float().mean().item(), held)
-        for lag, (loss, held) in found.items()
+        lag: WaveMeasure(
+            losses[lag],
+            (last == plain).float().mean().item(),
+            (early == last).float().mean().item() if lag else None,
+        )
+        for lag, (early, last) in choices.items()
     }
+
+
+def _read_chunks(
+    model: MeltCausalLM, ids: torch.Tensor, loops: int, chunk_size: int, cache: TrainingCache
+) -> list[torch.Tensor]:
+    """The states after every loop; none of no tokens."""
+    chunks = [chunk for chunk in ids.split(chunk_size, dim=1) if chunk.numel()]
+    passes = [forward_chunk(model.model, chunk, loops, cache) for chunk in chunks]
+    return joined(passes).states if passes else []
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -211,20 +228,16 @@ def wave_table(model: MeltCausalLM, rows: torch.Tensor, loops: int, chunk_size: 
     """In Markdown.
 
     Raises:
-        TrainingError: the model has no waves to measure, one loop, or rows that are too short.
+        TrainingError: one loop, or rows that are too short.
     """
-    if model.config.gate_kind in ("none", "mean"):
-        raise TrainingError(
-            f"--waves must be given with MELT of another gate kind than mean, got {model.config.gate_kind}: a LoopLM's "
-            "wave is plain decoding"
-        )
     if loops < 2 or rows.shape[1] <= tokens:
         raise TrainingError(
             f"--waves {tokens} must be given at least 2 loops and rows of more tokens, got {loops} and {rows.shape[1]}"
         )
     lines = ["| lag | perplexity | choices as in plain decoding | drafts that hold |", "|---|---|---|---|"]
     for lag, one in measure_waves(model, rows, loops, chunk_size, tokens).items():
-        lines.append(f"| {lag} | {one.perplexity:.2f} | {one.agreement:.1%} | {one.held:.1%} |")
+        held = "" if one.held is None else f"{one.held:.1%}"
+        lines.append(f"| {lag or 'in chunks'} | {one.perplexity:.2f} | {one.agreement:.1%} | {held} |")
     return "\n".join(lines)
 
 
