@@ -103,8 +103,8 @@ def test_rounds_settle_on_the_wave_a_token_more_in_each(gate_kind, lag, known):
     states, attended, cache = read(forward_wave)
     count = 15 - known
     for rounds in (0, 1, ROUNDS):
-        assert_close(read(settle_wave, None, rounds)[0][:, :, : rounds + 1], states[:, :, : rounds + 1], TORCH)
-    settled = read(settle_wave, None, count - 1)
+        assert_close(read(settle_wave, False, None, rounds)[0][:, :, : rounds + 1], states[:, :, : rounds + 1], TORCH)
+    settled = read(settle_wave, False, None, count - 1)
     assert_close(settled[0], states, TORCH)
     assert_close(settled[1], attended, TORCH)
     assert settled[2].length == cache.length
@@ -129,6 +129,18 @@ def test_a_step_reads_what_is_not_in_chunks_as_a_wave_and_its_gradients_reach_ev
     waved.backward()
     weights = {name: weight.grad for name, weight in student.named_parameters() if "early_exit" not in name}
     assert [name for name, grad in weights.items() if grad is None or not grad.abs().max() > 0] == []
+
+
+def test_recomputed_waves_have_the_same_gradients():
+    teacher, ids = random_model(gate_kind="none"), tokens()
+    step = Step(DISTILLED, LOOPS, CHUNK, None, lag=2, in_chunks=0.5)
+    gradients = []
+    for recompute in (False, True):
+        student = student_of(teacher)
+        Objective(student, teacher, True, recompute)(batch_of(ids), step)["loss"].backward()
+        gradients.append([weight.grad for weight in student.parameters() if weight.grad is not None])
+    for kept, again in zip(*gradients, strict=True):
+        assert_close(again, kept, TORCH)
 
 
 def test_waves_are_drawn_in_phase_two_alone_and_change_no_other_draw():

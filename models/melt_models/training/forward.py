@@ -100,12 +100,9 @@ def forward_chunk(
         own = cache.per_loop.setdefault((loop_idx, layer_idx), [])
         past = own if is_looplm else cache.final.setdefault(layer_idx, [])
         # The lists grow below; a recomputation in the backward pass must see them as they are now.
-        arguments = (layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces)
-        if recompute and torch.is_grad_enabled():
-            result = checkpoint(layer_pass, *arguments, use_reentrant=False)
-        else:
-            result = layer_pass(*arguments)
-        x, latent, output, rows, looplm_rows = result
+        x, latent, output, rows, looplm_rows = layer_pass(
+            *(layer, x, latent, list(past), list(own), frame, loop_idx, alpha, pieces), recompute=recompute
+        )
         attended.append(output)
         if left is not None:
             goes_on = (left > loop_idx)[:, None, :, None]
@@ -133,8 +130,30 @@ def layer_pass(
     loop_idx: int,
     alpha: float | None,
     pieces: "Pieces",
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
-    """One layer: ``x``, the latent state, the attention output, the chunk's rows, and the LoopLM's while mixing."""
+    """One layer: ``x``, the latent state, the attention output, the chunk's rows, and the LoopLM's while mixing.
+
+    Args:
+        recompute: keep only what goes in for the backward pass, and compute the layer again there.
+    """
+    arguments = (layer, x, latent, past, looplm_past, frame, loop_idx, alpha, pieces)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(_layer_pass, *arguments, use_reentrant=False)
+    return _layer_pass(*arguments)
+
+
+def _layer_pass(
+    layer: Layer,
+    x: Tensor,
+    latent: Tensor | None,
+    past: Rows,
+    looplm_past: Rows,
+    frame: Frame,
+    loop_idx: int,
+    alpha: float | None,
+    pieces: "Pieces",
+) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
     a, h, rows = pieces.enter(layer, x, latent, frame, loop_idx)
     present, looplm_rows = _join(past, rows), None
     if alpha is not None:

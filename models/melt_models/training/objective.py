@@ -117,7 +117,7 @@ class Objective(nn.Module):
         for start, end in pairwise([0, *ends]):
             backbone, ids = self.student.model, batch.input_ids[:, start:end]
             if step.lag is not None and end == length:
-                held.append(settle_wave(backbone, ids, step.loops, step.lag, cache, self._pieces))
+                held.append(settle_wave(backbone, ids, step.loops, step.lag, cache, self.recompute, self._pieces))
             else:
                 args = (step.loops, cache, step.alpha, self.recompute, self._pieces)
                 held.append(forward_chunk(backbone, ids, *args))

@@ -87,6 +87,7 @@ def settle_wave(
     loops: int,
     lag: int,
     cache: TrainingCache,
+    recompute: bool = False,
     pieces: Pieces | None = None,
     rounds: int = ROUNDS,
 ) -> ChunkPass:
@@ -97,17 +98,18 @@ def settle_wave(
         input_ids: [B, W] int64.
         loops: depth T.
         lag: as of ``forward_wave``.
-        rounds: how often neighbours are read again; W of them give the exact wave.
+        recompute, pieces: as of ``forward_chunk``.
+        rounds: how often neighbours are read again; W - 1 of them give the exact wave.
 
     Returns:
-        The last round's. Nothing is computed again in the backward pass.
+        The last round's.
     """
     pieces = pieces or Pieces()
     rows: dict[tuple[int, int], KeyValue] = {}
     for turn in range(rounds + 1):
         frames = _frames(backbone, input_ids, loops, lag if turn else 0, cache.length)
         with nullcontext() if turn > rounds - _LEARNING_ROUNDS else torch.no_grad():
-            got, rows = _settle_once(backbone, input_ids, cache, frames, rows, pieces)
+            got, rows = _settle_once(backbone, input_ids, cache, frames, rows, recompute, pieces)
     for layer_idx in range(len(backbone.layers)):
         cache.final.setdefault(layer_idx, []).append(rows[loops - 1, layer_idx])
     cache.length += input_ids.shape[1]
@@ -138,6 +140,7 @@ def _settle_once(
     cache: TrainingCache,
     frames: list[tuple[list[int], Frame]],
     before: dict[tuple[int, int], KeyValue],
+    recompute: bool,
     pieces: Pieces,
 ) -> tuple[ChunkPass, dict[tuple[int, int], KeyValue]]:
     """One round: what it gives, and its rows by loop and layer, out of those of the round before."""
@@ -150,7 +153,7 @@ def _settle_once(
         ahead, frame = frames[loop_idx]
         past = [*cache.final.get(layer_idx, []), *(before[at, layer_idx] for at in ahead)]
         x, latent, output, rows[loop_idx, layer_idx], _ = layer_pass(
-            layer, x, latent, past, [], frame, loop_idx, None, pieces
+            layer, x, latent, past, [], frame, loop_idx, None, pieces, recompute
         )
         attended.append(output)
         return x, latent
