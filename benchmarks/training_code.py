@@ -32,9 +32,7 @@ ROWS, CHUNK = 100, 64
 
 def rows(base: Recipe) -> list[Row]:
     """Every run; ``with waves`` reads half of the steps of phase 2 as waves."""
-    waves = {"wave_steps": 0.5}
-    kinds = [Row(f"{kind} with waves", {"gate_kind": kind, **waves}) for kind in ("last", "scalar")]
-    return [*rows_of_kinds(base), Row("with waves", waves), *kinds]
+    return [*rows_of_kinds(base), Row("with waves", {"wave_steps": 0.5})]
 
 
 def measure(model: MeltCausalLM, teacher: Path, data: Path) -> dict[str, Any]:
