@@ -200,7 +200,7 @@ def draw_code_runs(runs: list[dict[str, Any]], path: Path) -> None:
         for lag, label in (("0", "in chunks of 64"), (singly, "token by token")):
             axis.scatter([run["by_lag"][lag] for run in runs], places, label=label)
         axis.set_yticks(places, [run["title"] for run in runs])
-        axis.set(xlabel="perplexity of held-out code", xscale="log")
+        axis.set(xlabel="perplexity of the last 64 tokens of held-out rows", xscale="log")
         axis.legend(loc="lower right")
 
 

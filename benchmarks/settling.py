@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from melt_models import load_checkpoint
 from melt_models.code.evaluate import read_rows
+from melt_models.errors import CheckpointError
+from melt_models.training import TrainingError
 from melt_models.training.forward import TrainingCache
 from melt_models.training.wave import forward_wave, settle_wave
 
@@ -30,8 +32,13 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16, help="of the data, evenly spread (default: %(default)s)")
     parser.add_argument("--lag", type=int, default=3, help="default: %(default)s, of four loops plain decoding")
     args = parser.parse_args()
-    model = load_checkpoint(args.checkpoint).float().eval()
-    rows, loops = read_rows(args.data, args.rows), model.config.total_ut_steps
+    try:
+        model, rows = load_checkpoint(args.checkpoint).float().eval(), read_rows(args.data, args.rows)
+    except (CheckpointError, TrainingError) as error:
+        raise SystemExit(f"error: {error}") from error
+    loops = model.config.total_ut_steps
+    if model.config.gate_kind in ("none", "mean") or not 1 <= args.lag <= loops:
+        raise SystemExit(f"error: {args.checkpoint} must be MELT of another gate kind than mean, --lag in [1, {loops}]")
     ids, targets = rows[:, :-1], rows[:, 1:].flatten()
     exact = forward_wave(model.model, ids, loops, args.lag, TrainingCache()).states[-1]
     settled = [
@@ -40,7 +47,7 @@ def main() -> int:
     ]
     choices = model.lm_head(exact).argmax(-1)
     print("| rounds | perplexity | first choices as of the wave | distance of the last state |\n|---|---|---|---|")
-    for name, state in [*enumerate(settled), ("the wave", exact)]:
+    for name, state in [*enumerate(settled), ("the wave itself", exact)]:
         logits = model.lm_head(state)
         perplexity = math.exp(F.cross_entropy(logits.flatten(0, 1), targets).item())
         equal = (logits.argmax(-1) == choices).float().mean().item()

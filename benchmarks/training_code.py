@@ -1,4 +1,4 @@
-"""The tables of MELT's training on source code: gate kinds, parts left out, perplexity by loops, waves.
+"""The tables of MELT's training on source code: gate kinds, parts left out, perplexity by loops and by lag.
 
     make melt-code-teacher
     python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model \\
@@ -6,7 +6,7 @@
 
 Every row is a run of the recipe ``melt-code-short`` with a few numbers changed, in a process of its own with one
 thread. A run that was stopped goes on, and a finished one is only read. The tables are printed in Markdown; ``--json``
-writes the mean perplexities of every title by loops.
+writes the mean perplexities of every title by loops and by lag.
 """
 
 import json
@@ -22,17 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from melt_models import MeltCausalLM
 from melt_models.code.evaluate import bytes_of_tokens, measure_depth, measure_waves, read_rows
-from melt_models.training import Recipe, read_recipe
+from melt_models.training import read_recipe
 from melt_models.training.recipe_files import recipe_path
 
 RECIPE = recipe_path("melt-code-short")
 DEPTHS = (1, 2, 3, 4)
 ROWS, CHUNK = 100, 64
-
-
-def rows(base: Recipe) -> list[Row]:
-    """Every run; ``with waves`` reads half of the steps of phase 2 as waves."""
-    return [*rows_of_kinds(base), Row("with waves", {"wave_steps": 0.5})]
 
 
 def measure(model: MeltCausalLM, teacher: Path, data: Path) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def tables(results: dict[str, dict[str, Any]], wanted: list[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| last tokens | perplexity, in chunks | lag 1 | 2 | 3 | choices as in plain decoding, in chunks | lag 1 | 2 |",
+        "| last 64 tokens | perplexity, in chunks | lag 1 | 2 | 3 | choices as in plain decoding, in chunks | lag 1 | 2 |",
     ]
     lines.append("|---" * 8 + "|")
     for title, group in groups.items():
@@ -98,7 +93,7 @@ def main() -> int:
     """Runs what is missing, then prints the tables."""
     args = parse_arguments(__doc__, "folder with train and held_out", "write mean perplexities by loops")
     base = read_recipe(RECIPE)
-    wanted = rows(base)
+    wanted = rows_of_kinds(base)
     data = args.data / "train"
     results = results_of(args, wanted, base, data, lambda model: measure(model, args.teacher, args.data))
     print(tables(results, wanted))

@@ -207,7 +207,12 @@ def test_the_terms_are_what_their_names_say(loops):
     assert_close(got["loss"], total, TORCH)
 
 
-def test_recomputation_changes_nothing_but_memory():
+@pytest.mark.parametrize(
+    "step",
+    [Step(DISTILLED, LOOPS, CHUNK, alpha=0.3), Step(DISTILLED, LOOPS, CHUNK, None, lag=2)],
+    ids=["chunks", "wave"],
+)
+def test_recomputation_changes_nothing_but_memory(step):
     teacher, ids = random_model(gate_kind="none"), tokens()
     gradients, kept = [], []
     for recompute in (False, True):
@@ -220,7 +225,7 @@ def test_recomputation_changes_nothing_but_memory():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             objective = Objective(student, teacher, recompute=recompute)
-            loss = objective(batch_of(ids), Step(DISTILLED, LOOPS, CHUNK, alpha=0.3))["loss"]
+            loss = objective(batch_of(ids), step)["loss"]
         loss.backward()
         gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
         kept.append(sum(sizes))

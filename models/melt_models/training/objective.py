@@ -1,4 +1,4 @@
-"""The losses of all phases, chunk by chunk, so that no tensor is as large as a whole sequence's logits."""
+"""The losses of all phases, chunk by chunk, so that only whole sequences in one chunk or wave have all their logits."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,12 +116,12 @@ class Objective(nn.Module):
         begin = 0
         for start, end in pairwise([0, *ends]):
             backbone, ids = self.student.model, batch.input_ids[:, start:end]
-            if step.lag is not None and end == length:
+            if start == known:
                 held.append(settle_wave(backbone, ids, step.loops, step.lag, cache, self.recompute, self._pieces))
             else:
                 args = (step.loops, cache, step.alpha, self.recompute, self._pieces)
                 held.append(forward_chunk(backbone, ids, *args))
-            if end < length and len(ids) * (end + chunk_size - begin) <= _TOKENS_AT_ONCE:
+            if end < known and len(ids) * (end + chunk_size - begin) <= _TOKENS_AT_ONCE:
                 continue
             for name, value in self._terms(joined(held), wanted, batch, slice(begin, end), phase).items():
                 sums[name] = sums[name] + value if name in sums else value

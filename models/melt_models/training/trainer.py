@@ -215,7 +215,8 @@ class _Loop:
         self.optimizer.step(rate)
         name = recipe.name_of(step)
         record = {"step": step + 1, "phase": name, **terms, "gradient_norm": norm, "rate": rate, "alpha": drawn.alpha}
-        return record | {"loops": drawn.loops, "chunk": drawn.chunk_size, "lag": drawn.lag, "tokens": tokens}
+        read = {"chunk": drawn.chunk_size, "lag": drawn.lag, "in_chunks": drawn.in_chunks if drawn.lag else 1.0}
+        return record | {"loops": drawn.loops, **read, "tokens": tokens}
 
     def accumulate(self, step: int, drawn: Step) -> tuple[dict[str, float], int]:
         """Adds up one step's gradients; returns mean terms and the tokens of all processes."""

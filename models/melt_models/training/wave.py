@@ -6,7 +6,7 @@ chunk, where all are at one loop, and those of finished tokens.
 
 ``forward_wave`` takes the passes of the definition, about one for every token. ``settle_wave`` runs all tokens at once,
 several times over: each round finds neighbours as the round before left them. A round makes at least one token more
-exact, so that the wave is its fixed point; on text each takes a third or more of the distance to it away.
+exact, so that the wave is its fixed point; on text each takes about a third of the distance to it away.
 """
 
 from contextlib import nullcontext
@@ -94,22 +94,24 @@ def settle_wave(
     """What ``forward_wave`` gives, nearly, with gradients, in ``rounds + 1`` passes over all tokens at once.
 
     Args:
-        backbone: MELT, of any gate kind but ``none``.
-        input_ids: [B, W] int64.
-        loops: depth T.
-        lag: as of ``forward_wave``.
+        backbone, input_ids, loops, lag: as of ``forward_wave``.
         recompute, pieces: as of ``forward_chunk``.
-        rounds: how often neighbours are read again; W - 1 of them give the exact wave.
+        rounds: after the first, which reads one chunk; W - 1 of them give the exact wave.
 
     Returns:
         The last round's.
     """
+    assert backbone.config.gate_kind not in ("none", "mean"), backbone.config.gate_kind
+    assert cache.left is None, "tokens of a wave leave after its last loop"
     pieces = pieces or Pieces()
     rows: dict[tuple[int, int], KeyValue] = {}
     for turn in range(rounds + 1):
         frames = _frames(backbone, input_ids, loops, lag if turn else 0, cache.length)
-        with nullcontext() if turn > rounds - _LEARNING_ROUNDS else torch.no_grad():
+        learns = turn > rounds - _LEARNING_ROUNDS
+        with nullcontext() if learns else torch.no_grad():
             got, rows = _settle_once(backbone, input_ids, cache, frames, rows, recompute, pieces)
+        if not learns:
+            torch.clear_autocast_cache()  # in older torch, casts made without gradients would serve the later rounds
     for layer_idx in range(len(backbone.layers)):
         cache.final.setdefault(layer_idx, []).append(rows[loops - 1, layer_idx])
     cache.length += input_ids.shape[1]
