@@ -64,7 +64,7 @@ def tables(results: dict[str, dict[str, Any]], wanted: list[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| last 64 tokens | perplexity, in chunks | lag 1 | 2 | 3 | choices as in plain decoding, in chunks | lag 1 | 2 |",
+        "| last 64 tokens | perplexity, in chunks | lag 1 | 2 | 3 | choices as in plain decoding, chunks | lag 1 | 2 |",
     ]
     lines.append("|---" * 8 + "|")
     for title, group in groups.items():

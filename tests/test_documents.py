@@ -72,6 +72,9 @@ NOT_RUN = {
     "make train-smoke": _MAKE,
     "make melt-tiny": _MAKE,
     "make melt-code": _MAKE,
+    "python benchmarks/settling.py models/melt-code --data build/melt-code-training/data/held_out": _MINUTES,
+    "python benchmarks/training_code.py --teacher build/melt-code-training/teacher/model --data "
+    "build/melt-code-training/data --out build/code-tables --jobs 2 --json docs/data/training-code.json": _TRAINS,
     "make melt-code-teacher": _MAKE,
     "python -m melt_models.code.evaluate models/melt-code --data build/melt-code-training/data/held_out": _MINUTES,
     "python export.py models/melt-code --out build/melt-code-int8 --precision int8 --eval-text "
