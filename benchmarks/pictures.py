@@ -201,7 +201,10 @@ def draw_code_runs(runs: list[dict[str, Any]], path: Path) -> None:
             axis.scatter([run["by_lag"][lag] for run in runs], places, label=label)
         axis.set_yticks(places, [run["title"] for run in runs])
         axis.set(xlabel="perplexity of the last 64 tokens of held-out rows", xscale="log")
-        axis.legend(loc="lower right")
+        axis.set_xticks([15, 20, 30, 50, 100, 200, 300], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.legend(loc="upper right")
 
 
 def main() -> int:
