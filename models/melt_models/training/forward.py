@@ -137,34 +137,23 @@ def layer_pass(
     Args:
         recompute: keep only what goes in for the backward pass, and compute the layer again there.
     """
-    arguments = (layer, x, latent, past, looplm_past, frame, loop_idx, alpha, pieces)
+
+    def run(x: Tensor, latent: Tensor | None) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
+        a, h, rows = pieces.enter(layer, x, latent, frame, loop_idx)
+        present, looplm_rows = _join(past, rows), None
+        if alpha is not None:
+            looplm_rows = layer.self_attn.keys_values(a, frame)
+            looplm = _join(looplm_past, looplm_rows)
+            present = (
+                alpha * present[0] + (1 - alpha) * looplm[0],
+                alpha * present[1] + (1 - alpha) * looplm[1],
+            )
+        after, output = pieces.close(layer, x, layer.self_attn.attend(a, present, frame))
+        return after, h, output, rows, looplm_rows
+
     if recompute and torch.is_grad_enabled():
-        return checkpoint(_layer_pass, *arguments, use_reentrant=False)
-    return _layer_pass(*arguments)
-
-
-def _layer_pass(
-    layer: Layer,
-    x: Tensor,
-    latent: Tensor | None,
-    past: Rows,
-    looplm_past: Rows,
-    frame: Frame,
-    loop_idx: int,
-    alpha: float | None,
-    pieces: "Pieces",
-) -> tuple[Tensor, Tensor, Tensor, KeyValue, KeyValue | None]:
-    a, h, rows = pieces.enter(layer, x, latent, frame, loop_idx)
-    present, looplm_rows = _join(past, rows), None
-    if alpha is not None:
-        looplm_rows = layer.self_attn.keys_values(a, frame)
-        looplm = _join(looplm_past, looplm_rows)
-        present = (
-            alpha * present[0] + (1 - alpha) * looplm[0],
-            alpha * present[1] + (1 - alpha) * looplm[1],
-        )
-    x, output = pieces.close(layer, x, layer.self_attn.attend(a, present, frame))
-    return x, h, output, rows, looplm_rows
+        return checkpoint(run, x, latent, use_reentrant=False)
+    return run(x, latent)
 
 
 def _enter(
