@@ -25,7 +25,6 @@ def forward_wave(
     loops: int,
     lag: int,
     cache: TrainingCache,
-    pieces: Pieces | None = None,
 ) -> ChunkPass:
     """Runs tokens through all loops as one wave whose drafts all hold, and adds their rows to ``cache``.
 
@@ -39,7 +38,7 @@ def forward_wave(
         The same as for a chunk of these tokens. Nothing is computed again in the backward pass.
     """
     assert backbone.config.gate_kind not in ("none", "mean"), backbone.config.gate_kind
-    pieces = pieces or Pieces()
+    pieces = Pieces()
     entering, count, layers = backbone.embed_tokens(input_ids), input_ids.shape[1], backbone.layers
     states: list[list[Tensor]] = [[] for _ in range(loops)]
     attended: list[list[Tensor]] = [[] for _ in range(loops * len(layers))]
@@ -105,11 +104,13 @@ def settle_wave(
     assert cache.left is None, "tokens of a wave leave after its last loop"
     pieces = pieces or Pieces()
     rows: dict[tuple[int, int], KeyValue] = {}
+    as_chunk, as_wave = (_frames(backbone, input_ids, loops, at, cache.length) for at in (0, lag))
     for turn in range(rounds + 1):
-        frames = _frames(backbone, input_ids, loops, lag if turn else 0, cache.length)
         learns = turn > rounds - _LEARNING_ROUNDS
         with nullcontext() if learns else torch.no_grad():
-            got, rows = _settle_once(backbone, input_ids, cache, frames, rows, recompute, pieces)
+            got, rows = _settle_once(
+                *(backbone, input_ids, cache, as_wave if turn else as_chunk, rows, recompute, pieces)
+            )
         if not learns:
             torch.clear_autocast_cache()  # in older torch, casts made without gradients would serve the later rounds
     for layer_idx in range(len(backbone.layers)):
