@@ -19,7 +19,9 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from traces import remembered
 
+from melt_export import bundle as bundle_module
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_files import staged
 from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
@@ -84,6 +86,19 @@ def environment(name: str, *requirements: str) -> Path:
     return venv / "bin"
 
 
+def run_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run share."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = run_folder(tmp_path_factory) / "traces"
+    folder.mkdir(exist_ok=True)
+    bundle_module.trace_graph = remembered(bundle_module.trace_graph, folder)
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that one worker of a run makes and every other reads: no test may change it.
 
@@ -92,10 +107,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         name: tells this folder from every other of the run.
         make: called with where to make it.
     """
-    run = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        run = run.parent
-    folder = run / f"shared-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    folder = run_folder(factory) / f"shared-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             make(folder)

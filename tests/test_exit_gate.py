@@ -13,7 +13,7 @@ from conftest import random_model, save_checkpoint
 from datasets import disable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training_run import write_data
+from test_training_run import log_of, write_data
 from tolerances import TORCH, assert_close
 
 from melt_models import MeltCausalLM, load_checkpoint
@@ -336,6 +336,9 @@ def test_two_processes_share_every_phase(recipe, data, tmp_path):
     expected, got = (load_checkpoint(folder).state_dict() for folder in (alone, tmp_path / "two" / "model"))
     for name, tensor in expected.items():
         assert_close(got[name], tensor, TORCH)
+    pairs = list(zip(log_of(tmp_path / "alone"), log_of(tmp_path / "two"), strict=True))
+    assert all(one["tokens"] == two["tokens"] for one, two in pairs)
+    assert_close([one["loss"] for one, _ in pairs], [two["loss"] for _, two in pairs], TORCH)
 
 
 def test_a_model_that_learns_on_loses_its_gates_threshold(recipe, student, data, tmp_path):
