@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,13 +75,18 @@ def save_checkpoint(model: MeltCausalLM, folder: Path) -> Path:
 
 
 def environment(name: str, *requirements: str) -> Path:
-    """The programs of a virtual environment for a tool whose requirements are not ours; made once for each choice."""
+    """The programs of a virtual environment for a tool whose requirements are not ours; made once for each choice.
+
+    Packages that it does not ask for in another version are those of this environment: torch is not installed twice.
+    """
     venv = ROOT / "build" / "environments" / name
     ready = venv / "ready"
-    wanted = "\n".join(requirements)
+    wanted = "\n".join([*requirements, sys.prefix])
     if not ready.is_file() or ready.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+        own, ours = (sysconfig.get_path("purelib", vars={"base": str(base)}) for base in (venv, sys.prefix))
+        (Path(own) / "ours.pth").write_text(ours)
+        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         subprocess.run([*pip, "-c", ROOT / "constraints-torch.txt", *requirements], check=True)
         ready.write_text(wanted)
     return venv / "bin"

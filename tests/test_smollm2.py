@@ -52,8 +52,8 @@ def theirs(checkpoint) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def test_greedy_text_is_that_of_transformers(checkpoint, bundle, theirs):
-    """A few prompts and tokens; benchmarks/smollm2.py compares ten prompts of 200 tokens. One pass of theirs over prompt and answer shows
-    what it would choose at every one of them: where all are ours, its own greedy answer is ours."""
+    """A few prompts and tokens; benchmarks/smollm2.py compares ten of 200. One pass of theirs over prompt and answer
+    shows what it would choose at every token: where all are ours, its own greedy answer is ours."""
     model = load(bundle, 512)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for prompt in PROMPTS:

@@ -237,7 +237,7 @@ def test_recomputation_changes_nothing_but_memory(step):
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler about torch itself
 def test_compiled_pieces_give_the_same_loss_and_gradients(monkeypatch):
-    """Traced and differentiated as torch's compiler does it; generating code from that is torch's own part, and slow."""
+    """Traced and differentiated as torch's compiler does it; the code that it generates then is torch's own."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     ids, found = tokens(), []
     for compiles in (False, True):

@@ -1,7 +1,6 @@
 """Training runs as users start them: killed and resumed, refused, and from an Ouro checkpoint to a bundle."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -17,7 +16,6 @@ from conftest import random_model, save_checkpoint
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from matplotlib.figure import Figure
 from published import write_ouro
-from tolerances import TORCH, assert_close
 from transformers import PreTrainedTokenizerFast
 
 from melt_export import cli as export
