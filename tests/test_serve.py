@@ -1,10 +1,15 @@
 """The server by the official client and by plain requests: answers, streams, sessions, tools."""
 
+import asyncio
 import json
+import re
 import sys
+import time
 import urllib.request
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from live_server import CHAT, CHATS, address, ask, client, lone, model, served
 
@@ -46,6 +51,9 @@ def test_a_stream_is_the_same_answer(client, lone):
     ] * 2
     assert chunks[-1].usage.completion_tokens == 2 * len(lone[4].token_ids)
     assert chunks[-1].usage.prompt_tokens == lone[4].prompt_tokens
+    assert all(chunk.to_dict()["usage"] is None for chunk in chunks[:-1])
+    plain = client.chat.completions.create(model="melt-tiny", messages=CHAT, stream=True)
+    assert all("usage" not in chunk.to_dict() for chunk in plain)
 
 
 def test_adaptive_depth_and_waves(client, lone):
@@ -139,16 +147,74 @@ def test_grammars_by_regular_expression_and_lark(address):
             assert choice["finish_reason"] == "length" or holds(choice["text"])
 
 
-def test_the_other_endpoints(address, model):
-    status, _, models = ask(address, "/v1/models")
-    assert (status, models["data"][0]["id"]) == (200, "melt-tiny")
-    assert models["data"][0]["melt"]["state_bytes"] == model.state_bytes
+def test_a_completion_has_16_tokens_where_nobody_says(client):
+    """As many as fit, where fewer do; -1: all that fit."""
+    for prompt, limit, expected in (([5, 6, 7], None, 16), ([5] * 505, None, 8), ([5] * 490, -1, 23), ([5], 20, 20)):
+        answer = client.completions.create(
+            model="melt-tiny", prompt=prompt, max_tokens=limit, logit_bias={"3": -100}, extra_body={"loops": 1}
+        )
+        assert answer.usage.completion_tokens == expected
+
+
+def test_the_other_endpoints(address, client, model):
+    (entry,) = client.models.list()
+    assert entry.id == "melt-tiny"
+    assert entry.melt["state_bytes"] == model.state_bytes
+    assert 0 <= time.time() - entry.created < 86_400
+    assert client.models.retrieve("melt-tiny") == entry
+    for name in ("other", "an/other"):
+        status, _, answer = ask(address, f"/v1/models/{name}")
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (404, "model", "model_not_found")
     _, _, chat = ask(address, "/tokenize", {"messages": CHAT})
     _, _, text = ask(address, "/tokenize", {"text": "Ana reports to Ben."})
     assert chat["count"] == len(chat["tokens"]) > text["count"] > 0
     _, _, back = ask(address, "/detokenize", {"tokens": text["tokens"]})
     assert back == {"text": "Ana reports to Ben."}
     assert ask(address, "/health")[2]["status"] == "ok"
+
+
+def test_endpoints_are_documented(address):
+    """What they answer, 400 included; as a page that loads nothing from elsewhere."""
+    with urllib.request.urlopen(f"{address}/openapi.json") as response:
+        openapi = json.load(response)
+    operations = [(path, way, about) for path, ways in openapi["paths"].items() for way, about in ways.items()]
+    assert len(operations) == 12
+    for path, way, about in operations:
+        assert "422" not in about["responses"]
+        assert ("400" in about["responses"]) == (way == "post" or "/sessions/" in path)
+        assert about["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+    schemas = openapi["components"]["schemas"]
+    assert {"type": "null"} in schemas["ChatRequest"]["properties"]["temperature"]["anyOf"]
+    assert "HTTPValidationError" not in schemas
+    with urllib.request.urlopen(f"{address}/docs") as response:
+        page = response.read().decode()
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert re.findall(r'(?:src|href)="([^"#]*)"', page) == ["data:,", "docs.css", "openapi.json"]
+    assert "<script" not in page
+    for path, way, _ in operations:
+        assert f"<h2>{way.upper()} {path}</h2>" in page
+    for name, schema in schemas.items():
+        assert f'id="{name}"' in page
+        assert all(f"<td>{field}</td>" in page for field in schema.get("properties", ()))
+    with urllib.request.urlopen(f"{address}/docs.css") as response:
+        assert "url(" not in response.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/v1/models", "GET"),
+        ("GET", CHATS, "POST"),
+        ("PUT", "/v1/sessions", "GET, POST"),
+        ("PATCH", "/v1/sessions/a", "DELETE"),
+        ("DELETE", "/v1/models/a/b", "GET"),
+        ("POST", "/docs", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD"),
+    ],
+)
+def test_another_method_is_told_which_are_allowed(address, method, path, allowed):
+    status, headers, answer = ask(address, path, method=method)
+    assert (status, headers["Allow"], answer["error"]["code"]) == (405, allowed, "method_not_allowed")
 
 
 def test_the_metrics_add_up(address):
@@ -285,14 +351,43 @@ def test_a_tool_is_called(with_tools, choice):
     (streamed,) = [call for delta in deltas for call in delta.tool_calls or ()]
     assert "".join(delta.content or "" for delta in deltas) == ""
     assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
-    messages = [
-        *CHAT,
-        message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
-        {"role": "tool", "tool_call_id": call.id, "content": "Ana reports to Ben. Who is one level above Ana?"},
-    ]
-    after = with_tools.chat.completions.create(messages=messages, **{**said, "tool_choice": "auto"})
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Ana reports to Ben. Who is one level above Ana?"}
+    after = with_tools.chat.completions.create(messages=[*CHAT, message, result], **{**said, "tool_choice": "auto"})
     assert after.choices[0].finish_reason in ("stop", "length")
     assert after.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+class Boss(pydantic.BaseModel):
+    """What ``.parse`` of the official client makes a schema of."""
+
+    name: Literal["Ana", "Ben"]
+    levels: int = pydantic.Field(ge=0, le=99)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own type of `parsed`
+def test_answers_are_handed_back_as_the_official_client_gives_them(with_tools):
+    """The message itself, as dictionaries, of a stream, of ``.parse``, of the asynchronous client."""
+    said = {"model": "melt-tiny", "temperature": 0, "max_tokens": 60}
+    called = {**said, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+    create = with_tools.chat.completions.create
+    plain = create(messages=CHAT, **said).choices[0].message
+    call = create(messages=CHAT, parallel_tool_calls=False, **called).choices[0].message
+    parsed = with_tools.chat.completions.parse(messages=CHAT, response_format=Boss, **said).choices[0].message
+    assert parsed.parsed == Boss.model_validate_json(parsed.content)
+    with with_tools.chat.completions.stream(messages=CHAT, **called) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.tool_calls[0].function.arguments == call.tool_calls[0].function.arguments
+
+    async def answer():
+        async with openai.AsyncOpenAI(base_url=with_tools.base_url, api_key="none", max_retries=0) as client:
+            return await client.chat.completions.create(messages=CHAT, logprobs=True, **said)
+
+    messages = list(CHAT)
+    for message in (plain, call, parsed, streamed, asyncio.run(answer()).choices[0].message):
+        for form in (message, message.model_dump(), message.to_dict(), json.loads(message.model_dump_json())):
+            messages += [form, *CHAT]
+    after = create(messages=messages, **{**said, "max_tokens": 1})
+    assert after.usage.prompt_tokens > 20
 
 
 def test_what_tools_need(with_tools, address):
@@ -311,6 +406,22 @@ def test_what_tools_need(with_tools, address):
 
 
 ODD = '{"name": "a", "arguments": {"x": "</tool_call>"}}'
+
+
+NO_CALLS = (
+    r'{"name": "\ud83d", "arguments": {}}',
+    '{"name": "a", "arguments": {"x": -Infinity}}',
+    '{"name": "a", "arguments": "{}"}',
+    '{"name": "a", "arguments": null}',
+    '{"name": "a", "arguments": {"x": 01}}',
+    '{"name": "a" "arguments": {}}',
+    '{"name": "a"}',
+    "{}",
+    "",
+    '{"name": "a", "arguments": ' + '{"x": ' * 41 + "1" + "}" * 42,
+    "[" * 100_000,
+)
+"""Texts between the marks of a call that are none."""
 
 
 ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {}}'
@@ -333,6 +444,18 @@ ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {
         ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []),
         ('<tool_call>{"name": 3, "arguments": {}}', '<tool_call>{"name": 3, "arguments": {}}', []),
         ("a < b, <tool", "a < b, <tool", []),
+        ('<tool_call>{"name": "a", "arguments": {"x": "Zürich"}}', "", [("a", '{"x": "Zürich"}')]),
+        (
+            '<tool_call>{ "arguments" : {"x":\t1e999, "x": -1.50}, "name": "a", "id": 3 }',
+            "",
+            [("a", '{"x":\t1e999, "x": -1.50}')],
+        ),
+        (
+            rf'<tool_call>{{"name": "Z\u00fcrich", "arguments": {{"x": "\u00fc\ud800 {"9" * 5000}"}}}}',
+            "",
+            [("Zürich", rf'{{"x": "\u00fc\ud800 {"9" * 5000}"}}')],
+        ),
+        *((f"<tool_call>{call}</tool_call>", f"<tool_call>{call}</tool_call>", []) for call in NO_CALLS),
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 100])

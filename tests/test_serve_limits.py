@@ -41,43 +41,27 @@ from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeR
 __all__ = ["address", "client", "lone", "model"]
 
 
+TEXTS = "/v1/completions"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "code", "message"),
     [
-        (
-            "/v1/chat/completions",
-            {"messages": CHAT, "top_a": 1},
-            400,
-            "top_a",
-            "invalid_value",
-            "top_a is not supported",
-        ),
+        (CHATS, {"messages": CHAT, "top_a": 1}, 400, "top_a", "invalid_value", "top_a is not supported"),
         (CHATS, {}, 400, "messages", "invalid_value", "messages is missing"),
+        (CHATS, {"messages": CHAT, "temperature": "hot"}, 400, "temperature", "invalid_value", "'hot'"),
+        (CHATS, {"messages": CHAT, "temperature": -1}, 400, "temperature", "invalid_value", "temperature must be"),
+        (CHATS, {"messages": CHAT, "loops": 0}, 400, "loops", "invalid_value", "loops must be at least 1"),
+        (CHATS, {"messages": CHAT, "loops": 1, "lag": 1}, 400, "lag", "invalid_value", "lag must"),
+        (CHATS, {"messages": CHAT, "max_tokens": 0}, 400, "max_tokens", "invalid_value", "max_tokens must be at"),
         (
-            "/v1/chat/completions",
-            {"messages": CHAT, "temperature": "hot"},
-            400,
-            "temperature",
-            "invalid_value",
-            "'hot'",
+            *(CHATS, {"messages": CHAT, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+            *("invalid_value", "max_completion_tokens must be at least 1"),
         ),
-        (
-            "/v1/chat/completions",
-            {"messages": CHAT, "temperature": -1},
-            400,
-            None,
-            "invalid_value",
-            "temperature must be",
-        ),
-        (
-            "/v1/chat/completions",
-            {"messages": CHAT, "loops": 0},
-            400,
-            None,
-            "invalid_value",
-            "loops must be at least 1",
-        ),
-        (CHATS, {"messages": CHAT, "top_logprobs": 2}, 400, None, "invalid_value", "top_logprobs"),
+        (CHATS, {"messages": CHAT, "seed": -2}, 400, "seed", "invalid_value", "seed must be at least 0"),
+        (CHATS, {"messages": CHAT, "seed": 2**64 - 1, "n": 2}, 400, "seed", "invalid_value", "seed must be at most"),
+        (CHATS, {"messages": CHAT, "logit_bias": {"9999": 1}}, 400, "logit_bias", "invalid_value", "below the"),
+        (CHATS, {"messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs", "invalid_value", "top_logprobs"),
         (CHATS, {"messages": CHAT, "model": "gpt"}, 404, "model", "model_not_found", "'melt-tiny'"),
         (
             *(CHATS, {"messages": [{"role": "user", "content": "Ana. " * 600}]}, 400, "messages"),
@@ -85,39 +69,49 @@ __all__ = ["address", "client", "lone", "model"]
         ),
         (
             *(CHATS, {"messages": CHAT, "max_tokens": 5000}, 400, "messages"),
-            *("context_length_exceeded", "capacity"),
+            *("context_length_exceeded", "or lower max_tokens"),
         ),
-        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "invalid_value", "tool"),
-        ("/v1/completions", {"prompt": [99999]}, 400, None, "invalid_value", "token ids must be in"),
-        ("/v1/completions", {"prompt": []}, 400, None, "invalid_value", "prompt must hold at least one"),
-        ("/v1/completions", {"prompt": "\ud800"}, 400, None, "invalid_value", "half"),
         (
-            *("/v1/completions", {"prompt": "a", "grammar": {"type": "regex", "value": "(["}}, 400, None),
+            *(CHATS, {"messages": CHAT, "max_completion_tokens": 5000, "stream": True}, 400, "messages"),
+            *("context_length_exceeded", "or lower max_completion_tokens"),
+        ),
+        (TEXTS, {"prompt": [5], "max_tokens": 5000}, 400, "prompt", "context_length_exceeded", "lower max_tokens"),
+        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "invalid_value", "tool"),
+        (CHATS, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "invalid_value", "must be text"),
+        (TEXTS, {"prompt": [99999]}, 400, "prompt", "invalid_value", "token ids must be in"),
+        (TEXTS, {"prompt": []}, 400, "prompt", "invalid_value", "prompt must hold at least one"),
+        (TEXTS, {"prompt": ""}, 400, "prompt", "invalid_value", "the prompt is empty"),
+        (TEXTS, {"prompt": "\ud800"}, 400, "prompt", "invalid_value", "half"),
+        (
+            *(TEXTS, {"prompt": "a", "grammar": {"type": "regex", "value": "(["}}, 400, "grammar"),
             *("invalid_value", "the regex cannot be compiled"),
         ),
         (
-            *("/v1/completions", {"prompt": "a", "grammar": {"type": "lark", "value": "x" * 70_000}}, 400, None),
+            *(TEXTS, {"prompt": "a", "grammar": {"type": "lark", "value": "x" * 70_000}}, 400, "grammar"),
             *("invalid_value", "a grammar may have 65536 bytes"),
         ),
         (
-            "/v1/completions",
-            {"prompt": [[5]] * 100, "n": 2},
-            400,
-            None,
-            "invalid_value",
-            "prompts times n must be at most",
+            *(
+                CHATS,
+                {"messages": CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            ),
+            *(400, "response_format", "invalid_value", "the json_schema cannot be compiled"),
         ),
-        ("/v1/completions", b"{", 400, None, "json_invalid", "the body must be JSON"),
-        ("/v1/completions", b"[" * 50_000, 400, None, None, ""),
-        ("/v1/completions", b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
+        (TEXTS, {"prompt": [[5]] * 100, "n": 2}, 400, "n", "invalid_value", "prompts times n must be at most"),
+        (TEXTS, b"{", 400, None, "json_invalid", "the body must be JSON"),
+        (TEXTS, b"[" * 50_000, 400, None, None, ""),
+        (TEXTS, b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
         ("/v1/nothing", {}, 404, None, "unknown_url", "there is no POST /v1/nothing"),
-        ("/detokenize", {"tokens": [-1]}, 400, None, "invalid_value", "tokens must be in"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens", "invalid_value", "tokens must be in"),
+        ("/tokenize", {"text": ""}, 400, "text", "invalid_value", "the prompt is empty"),
+        ("/tokenize", {"messages": [{"role": "x", "content": "a"}]}, 400, "messages", "invalid_value", "roles"),
     ],
 )
 def test_errors_have_openai_s_form_and_name_what_is_wrong(address, path, body, status, param, code, message):
     got, _, answer = ask(address, path, body)
     error = answer["error"]
     assert (got, error["param"]) == (status, param), error
+    assert "max_new_tokens" not in error["message"]
     assert code is None or error["code"] == code
     assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}

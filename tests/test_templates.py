@@ -345,6 +345,7 @@ _CYCLE.append(_CYCLE)
         ({"role": "user", "content": "a", "\ud800": 1}, r"a key of messages\[1\] must be text, got the half"),
         ({"role": "user", "content": "a", 3: 1}, r"\[1\] must have names as keys, got 3"),
         ({"role": "user", "content": "a", "x": {"y": object()}}, r"\[1\].x.y must be a plain value .*got object"),
+        ({"role": "user", "content": "a", "x": [float("nan")]}, r"\[1\].x\[0\] must be a plain value .*got nan"),
         ({"role": "user", "content": "a", "x": _CYCLE}, "is nested deeper than 50"),
     ],
 )

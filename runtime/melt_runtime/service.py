@@ -121,6 +121,7 @@ class Service:
         raw: bool = False,
         on_part: Callable[[Part], None] | None = None,
         on_end: Callable[[Reply], None] | None = None,
+        defaults: GenerationConfig | None = None,
     ) -> Reply:
         """Takes a request; from any thread.
 
@@ -130,6 +131,7 @@ class Service:
             raw: give a string to the model as it is.
             on_part: called with what comes, pass by pass.
             on_end: called once, when ``result`` or ``error`` is there.
+            defaults: for fields that ``config`` does not have; the bundle has the others.
 
         Raises:
             QueueError: as many requests wait as may, or the service is closing.
@@ -138,7 +140,7 @@ class Service:
         with self._changed:
             self._require_room()
         ids = self._desk.read(prompt, raw)
-        request = Request(ids, self._desk.settle(config, len(ids)), self._desk.codec)
+        request = Request(ids, self._desk.settle(config, len(ids), defaults), self._desk.codec)
         reply = Reply(request, on_part, on_end, self._notify)
         with self._changed:
             self._require_room()

@@ -58,8 +58,15 @@ class Desk:
             self.codec.require_length(text, self.plan.capacity)
         return self.codec.encode(text)
 
-    def settle(self, said: GenerationConfig, prompt_tokens: int) -> GenerationSettings:
+    def settle(
+        self, said: GenerationConfig, prompt_tokens: int, defaults: GenerationConfig | None = None
+    ) -> GenerationSettings:
         """The settings of an answer.
+
+        Args:
+            said: by the caller.
+            prompt_tokens: number of tokens before the answer.
+            defaults: for fields that the caller leaves out; the bundle has the others.
 
         Raises:
             CapacityError: prompt and ``max_new_tokens`` do not fit.
@@ -67,7 +74,8 @@ class Desk:
         """
         shape, plan = self.plan.shape, self.plan
         room = plan.capacity - prompt_tokens + 1
-        settings = settle(said, self.defaults, shape.trained_loops, room, shape.has_exit_gate)
+        bundle = self.defaults if defaults is None else defaults.over(self.defaults)
+        settings = settle(said, bundle, shape.trained_loops, room, shape.has_exit_gate)
         # The last new token is never run, so it takes no row.
         plan.require_total(prompt_tokens + max(settings.max_new_tokens, 1) - 1)
         plan.require_loops(settings.loops)

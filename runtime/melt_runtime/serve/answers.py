@@ -10,7 +10,8 @@ from typing import Any
 from melt_runtime.reply import Part
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.result import GenerationResult
-from melt_runtime.serve.tools import Call, CallReader
+from melt_runtime.serve.calls import Call
+from melt_runtime.serve.tools import CallReader
 from melt_runtime.text.codec import TextCodec
 
 
@@ -47,6 +48,8 @@ class Writer:
         is_chat: whether it is a chat's, or a plain completion's.
         with_logprobs: whether these were asked for.
         with_tools: whether calls are read out of answers.
+        max_calls: maximum number of calls of an answer; None: no limit.
+        with_usage: whether a stream ends with the usage, so that its other chunks have an empty one.
     """
 
     codec: TextCodec
@@ -54,6 +57,8 @@ class Writer:
     is_chat: bool
     with_logprobs: bool
     with_tools: bool
+    max_calls: int | None = None
+    with_usage: bool = False
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)
@@ -89,7 +94,8 @@ class Writer:
         rest, calls = self._reader(index).finish()
         delta: dict[str, Any] = {"content": rest} if rest else {}
         if calls:
-            delta = {"tool_calls": [{"index": place, **call.form} for place, call in enumerate(calls)]}
+            forms = [call.form for call in calls[: self.max_calls]]
+            delta["tool_calls"] = [{"index": place, **form} for place, form in enumerate(forms)]
         reason = "tool_calls" if calls else result.finish_reason
         return [*([self._chunk(index, {"delta": delta})] if delta else []), self._chunk(index, {"delta": {}}, reason)]
 
@@ -107,7 +113,7 @@ class Writer:
             text += rest
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": text.strip() or None, "tool_calls": [call.form for call in calls]}
+            message |= {"content": text.strip() or None, "tool_calls": [call.form for call in calls[: self.max_calls]]}
         return message, "tool_calls" if calls else result.finish_reason
 
     def usage(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
@@ -120,7 +126,7 @@ class Writer:
 
     def _chunk(self, index: int, said: dict[str, Any], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, **said, "finish_reason": finish_reason, **more}
-        return {**self._head(".chunk"), "choices": [choice]}
+        return {**self._head(".chunk"), "choices": [choice], **({"usage": None} if self.with_usage else {})}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self.with_logprobs:

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from melt_runtime.errors import MeltError
 from melt_runtime.model import MeltModel
@@ -22,14 +23,23 @@ from melt_runtime.request.grammar import Grammar, Grammars
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import asks_of, messages_of
-from melt_runtime.serve.errors import Fault, FaultError, fault_of, fault_of_form
+from melt_runtime.serve.errors import Fault, FaultError, FieldError, about, fault_of, fault_of_form
 from melt_runtime.serve.following import Choices, submit
-from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, SessionRequest, TokenizeRequest
+from melt_runtime.serve.forms import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    SessionRequest,
+    TokenizeRequest,
+)
 from melt_runtime.serve.guard import App, Guard
 from melt_runtime.serve.metrics import Metrics
 from melt_runtime.serve.pages import page_routes
+from melt_runtime.serve.reference import documented, reference_page
 from melt_runtime.serve.sessions import SessionFiles
 from melt_runtime.service import QUEUE, Service
+from melt_runtime.version import __version__
 
 
 @dataclass(frozen=True)
@@ -85,19 +95,16 @@ def make_app(model: MeltModel, options: ServeOptions) -> Application:
         finally:
             await asyncio.to_thread(server.service.close)
 
-    app = FastAPI(title="melt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", server.complete, methods=["POST"])
-    app.add_api_route("/v1/models", server.models, methods=["GET"])
-    app.add_api_route("/tokenize", server.tokenize, methods=["POST"])
-    app.add_api_route("/detokenize", server.detokenize, methods=["POST"])
-    app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
-    app.add_api_route("/v1/sessions", server.list_sessions, methods=["GET"])
-    app.add_api_route("/v1/sessions", server.save_session, methods=["POST"])
-    app.add_api_route("/v1/sessions/{name}/restore", server.restore_session, methods=["POST"])
-    app.add_api_route("/v1/sessions/{name}", server.delete_session, methods=["DELETE"])
-    app.router.routes.extend(page_routes())
+    app = FastAPI(
+        title="melt serve",
+        version=__version__,
+        description="OpenAI's endpoints over a looped language model; `docs/serving.md` explains the fields.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_endpoints(app, server)
+    app.router.routes.extend(page_routes(lambda: reference_page(app.openapi())))
     app.add_exception_handler(RequestValidationError, _refuse_form)
     app.add_exception_handler(HTTPException, _refuse_path)
     for kind in (FaultError, MeltError, ValueError):
@@ -109,6 +116,31 @@ def make_app(model: MeltModel, options: ServeOptions) -> Application:
             asgi, allow_origins=options.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
     return Application(asgi, lambda seconds: server.service.close(seconds))
+
+
+def _add_endpoints(app: FastAPI, server: "_Server") -> None:
+    def add(method: str, path: str, endpoint: Callable[..., Any], *about: Any, **more: Any) -> None:
+        described = documented(*about, body=method == "POST" and not path.endswith("/restore"), **more)
+        app.add_api_route(path, endpoint, methods=[method], **described)
+
+    answering = (404, 429, 500, 503, 504)
+    add("POST", "/v1/chat/completions", server.chat, "Answer a chat", "`chat.completion`", *answering,
+        events="`chat.completion.chunk`, then `[DONE]`")  # fmt: skip
+    add("POST", "/v1/completions", server.complete, "Continue a text", "`text_completion`", *answering,
+        events="`text_completion`, then `[DONE]`")  # fmt: skip
+    add("GET", "/v1/models", server.models, "List the model", "A list of one `model`")
+    add("GET", "/v1/models/{name:path}", server.show_model, "Describe the model", "`model`", 404)
+    add("POST", "/tokenize", server.tokenize, "Text or messages to token ids", "`tokens` and their `count`")
+    add("POST", "/detokenize", server.detokenize, "Token ids to text", "`text`")
+    add(
+        "GET", "/health", server.health, "Whether the server takes requests, and its load", "`status` and the load", 503
+    )
+    add("GET", "/metrics", server.show_metrics, "Metrics for Prometheus", "Prometheus's text format")
+    add("GET", "/v1/sessions", server.list_sessions, "List the saved conversations", "A list of `session`", 404)
+    add("POST", "/v1/sessions", server.save_session, "Save a conversation", "`session`", 404, 409, 503, 507)
+    add("POST", "/v1/sessions/{name}/restore", server.restore_session, "Restore a conversation", "`session`",
+        400, 404, 409, 429, 503)  # fmt: skip
+    add("DELETE", "/v1/sessions/{name}", server.delete_session, "Delete a conversation", "`id` and `deleted`", 400, 404)
 
 
 class _Server:
@@ -123,6 +155,7 @@ class _Server:
 
     def __init__(self, model: MeltModel, options: ServeOptions):
         self._model, self._options, self._codec = model, options, model.codec
+        self._created = int(time.time())
         self._grammars: Grammars | None = None
         self._sessions = SessionFiles(options.sessions)
 
@@ -133,7 +166,8 @@ class _Server:
 
     async def chat(self, form: ChatRequest, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        writer = Writer(self._codec, self._options.name, True, form.logprobs, bool(form.offered))
+        max_calls = None if form.parallel_tool_calls else 1
+        writer = Writer(self._codec, self._options.name, True, form.logprobs, bool(form.offered), max_calls)
         return await self._generate(form, request, writer)
 
     async def complete(self, form: CompletionRequest, request: Request) -> Response:
@@ -143,9 +177,17 @@ class _Server:
 
     async def models(self) -> dict[str, Any]:
         """``GET /v1/models``: the one that is served, and what it can."""
+        return {"object": "list", "data": [self._describe_model()]}
+
+    async def show_model(self, name: str) -> dict[str, Any]:
+        """``GET /v1/models/{name}``: the same by its name."""
+        self._require_model(name)
+        return self._describe_model()
+
+    def _describe_model(self) -> dict[str, Any]:
         shape = self._model.manifest.model
         plan = self._model.session.plan
-        about = {
+        facts = {
             "capacity": plan.capacity,
             "slots": plan.batch,
             "trained_loops": shape.trained_loops,
@@ -154,14 +196,20 @@ class _Server:
             "takes_tools": self._codec.takes_tools,
             "state_bytes": self._model.state_bytes,
         }
-        entry = {"id": self._options.name, "object": "model", "created": 0, "owned_by": "melt", "melt": about}
-        return {"object": "list", "data": [entry]}
+        entry = {"id": self._options.name, "object": "model", "created": self._created, "owned_by": "melt"}
+        return {**entry, "melt": facts}
+
+    def _require_model(self, name: str) -> None:
+        if name != self._options.name:
+            message = f"model must be {self._options.name!r}, the one that is served, got {name!r}"
+            raise FaultError(Fault(404, message, param="model", code="model_not_found"))
 
     def tokenize(self, form: TokenizeRequest) -> dict[str, Any]:
         """``POST /tokenize``."""
-        text = form.text if form.messages is None else self._codec.render(messages_of(form.messages))  # type: ignore[arg-type]
-        self._codec.require_length(text or "", self._model.session.plan.capacity)
-        tokens = self._codec.encode(text or "")
+        with about(form):
+            text = form.text if form.messages is None else self._codec.render(messages_of(form.messages))  # type: ignore[arg-type]
+            self._codec.require_length(text or "", self._model.session.plan.capacity)
+            tokens = self._codec.encode(text or "")
         return {"tokens": tokens, "count": len(tokens)}
 
     def detokenize(self, form: DetokenizeRequest) -> dict[str, Any]:
@@ -169,7 +217,7 @@ class _Server:
         most = self._model.manifest.model.vocab_size
         wrong = [token for token in form.tokens if not 0 <= token < most]
         if wrong:
-            raise ValueError(f"tokens must be in [0, {most}), got {wrong[:8]}")
+            raise FieldError("tokens", f"tokens must be in [0, {most}), got {wrong[:8]}")
         return {"text": self._codec.tokenizer.decode(form.tokens, skip_special_tokens=False)}
 
     def list_sessions(self) -> dict[str, Any]:
@@ -180,7 +228,8 @@ class _Server:
         """``POST /v1/sessions``: writes what is cached of a conversation; its size is the same at every depth."""
         path = self._sessions.path(form.name)
         try:
-            tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
+            with about(form):
+                tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
             return {**self._sessions.describe(path), "cached_tokens": tokens}
         except OSError as error:
             message = f"the session cannot be kept: {error.strerror or type(error).__name__}"
@@ -222,24 +271,25 @@ class _Server:
         return self._grammars.compile(kind, source)
 
     async def _generate(self, form: ChatRequest | CompletionRequest, request: Request, writer: Writer) -> Response:
-        if form.model is not None and form.model != self._options.name:
-            message = f"model must be {self._options.name!r}, the one that is served, or left out, got {form.model!r}"
-            raise FaultError(Fault(404, message, param="model", code="model_not_found"))
-        asks = await asyncio.to_thread(asks_of, form, self._codec, self._compile)  # a grammar takes its time
+        if form.model is not None:
+            self._require_model(form.model)
+        with about(form):
+            asks = await asyncio.to_thread(asks_of, form, self._codec, self._compile)  # a grammar takes its time
+            choices = await submit(self.service, asks)
         prompts = len(asks) // form.n
-        choices = await submit(self.service, asks)
         if form.stream:
-            wants_usage = form.stream_options is not None and form.stream_options.include_usage
-            events = self._events(choices, writer, prompts, wants_usage)
+            writer.with_usage = form.stream_options is not None and form.stream_options.include_usage
+            events = self._events(choices, writer, prompts, form)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         results: dict[int, GenerationResult] = {}
         gone = asyncio.ensure_future(_wait_until_gone(request))
         gone.add_done_callback(lambda _: choices.cancel())
         try:
-            async with aclosing(self._follow(choices)) as following:
-                async for index, came in following:
-                    if isinstance(came, GenerationResult):
-                        results[index] = came
+            with about(form):
+                async with aclosing(self._follow(choices)) as following:
+                    async for index, came in following:
+                        if isinstance(came, GenerationResult):
+                            results[index] = came
         finally:
             gone.cancel()
         return JSONResponse(writer.whole([results[index] for index in range(len(results))], prompts))
@@ -258,7 +308,7 @@ class _Server:
                 self._metrics.count(reply, first.get(index), time.monotonic())
 
     async def _events(
-        self, choices: Choices, writer: Writer, prompts: int, wants_usage: bool
+        self, choices: Choices, writer: Writer, prompts: int, form: Generation
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events of one stream; an error in its middle is its last one."""
         results: dict[int, GenerationResult] = {}
@@ -274,10 +324,10 @@ class _Server:
                         results[index] = came
                         for values in writer.last(index, came):
                             yield _event(values)
-            if wants_usage:
+            if writer.with_usage:
                 yield _event(writer.usage([results[index] for index in range(len(results))], prompts))
         except Exception as error:
-            yield _event((error.fault if isinstance(error, FaultError) else fault_of(error)).body)
+            yield _event(fault_of(error, form).body)
         else:
             yield b"data: [DONE]\n\n"
 
@@ -297,13 +347,23 @@ async def _refuse_form(_: Request, error: Any) -> Response:
 
 
 async def _refuse_path(request: Request, error: Any) -> Response:
+    method, path = request.method, request.url.path
     if error.status_code == 404:
-        return _respond(Fault(404, f"there is no {request.method} {request.url.path}", code="unknown_url"))
-    return _respond(Fault(error.status_code, str(error.detail)))
+        return _respond(Fault(404, f"there is no {method} {path}", code="unknown_url"))
+    if error.status_code != 405:
+        return _respond(Fault(error.status_code, str(error.detail)))
+    allowed: set[str] = set()
+    for route in request.app.routes:  # a path may have a route for each of its methods
+        if route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= route.methods
+    names = ", ".join(sorted(allowed))
+    response = _respond(Fault(405, f"{path} takes {names}, got {method}", code="method_not_allowed"))
+    response.headers["Allow"] = names
+    return response
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    return _respond(error.fault if isinstance(error, FaultError) else fault_of(error))
+    return _respond(fault_of(error))
 
 
 def _respond(fault: Fault) -> Response:

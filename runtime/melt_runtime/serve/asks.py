@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.generation_config import CHECKS, GenerationConfig
 from melt_runtime.request.grammar import Grammar
 from melt_runtime.request.prompts import Prompt
-from melt_runtime.serve.forms import ChatMessage, ChatRequest, CompletionRequest, Generation, NamedTool
+from melt_runtime.serve.errors import FieldError
+from melt_runtime.serve.forms import CalledFunction, ChatMessage, ChatRequest, CompletionRequest, NamedTool
 from melt_runtime.serve.tools import OPEN, call_grammar
 from melt_runtime.text.codec import TextCodec
 
@@ -18,6 +19,8 @@ Compile = Callable[[str, str], Grammar]
 
 MOST_ANSWERS = 128
 """That one request may ask for."""
+COMPLETION_TOKENS = 16
+"""Default ``max_tokens`` of ``/v1/completions``, where so many fit."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Ask:
         prompt: a chat, text, or token ids.
         config: how to continue it.
         raw: whether a text is given to the model as it is.
+        defaults: of this endpoint; the bundle has the others.
     """
 
     prompt: Prompt
     config: GenerationConfig
     raw: bool
+    defaults: GenerationConfig
 
 
 def asks_of(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_grammar: Compile) -> list[Ask]:
@@ -40,22 +45,25 @@ def asks_of(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_gra
 
     Raises:
         TokenError: a chat with tools that the template refuses.
-        ValueError: a field outside its rule, as ``GenerationConfig`` says it, tools that the template does not know, or
-            a grammar that is none.
+        GrammarError: a grammar that cannot be compiled.
+        ValueError: tools that the template does not know, or a field outside its rule; then a ``FieldError``.
     """
     prompts = _prompts(form, codec)
     if len(prompts) * form.n > MOST_ANSWERS:
-        raise ValueError(f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}")
+        message = f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}"
+        raise FieldError("n" if form.n > 1 else "prompt", message)
     grammar = _grammar(form, compile_grammar)
+    settings = _settings(form)
+    is_short = isinstance(form, CompletionRequest) and form.max_tokens is None
+    defaults = GenerationConfig(max_new_tokens=COMPLETION_TOKENS if is_short else None)
     asks = []
     for prompt in prompts:
         for choice in range(form.n):
-            changes: dict[str, Any] = {}
             if form.seed is not None:
-                changes["seed"] = form.seed + choice  # else n answers would be one
+                settings["seed"] = form.seed + choice  # else n answers would be one
             if grammar is not None:
-                changes["logits_processors"] = (grammar.processor(),)
-            asks.append(Ask(prompt, GenerationConfig(**_settings(form), **changes), raw=True))
+                settings["logits_processors"] = (grammar.processor(),)
+            asks.append(Ask(prompt, GenerationConfig(**settings), raw=True, defaults=defaults))
     return asks
 
 
@@ -65,29 +73,36 @@ def messages_of(messages: list[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part.text for part in content)
-    made: dict[str, Any] = {"role": message.role, "content": content}
-    if message.tool_calls is not None:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    more = {"tool_call_id": message.tool_call_id, "name": message.name}
+    is_result = message.role == "function"  # the older form of tools
+    made: dict[str, Any] = {"role": "tool" if is_result else message.role, "content": _content(message)}
+    calls = [_call(call.function, call.id) for call in message.tool_calls or ()]
+    if message.function_call is not None and not calls:
+        calls = [_call(message.function_call, None)]
+    if calls:
+        made["tool_calls"] = calls
+    elif message.role == "assistant" and made["content"] is None:
+        made["content"] = ""
+    thoughts = (message.reasoning_content, message.reasoning, message.thinking)
+    more = {
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "reasoning_content": next((thought for thought in thoughts if thought), None),
+    }
     return made | {name: value for name, value in more.items() if value is not None}
 
 
-def _arguments(text: str) -> Any:
-    """Of a call: as templates read them, or the text itself where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def _content(message: ChatMessage) -> str | None:
+    """A message's text; where it has none, that of its refusal or what was spoken."""
+    if isinstance(message.content, list):
+        return "".join(part.content for part in message.content)
+    if message.content is None:
+        return message.refusal or (None if message.audio is None else message.audio.transcript)
+    return message.content
+
+
+def _call(function: CalledFunction, name: str | None) -> dict[str, Any]:
+    made = {"type": "function", "function": {"name": function.name, "arguments": function.arguments}}
+    return made if name is None else {"id": name, **made}
 
 
 def _prompts(form: ChatRequest | CompletionRequest, codec: TextCodec) -> list[Prompt]:
@@ -127,20 +142,32 @@ def _grammar(form: ChatRequest | CompletionRequest, compile_grammar: Compile) ->
 
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("loops", "exit_rule", "exit_threshold", "min_loops", "max_loops", "decode", "lag", "logit_bias"),
+    *("loops", "exit_rule", "exit_threshold", "min_loops", "max_loops", "decode", "lag", "logit_bias", "seed"),
 )
 """Fields that ``GenerationConfig`` has by the same name."""
 
 
-def _settings(form: Generation) -> dict[str, Any]:
-    """What ``GenerationConfig`` is told, beside the seed and processors."""
-    values = {name: getattr(form, name) for name in _SAME}
-    values["max_new_tokens"] = form.max_tokens
-    values["stop"] = (form.stop,) if isinstance(form.stop, str) else form.stop
-    if isinstance(form, ChatRequest):
-        if form.max_completion_tokens is not None:
-            values["max_new_tokens"] = form.max_completion_tokens
-        values["logprobs"] = (form.top_logprobs or 0) if form.logprobs else None
-    elif isinstance(form, CompletionRequest):
-        values["logprobs"] = form.logprobs
-    return values
+def _settings(form: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    """The fields of ``GenerationConfig``, processors apart.
+
+    Raises:
+        FieldError: every field outside its rule, by its name in the request.
+    """
+    requested: dict[str, tuple[str, Any]] = {name: (name, getattr(form, name)) for name in _SAME}
+    limit = form.limit_name
+    requested["max_new_tokens"] = (limit, None if getattr(form, limit) == -1 else getattr(form, limit))
+    requested["stop"] = ("stop", (form.stop,) if isinstance(form.stop, str) else form.stop)
+    if isinstance(form, CompletionRequest):
+        requested["logprobs"] = ("logprobs", form.logprobs)
+    else:
+        requested["logprobs"] = ("top_logprobs", (form.top_logprobs or 0) if form.logprobs else None)
+    faults = []
+    for target, (name, value) in requested.items():
+        try:
+            if value is not None:
+                CHECKS[target](name, value)
+        except ValueError as error:
+            faults.append(FieldError(name, str(error)))
+    if faults:
+        raise FieldError(faults[0].param, "; ".join(map(str, faults)))
+    return {target: value for target, (_, value) in requested.items()}

@@ -1,9 +1,14 @@
 """Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from melt_runtime.arguments import shown
+from pydantic import BaseModel
+
+from melt_runtime.arguments import shown, shown_name
 from melt_runtime.errors import (
     CancelledError,
     CapacityError,
@@ -12,7 +17,9 @@ from melt_runtime.errors import (
     QueueError,
     RunError,
     SavedError,
+    TokenError,
 )
+from melt_runtime.request.grammar import GrammarError
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,51 @@ class FaultError(Exception):
         self.fault = fault
 
 
-def fault_of(error: Exception) -> Fault:
-    """What a request is told of an error of the runtime."""
+class FieldError(ValueError):
+    """A field of a request outside its rule.
+
+    Attributes:
+        param: name of the field, as in the request.
+    """
+
+    def __init__(self, param: str, message: str):
+        super().__init__(message)
+        self.param = param
+
+
+@contextmanager
+def about(form: BaseModel) -> Iterator[None]:
+    """Makes errors of the runtime those of a request.
+
+    Raises:
+        FaultError: any error of the runtime, with the field that it is about.
+    """
+    try:
+        yield
+    except (MeltError, ValueError) as error:
+        raise FaultError(fault_of(error, form)) from error
+
+
+def fault_of(error: Exception, form: BaseModel | None = None) -> Fault:
+    """What a request is told of an error.
+
+    Args:
+        error: of the runtime, or of the server.
+        form: the request; None where it has no body.
+    """
+    if isinstance(error, FaultError):
+        return error.fault
+    fault = _fault_of(error)
+    if form is None or fault.status != 400:
+        return fault
+    limit = getattr(form, "limit_name", None)
+    message = fault.message if limit is None else fault.message.replace("max_new_tokens", limit)
+    return replace(fault, message=message, param=fault.param or _param_of(error, message, form))
+
+
+def _fault_of(error: Exception) -> Fault:
     if isinstance(error, CapacityError):
-        return Fault(400, str(error), param="messages", code="context_length_exceeded")
+        return Fault(400, str(error), code="context_length_exceeded")
     if isinstance(error, QueueError):
         is_closing = "closing" in str(error)
         return (
@@ -64,27 +112,60 @@ def fault_of(error: Exception) -> Fault:
         return Fault(500, str(error), "server_error", code="model_error")
     if isinstance(error, SavedError):
         return Fault(409, str(error), code="session_unusable")
+    if isinstance(error, FieldError):
+        return Fault(400, str(error), param=error.param, code="invalid_value")
     if isinstance(error, MeltError | ValueError):
         return Fault(400, str(error), code="invalid_value")
     return Fault(500, f"an error of the server itself: {type(error).__name__}", "server_error", code="internal_error")
 
 
+def _param_of(error: Exception, message: str, form: BaseModel) -> str | None:
+    """The field of a request that an error is about: one that it names first, else what was to be read."""
+    named = _PATH.match(message)
+    if named is not None and named[1] in type(form).model_fields:
+        return named[0]
+    if isinstance(error, GrammarError):
+        asks = [name for name in ("grammar", "response_format", "tools") if getattr(form, name, None) is not None]
+        return asks[0] if asks else None
+    given = [name for name in ("messages", "prompt", "text", "tokens") if getattr(form, name, None) is not None]
+    return given[0] if given and isinstance(error, CapacityError | TokenError) else None
+
+
+_PATH = re.compile(r"([a-z_]+)(?:\.[A-Za-z_]\w*|\[\d+\])*(?=[ :,\[])")
+"""A field at the beginning of a message, ``messages[2].content``."""
+
+
 def fault_of_form(errors: list[dict[str, Any]]) -> Fault:
     """What a request is told whose body is not what its form asks for."""
     messages, params = [], []
-    for error in errors[:8]:
-        # Of a union pydantic names the branch that it tried last: `str`, `list[...]`; those are no fields.
-        place = [part for part in error["loc"] if part != "body" and not _is_branch(part)]
-        name = ".".join(map(str, place))
-        params.append(name)
-        messages.append(_sentence(name, error))
+    places = [_place(error) for error in errors[:8]]
+    for name, error in zip(places, errors, strict=False):
+        if any(place.startswith((f"{name}.", f"{name}[")) for place in places):
+            continue  # another branch of a union went further
+        message = _sentence(name, error)
+        named = _PATH.match(message) if error["type"] == "value_error" and not name else None
+        params.append(named[0] if named else name)
+        messages.append(message)
     said = list(dict.fromkeys(messages))
     code = "json_invalid" if errors[0]["type"] == "json_invalid" else "invalid_value"
     return Fault(400, "; ".join(said), param=None if code == "json_invalid" else params[0] or None, code=code)
 
 
+def _place(error: dict[str, Any]) -> str:
+    """The field of an error, as ``messages[2].content``."""
+    # Of a union pydantic names the branch, too: `str`, `list[...]`, the name of a class; those are no fields.
+    *path, last = [part for part in error["loc"] if part != "body"] or [""]
+    parts = [part for part in path if not _is_branch(part)]
+    if error["type"] == "extra_forbidden" or not _is_branch(last):
+        parts.append(last)
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{shown_name(part)}" for part in parts).lstrip(".")
+
+
 def _is_branch(part: object) -> bool:
-    return (isinstance(part, str) and not part.isidentifier()) or part in ("str", "int", "float", "bool")
+    return isinstance(part, str) and (not part.isidentifier() or part in _BRANCHES or part[0].isupper())
+
+
+_BRANCHES = ("str", "int", "float", "bool")
 
 
 def _sentence(name: str, error: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from melt_runtime.asynchronous import submitted
 from melt_runtime.reply import Part, Reply
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.asks import Ask
-from melt_runtime.serve.errors import Fault, FaultError
+from melt_runtime.serve.errors import Fault, FaultError, FieldError
 from melt_runtime.service import Service
 
 
@@ -39,10 +39,11 @@ class Choices:
         """Asks for every answer.
 
         Raises:
-            ValueError: more of them than the service can ever have.
+            FieldError: more of them than the service can ever have.
         """
         if len(asks) > service.most:
-            raise ValueError(f"this server takes {service.most} answers at once, prompts times n: got {len(asks)}")
+            message = f"this server takes {service.most} answers at once, prompts times n: got {len(asks)}"
+            raise FieldError("n", message)
         try:
             for index, ask in enumerate(asks):
                 self.replies.append(self._submit(service, index, ask))
@@ -57,7 +58,7 @@ class Choices:
         def end(_: Reply) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, None))
 
-        return service.submit(ask.prompt, ask.config, ask.raw, push, end)
+        return service.submit(ask.prompt, ask.config, ask.raw, push, end, ask.defaults)
 
     def cancel(self) -> None:
         """Ends all that are under way."""

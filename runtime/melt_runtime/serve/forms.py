@@ -1,15 +1,18 @@
-"""What requests may say. A field that is not here is refused by name, never ignored.
+"""What requests may say; a field that asks for what the server does not have is refused by name.
 
 Names and meanings are OpenAI's where it has them; ``top_k``, ``min_p``, ``repetition_penalty`` and ``grammar`` are
-those of other servers; ``loops`` and what follows it are ours.
+those of other servers; ``loops`` and what follows it are the project's own.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from melt_runtime.request.grammar import GrammarKind
 from melt_runtime.schedule.depth import ExitRule
+from melt_runtime.serve.calls import parse_arguments
+from melt_runtime.serve.fields import CHANGES_NOTHING, MESSAGE_CHANGES_NOTHING, NEUTRAL, Form
 
 MOST_CHOICES = 16
 MOST_MESSAGES = 10_000
@@ -17,43 +20,90 @@ _MOST_STOPS = 16
 Number = float | int
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Form):
+    """A part of a message; a ``refusal`` is what another server's model said instead of an answer."""
+
+    changes_nothing = frozenset({"annotations", "cache_control"})
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.text is None) != (self.type == "refusal") or (self.refusal is None) != (self.type == "text"):
+            raise ValueError(f"a part of type {self.type!r} must have {self.type}, and no other text")
+        return self
+
+    @property
+    def content(self) -> str:
+        """The text of either type."""
+        return self.text or self.refusal or ""
 
 
-class TextPart(_Form):
-    """A part of a message."""
+Arguments = Annotated[
+    dict[str, Any],
+    BeforeValidator(parse_arguments),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}], "description": "A JSON object, or its text."}),
+]
 
-    type: Literal["text"]
-    text: str
 
+class CalledFunction(Form):
+    """A function's name, and the arguments of a call."""
 
-class CalledFunction(_Form):
-    """What was called: a name, and arguments as JSON."""
+    changes_nothing = frozenset({"parsed_arguments"})
 
     name: str
-    arguments: str
+    arguments: Annotated[Arguments, Field(default_factory=dict)]
 
 
-class ToolCall(_Form):
-    """A call of an earlier answer."""
+class ToolCall(Form):
+    """A call in an earlier answer."""
 
-    id: str
+    changes_nothing = frozenset({"index", "provider_specific_fields", "extra_content"})
+
+    id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(_Form):
-    """One message of a chat; ``tool_calls`` are an answer's, ``tool_call_id`` belongs to what such a call gave."""
+class Audio(Form):
+    """A spoken answer of another server; only its words are read."""
+
+    changes_nothing = frozenset({"id", "data", "expires_at"})
+
+    transcript: str | None = None
+
+
+class ChatMessage(Form):
+    """One message of a chat, with every field that a server puts into an answer.
+
+    ``tool_call_id`` belongs to the result of a call. ``refusal`` and ``audio`` are read where ``content`` is absent;
+    ``function_call`` and the role ``function`` are the older form of tools.
+    """
+
+    changes_nothing = MESSAGE_CHANGES_NOTHING
 
     role: str
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+    refusal: str | None = None
+    audio: Audio | None = None
+    function_call: CalledFunction | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.audio is not None and self.audio.transcript is None and self.content is None:
+            raise ValueError("audio must have its transcript, or the message a content: this server keeps no audio")
+        return self
 
 
-class Function(_Form):
+class Function(Form):
     """A function that may be called; ``parameters`` is a JSON schema."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -62,33 +112,37 @@ class Function(_Form):
     strict: bool | None = None
 
 
-class Tool(_Form):
+class Tool(Form):
     """A tool; functions are the only ones."""
+
+    changes_nothing = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: Function
 
 
-class ToolName(_Form):
+class ToolName(Form):
     """A function by its name."""
 
     name: str
 
 
-class NamedTool(_Form):
+class NamedTool(Form):
     """The tool that shall be called."""
 
     type: Literal["function"]
     function: ToolName
 
 
-class StreamOptions(_Form):
+class StreamOptions(Form):
     """What a stream brings beside the answer."""
+
+    changes_nothing = frozenset({"include_obfuscation"})
 
     include_usage: bool = False
 
 
-class JsonSchema(_Form):
+class JsonSchema(Form):
     """A schema that the answer follows."""
 
     name: str = "answer"
@@ -97,7 +151,7 @@ class JsonSchema(_Form):
     strict: bool | None = None
 
 
-class ResponseFormat(_Form):
+class ResponseFormat(Form):
     """Form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -110,21 +164,26 @@ class ResponseFormat(_Form):
         return self
 
 
-class GrammarForm(_Form):
+class GrammarForm(Form):
     """A grammar that the answer follows."""
 
     type: GrammarKind
     value: str
 
 
-class Generation(_Form):
-    """What completions and chats share; what is not said, the bundle says. ``GenerationConfig`` explains the fields."""
+class Generation(Form):
+    """What completions and chats share. The bundle has the defaults; ``GenerationConfig`` explains the fields."""
+
+    changes_nothing = CHANGES_NOTHING
+    neutral = NEUTRAL
+    empty_is_absent = True
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    max_tokens: int | None = None
+    best_of: int | None = None
+    max_tokens: Annotated[int | None, Field(description="-1: as many as fit")] = None
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: int | None = None
@@ -145,9 +204,11 @@ class Generation(_Form):
     lag: int | None = None
 
     @model_validator(mode="after")
-    def _check_stream(self) -> "Generation":
-        if self.stream_options is not None and not self.stream:
+    def _check(self) -> Self:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options must be left out where stream is false")
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of must be left out, or equal n ({self.n}), got {self.best_of}")
         return self
 
 
@@ -155,26 +216,35 @@ class ChatRequest(Generation):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int | None, Field(description="-1: as many as fit")] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
-    def _check_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+    def _check_chat(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs must be left out where logprobs is false")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens must be left out where max_completion_tokens is given")
-        if self.grammar is not None and self.response_format is not None and self.response_format.type != "text":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError(
+                f"max_tokens must be left out, or equal max_completion_tokens ({self.max_completion_tokens}), "
+                f"got {self.max_tokens}"
+            )
+        if self.grammar is not None and self.wants_json:
             raise ValueError("grammar must be left out where response_format asks for JSON")
-        if self.tool_choice not in (None, "none") and self.tools is None:
-            raise ValueError("tool_choice must be left out, or 'none', where there are no tools")
-        if self.must_call and (self.grammar is not None or self.response_format is not None):
+        if self.must_call and self.tools is None:
+            raise ValueError("tool_choice must be left out, or 'none' or 'auto', where there are no tools")
+        if self.must_call and (self.grammar is not None or self.wants_json):
             raise ValueError("tool_choice must be 'auto' or 'none' where a grammar or response_format is given")
         return self
+
+    @property
+    def limit_name(self) -> str:
+        """Name of the field that limits the answer's tokens."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def offered(self) -> list[Tool]:
@@ -186,9 +256,16 @@ class ChatRequest(Generation):
         """Whether the answer has to be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
+    @property
+    def wants_json(self) -> bool:
+        """Whether ``response_format`` asks for JSON."""
+        return self.response_format is not None and self.response_format.type != "text"
+
 
 class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``: text, or token ids, as the model shall see it."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {**NEUTRAL, "logprobs": (False,)}
 
     prompt: (
         str
@@ -197,17 +274,17 @@ class CompletionRequest(Generation):
         | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] = False
+    limit_name: ClassVar[str] = "max_tokens"
 
 
-class SessionRequest(_Form):
+class SessionRequest(Form):
     """Body of ``POST /v1/sessions``: the name, and the conversation so far, answers included."""
 
     name: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
-class TokenizeRequest(_Form):
+class TokenizeRequest(Form):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
     text: str | None = None
@@ -220,7 +297,7 @@ class TokenizeRequest(_Form):
         return self
 
 
-class DetokenizeRequest(_Form):
+class DetokenizeRequest(Form):
     """Body of ``POST /detokenize``."""
 
     tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -1,5 +1,7 @@
-"""The chat page: a few files of this package, read once. No path of a request reaches the file system."""
+"""The pages: a few files of this package, read once. No path of a request reaches the file system."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.resources import files
 
 from starlette.responses import Response
@@ -11,6 +13,7 @@ _TYPES = {
     "page.js": "text/javascript",
     "engine.js": "text/javascript",
     "conversations.js": "text/javascript",
+    "docs.css": "text/css",
 }
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; "
@@ -19,21 +22,26 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-PAGES = frozenset({"/", *(f"/{name}" for name in _TYPES if name != "index.html")})
-"""Paths of the page."""
+PAGES = frozenset({"/", "/docs", "/openapi.json", *(f"/{name}" for name in _TYPES if name != "index.html")})
+"""Paths of the pages, and of what they name."""
 
 
-def page_routes() -> list[Route]:
-    """A route for each of its files."""
+def page_routes(make_reference: Callable[[], str]) -> list[Route]:
+    """A route for each file of the chat page, and ``/docs``.
+
+    Args:
+        make_reference: called once, when ``/docs`` is first asked for.
+    """
     folder = files("melt_runtime.serve") / "page"
-    return [
-        _route("/" if name == "index.html" else f"/{name}", (folder / name).read_bytes(), kind)
-        for name, kind in _TYPES.items()
-    ]
+    routes = [_route("/docs", cache(make_reference), "text/html")]
+    for name, kind in _TYPES.items():
+        content = (folder / name).read_bytes()
+        routes.append(_route("/" if name == "index.html" else f"/{name}", partial(bytes, content), kind))
+    return routes
 
 
-def _route(path: str, content: bytes, kind: str) -> Route:
+def _route(path: str, read: Callable[[], bytes | str], kind: str) -> Route:
     async def send(_: object) -> Response:
-        return Response(content, headers=_HEADERS, media_type=kind)
+        return Response(read(), headers=_HEADERS, media_type=kind)
 
     return Route(path, send, methods=["GET"])

@@ -6,36 +6,14 @@
 """
 
 import json
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from melt_runtime.request.grammar import SPACES
+from melt_runtime.serve.calls import Call, read_call
 from melt_runtime.serve.forms import NamedTool, Tool
 from melt_runtime.text.codec import StopMatcher
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that a model wrote.
-
-    Attributes:
-        name: of the function.
-        arguments: JSON, as OpenAI gives it.
-        id: by which the result will name it.
-    """
-
-    name: str
-    arguments: str
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
-
-    @property
-    def form(self) -> dict[str, Any]:
-        """OpenAI's object."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 class CallReader:
@@ -87,17 +65,9 @@ def call_grammar(tools: Sequence[Tool], choice: NamedTool | None) -> str:
 
 def _read_call(text: str) -> tuple[Call, str] | None:
     """A call at the beginning of a text, and what follows it; None where there is none."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
-    start = len(text) - len(text.lstrip())
-    try:
-        values, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text, start)
-        name, arguments = values["name"], values["arguments"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    read = read_call(text)
+    if read is None:
         return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
+    call, end = read
     rest = text[end:].lstrip()
-    return Call(name, json.dumps(arguments)), rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else text[end:]
+    return call, rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else text[end:]

@@ -1,5 +1,6 @@
 """A chat's messages, checked before a template sees them. Knows nothing of tokenizers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,8 @@ def _plain(value: Any, place: str, depth: int = 0) -> Any:
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TokenError(f"{place} must be a plain value as JSON has them, got {value}")
         return float(value)
     if isinstance(value, Mapping):
         for key in value:
