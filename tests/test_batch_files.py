@@ -40,7 +40,7 @@ def batch(bundle, prompts, out, *options) -> int:
 
 
 def test_a_mark_of_windows_and_empty_lines_are_passed_over():
-    first = b'\xef\xbb\xbf{"id": 1, "prompt": "a b", "messages": null, "loops": null}'
+    first = b'\xef\xbb\xbf{"id": 1, "prompt": "a b", "messages": null, "loops": null, "raw": null, "other": null}'
     lines = first + b'\r\n\r\n \n{"id": "1", "prompt": "\\u00eb"}'
     found = read_prompts(io.BytesIO(lines), "file", GenerationConfig(loops=3))
     assert [(line.number, line.id, line.prompt, line.config.loops) for line in found] == [

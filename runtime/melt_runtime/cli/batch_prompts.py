@@ -75,7 +75,7 @@ def _as_prompt(number: int, values: dict[str, Any], settings: GenerationConfig, 
     """
     said = {name: value for name, value in values.items() if value is not None}
     faults = []
-    unknown = [name for name in values if name not in _FIELDS]
+    unknown = [name for name in said if name not in _FIELDS]
     if "raw" in unknown:
         unknown.remove("raw")
         faults.append("raw is for the whole file: give --raw")
