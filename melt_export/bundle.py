@@ -23,6 +23,7 @@ from melt_export.probe import Probe, choose_probe
 from melt_export.progress import bar
 from melt_export.quality import compare_prompts, measure_quality, trace_reference
 from melt_export.quantize import ROUNDINGS, Rounding
+from melt_export.readback import read_back
 from melt_export.record import open_runner
 from melt_export.reference import bundle_reader, fits_whole, reference_model
 from melt_export.smooth import give_peaks, observed_peaks
@@ -163,6 +164,7 @@ def export_bundle(checkpoint: str | Path, out: Path, options: ExportOptions | No
         CheckpointError: the checkpoint cannot be found, is incomplete, damaged or does not fit its configuration.
         ParityError: the graphs do not compute what torch does.
         LossError: rounding the weights costs more than is allowed; a KV cache that does is left out.
+        BundleError: the runtime cannot load what was written.
     """
     require_absent(out, ExportError)
     return export_source(checkpoint_source(checkpoint_folder(str(checkpoint))), out, options or ExportOptions())
@@ -264,6 +266,8 @@ def export_source(source: Source, out: Path, options: ExportOptions) -> Manifest
             manifest = replace(manifest, quality=quality)
             manifest = _judge(folder, manifest, options)
             write_manifest(folder, manifest)
+        report("reading the bundle back")
+        read_back(folder)
     report(f"wrote {out}")
     return manifest
 

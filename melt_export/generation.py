@@ -6,7 +6,7 @@ what is absent has the default of transformers (temperature 1, top-k 50). One th
 end-of-text token leaves those of ``config.json``, since an answer that never ends is nobody's wish.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,21 @@ class _Form(TypedDict, total=False):
 _FORM = TypeAdapter(_Form)
 # What transformers samples with where a file says nothing.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+# Fields that name tokens, with what of their value does, also where the runtime passes the field over.
+_TOKEN_FIELDS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(
+        (
+            *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+            *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
+        ),
+        lambda value: value,
+    ),
+    "forced_decoder_ids": lambda value: [pair[-1:] for pair in value] if _is_pairs(value) else None,
+    "sequence_bias": lambda value: [pair[0] for pair in value] if _is_pairs(value) else None,
+    "logit_bias": lambda value: (
+        [int(token) for token in value if token.isdecimal()] if isinstance(value, dict) else None
+    ),
+}
 _SILENT = ("transformers_version", "use_cache", "cache_implementation", "trust_remote_code")
 # Written out by many tools, with the value that changes nothing.
 _NEUTRAL = {
@@ -70,10 +85,9 @@ def read_generation(folder: Path, config: MeltConfig | None, faults: list[str]) 
         return plain, []
     before, notes = len(faults), list[str]()
     good = {name: value for name, value in fitting(_FORM, values, path.name, faults).items() if value is not None}
-    for name in ("bos_token_id", "eos_token_id"):
-        faults += [
-            f"{path.name}: {fault}" for fault in outside(name, good.get(name), config.vocab_size if config else None)
-        ]
+    for name, read in _TOKEN_FIELDS.items():
+        ids = _token_ids(read(values.get(name)))
+        faults += [f"{path.name}: {fault}" for fault in outside(name, ids, config.vocab_size if config else None)]
     changes = _sampling(good, path.name, faults, notes)
     changes["stop_ids"] = _stop_ids(good, config, notes) if config else ()
     if stop := good.get("stop_strings"):
@@ -124,6 +138,17 @@ def _stop_ids(good: Mapping[str, Any], config: MeltConfig, notes: list[str]) -> 
             "the first counts, as in transformers"
         )
     return ids
+
+
+def _token_ids(value: Any) -> list[int]:
+    """Every whole number in nested lists."""
+    if isinstance(value, list):
+        return [token for part in value for token in _token_ids(part)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
 
 
 def _counts(name: str, value: Any) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -256,12 +257,32 @@ def test_weights_that_are_no_numbers(bundle_copy):
         MeltModel.load(bundle_copy, device="cpu", capacity=64).generate([5, 6, 7], max_new_tokens=2)
 
 
-def test_stop_tokens_that_the_model_has_not(bundle_copy):
-    size = read_manifest(bundle_copy).model.vocab_size
-    (bundle_copy / "generation_config.json").write_text(json.dumps({"stop_ids": [1, size]}))
-    list_again(bundle_copy, "generation_config.json")
-    with pytest.raises(BundleError, match=rf"stop_ids must be below the vocabulary's {size}, got .*{size}"):
-        MeltModel.load(bundle_copy, device="cpu", capacity=64)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stop_ids": [1, 703]}, r"stop_ids must be below the vocabulary's 703, got \(703,\)"),
+        ({"logit_bias": {"3": 1.0, "703": -100}}, r"logit_bias must be below the vocabulary's 703, got \(703,\)"),
+        ({"loops": "auto", "min_loops": 3, "max_loops": 2}, r"min_loops must be at most max_loops \(2\), got 3"),
+        ({"loops": 1, "decode": "wave"}, "decode must be 'plain' with one loop, got 'wave'"),
+        ({"loops": 2, "decode": "wave", "lag": 2}, r"lag must be below the loops \(2\), got 2"),
+        ({"loops": "auto", "exit_rule": "gate"}, "exit_rule must be 'settled', got 'gate'"),
+        ({"loops": 5}, "loops must be at most 4, got 5: a LoopLM has one KV cache per loop; load with loops=5"),
+    ],
+)
+def test_defaults_with_which_no_answer_would_come(random_bundle, tmp_path, values, message):
+    """Checked as a request's are, before anything is allocated."""
+    folder = Path(shutil.copytree(random_bundle(gate_kind="none", exit_gate=False), tmp_path / "copy"))
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    list_again(folder, "generation_config.json")
+    with pytest.raises(BundleError, match=rf"^generation_config.json: {message}"):
+        MeltModel.load(folder, device="cpu", capacity=64)
+
+
+def test_defaults_of_more_loops_load_with_the_caches_for_them(random_bundle, tmp_path):
+    folder = Path(shutil.copytree(random_bundle(gate_kind="none", exit_gate=False), tmp_path / "copy"))
+    (folder / "generation_config.json").write_text('{"loops": 5}')
+    list_again(folder, "generation_config.json")
+    assert MeltModel.load(folder, device="cpu", capacity=64, loops=5).defaults.loops == 5
 
 
 def test_a_tokenizer_with_tokens_that_the_model_has_not(bundle_copy):

@@ -2,14 +2,18 @@
 
 import json
 from collections import Counter
+from typing import get_args
 
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import random_model
+from conftest import SMALL, random_model
 
 from melt_export.formats import weight_formats
 from melt_export.trace import graph_modules, model_shape, trace_graph
+from melt_layers import GATES
+from melt_models import GATE_KINDS, MeltConfig
+from melt_runtime.bundle import contract
 from melt_runtime.bundle.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
 from melt_runtime.bundle.manifest import check_files, read_manifest
 
@@ -23,6 +27,14 @@ def signature(values) -> list[tuple]:
         (v.name, v.type.tensor_type.elem_type, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim))
         for v in values
     ]
+
+
+def test_every_list_of_gate_kinds_names_the_same():
+    """The runtime and the models know nothing of each other, so the names stand once for each of them."""
+    assert set(GATES) == set(GATE_KINDS) == set(get_args(contract.GateKind))
+    for kind in GATES:
+        config = MeltConfig(**SMALL, gate_kind=kind)
+        assert (config.has_latent, model_shape(config).has_latent) == (GATES[kind].has_latent,) * 2
 
 
 @pytest.mark.parametrize(

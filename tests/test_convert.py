@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import MELT_TINY, ROOT
 from published import OURO, ouro_forward, ouro_tensors, write_ouro
 from tolerances import TORCH, assert_close
+from torch import nn
 
 from melt_export.bundle import export_bundle
 from melt_export.cli import main
-from melt_models import CheckpointError, load_checkpoint
+from melt_layers import Gate, layers
+from melt_models import CheckpointError, MeltCausalLM, load_checkpoint
 from melt_models import convert as convert_module
 from melt_models.checkpoint import Checkpoint
 from melt_models.convert import looplm_to_melt
@@ -62,6 +65,43 @@ def test_other_gates(looplm, tmp_path, kind, gates):
     config = looplm_to_melt(Checkpoint(looplm), tmp_path / "melt", gate_kind=kind)
     assert config.gate_kind == kind
     assert sum(".gate." in name for name in Checkpoint(tmp_path / "melt").tensors) == gates
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, MeltCausalLM.from_pretrained])
+def test_a_checkpoint_in_one_file_keeps_its_gates(tmp_path, load):
+    """transformers reads ``model.safetensors`` alone where it stands, whatever the index beside it names."""
+    looplm_to_melt(Checkpoint(write_ouro(tmp_path / "ouro")), tmp_path / "melt", seed=5)
+    checkpoint, model = Checkpoint(tmp_path / "melt"), load(tmp_path / "melt")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint.read(name)), name
+
+
+class OwnGate(Gate):
+    """A gate with a parameter and a buffer of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate = nn.Parameter(torch.empty(config.hidden_size))
+
+
+class OwnBuffer(Gate):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("rate", torch.zeros(config.hidden_size))
+
+
+@pytest.mark.parametrize("gate", [OwnGate, OwnBuffer])
+def test_no_parameter_of_a_gate_is_left_as_it_was_found(looplm, tmp_path, monkeypatch, gate):
+    checkpoint = Checkpoint(looplm)
+    monkeypatch.setattr(layers, "Gate", gate)
+    with pytest.raises(ValueError, match=r"rate (has|got) no initial value.* MeltPreTrainedModel._init_weights"):
+        looplm_to_melt(checkpoint, tmp_path / "melt")
+    assert not (tmp_path / "melt").exists()
+
+
+def test_a_gate_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="gate_kind must be one of none, elementwise, .*, got 'own'"):
+        Gate(SimpleNamespace(gate_kind="own", gate_ema=0.2, hidden_size=4))
 
 
 def test_the_seed_decides_the_gates(looplm, tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from melt_export import bundle as bundle_module
 from melt_export import cli as cli_module
 from melt_export.bundle import write_text_files
 from melt_export.cli import main
+from melt_export.generation import read_generation
 from melt_export.source import checkpoint_source
 from melt_models import CheckpointError, load_checkpoint
+from melt_models.checkpoint import read_config
 from melt_runtime import GenerationConfig, read_manifest
 
 
@@ -254,6 +257,29 @@ def test_faults_of_generation_defaults_are_listed(checkpoint):
         assert f"\n  generation_config.json: {message}" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("pad_token_id", 703, "703"),
+        ("suppress_tokens", [1, 704, 705], "704, 705"),
+        ("begin_suppress_tokens", [900], "900"),
+        ("bad_words_ids", [[1, 2], [3, 703]], "703"),
+        ("forced_bos_token_id", 703, "703"),
+        ("forced_eos_token_id", [3, 703], "703"),
+        ("decoder_start_token_id", 703, "703"),
+        ("forced_decoder_ids", [[900, 703]], "703"),
+        ("sequence_bias", [[[45, 703], -800]], "703"),
+        ("logit_bias", {"3": 1000, "703": 1}, "703"),
+    ],
+)
+def test_tokens_outside_the_vocabulary_are_named_wherever_they_stand(checkpoint, name, value, wrong):
+    """Of fields too that the runtime does not have."""
+    write_generation(checkpoint, **{name: value})
+    faults: list[str] = []
+    read_generation(checkpoint, read_config(checkpoint)[0], faults)
+    assert faults == [f"generation_config.json: {name} must be below vocab_size (703), got {wrong}"]
+
+
 def test_a_tokenizer_neither_cuts_nor_fills(checkpoint):
     path = checkpoint / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
@@ -311,10 +337,31 @@ def test_an_output_that_is_a_link_to_nothing_is_refused_before_any_work(checkpoi
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_output_that_another_export_made_meanwhile_is_one_error(checkpoint, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "made" / "out"
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda manifest: replace(manifest, model=replace(manifest.model, gate_kind="own")), "gate_kind"),
+        (lambda manifest: replace(manifest, graphs={**manifest.graphs, "more": manifest.graphs["head"]}), "more"),
+    ],
+)
+def test_an_export_that_cannot_be_loaded_is_none(checkpoint, tmp_path, monkeypatch, capsys, spoil, message):
+    """What the exporter knows and the runtime does not."""
+    write = bundle_module.write_manifest
+    monkeypatch.setattr(bundle_module, "write_manifest", lambda folder, manifest: write(folder, spoil(manifest)))
+    monkeypatch.setattr(bundle_module, "ExportOptions", lambda **values: ExportOptions(**{**values, "verified": False}))
+    assert main([str(checkpoint), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "error: " in said.err
+    assert message in said.err
+    assert "wrote" not in said.err + said.out
+    assert not (tmp_path / "out").exists()
 
-    def finish_first(*_):
+
+def test_an_output_that_another_export_made_meanwhile_is_one_error(checkpoint, tmp_path, monkeypatch, capsys):
+    out, write_manifest = tmp_path / "made" / "out", bundle_module.write_manifest
+
+    def finish_first(*arguments):
+        write_manifest(*arguments)
         out.mkdir()
         (out / "manifest.json").touch()
 

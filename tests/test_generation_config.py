@@ -125,6 +125,10 @@ def test_a_file_says_what_was_said(tmp_path):
         (b'{"stop_ids": 3}', "stop_ids must be a sequence of token ids, got 3"),
         (b'{"stop_ids": [1.0]}', r"stop_ids\[0\] must be a whole number, got 1.0"),
         (b'{"stop_ids": [4]}', r"stop_ids must be below the vocabulary's 4, got \(4,\)"),
+        (
+            b'{"logit_bias": {"3": 1, "4": -2.5, "900": 1}}',
+            r"logit_bias must be below the vocabulary's 4, got \(4, 900\)",
+        ),
         (b'{"stop": "word"}', "stop must be a sequence of non-empty strings"),
         (b'{"temperature": NaN}', "temperature must be 0"),
         (b'{"temperature": true}', "temperature must be a number"),

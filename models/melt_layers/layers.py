@@ -62,12 +62,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-LEARNED_GATES = ("elementwise", "scalar")
-"""Kinds of gate whose ``z`` is computed from the layer's input and its latent state."""
+@dataclass(frozen=True)
+class GateKind:
+    """What a kind of gate has.
+
+    Attributes:
+        has_latent: a latent state that it updates; without one the state is the layer's input, and keys and values
+            read what the queries read.
+        is_learned: weights, by which ``z`` is computed from the layer's input and the latent state.
+    """
+
+    has_latent: bool
+    is_learned: bool
 
 
-UNGATED = ("none", "last")
-"""Kinds of gate whose state is the layer's input: keys and values read what the queries read."""
+GATES = {
+    "none": GateKind(has_latent=False, is_learned=False),
+    "elementwise": GateKind(has_latent=True, is_learned=True),
+    "scalar": GateKind(has_latent=True, is_learned=True),
+    "ema": GateKind(has_latent=True, is_learned=False),
+    "mean": GateKind(has_latent=True, is_learned=False),
+    "last": GateKind(has_latent=False, is_learned=False),
+}
+"""Every kind of gate. ``configuration_form`` names them as a type, and the bundle's contract for the runtime, which
+imports no model; a test compares the three."""
+LEARNED_GATES = tuple(name for name, kind in GATES.items() if kind.is_learned)
+UNGATED = tuple(name for name, kind in GATES.items() if not kind.has_latent)
 
 
 class GateLinear(nn.Linear):
@@ -79,6 +99,8 @@ class Gate(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
+        if config.gate_kind not in GATES:
+            raise ValueError(f"gate_kind must be one of {', '.join(GATES)}, got {config.gate_kind!r}")
         self.kind = config.gate_kind
         self.ema = config.gate_ema
         if self.kind in LEARNED_GATES:

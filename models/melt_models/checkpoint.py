@@ -23,7 +23,10 @@ from melt_models.modeling import MeltCausalLM
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_config.json"
 _FLOATS = ("F32", "BF16", "F16")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # of a matrix that are compared at once
 
 
 @with_config(STRICT)
@@ -48,7 +51,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: its configuration.
+        config: its configuration; ``tie_word_embeddings`` is false where the stored head is another matrix.
         notes: what of the published files was corrected or passed over, a sentence each.
         tensors: its tensors by name; a tied head is not among them.
     """
@@ -64,6 +67,12 @@ class Checkpoint:
         faults: list[str] = []
         config, notes = examine_config(self.folder, faults)
         stored, readable = _stored_tensors(self.folder, faults)
+        if config and config.tie_word_embeddings and readable and _is_untied(stored):
+            config.tie_word_embeddings = False
+            notes.append(
+                f"{CONFIG_NAME} ties the head to the embedding, but {_HEAD} is stored with other values: it is a "
+                "matrix of its own, as in transformers"
+            )
         idle = [name for name in stored if config and _is_idle(name, config)]
         if idle:
             notes.append(f"tensors that the model does not use are passed over: {', '.join(idle)}")
@@ -77,8 +86,8 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored type; a tied head is its embedding."""
-        if name == "lm_head.weight" and self.config.tie_word_embeddings:
-            name = "model.embed_tokens.weight"
+        if name == _HEAD and self.config.tie_word_embeddings:
+            name = _EMBEDDING
         # Opened anew each time: an open file keeps every page that was read in this process's memory.
         with safe_open(self.tensors[name].file, framework="pt") as tensors:
             return tensors.get_tensor(name)
@@ -106,7 +115,9 @@ def load_checkpoint(folder: str | Path) -> MeltCausalLM:
         The model in evaluation mode.
     """
     checkpoint = Checkpoint(folder)
-    return MeltCausalLM.from_pretrained(checkpoint.folder, config=checkpoint.config, dtype="auto").eval()
+    # The tensors that were checked, by name: transformers would choose among the folder's files by a rule of its own.
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return MeltCausalLM.from_pretrained(None, config=checkpoint.config, state_dict=tensors, dtype="auto").eval()
 
 
 def read_config(folder: Path) -> tuple[MeltConfig, list[str]]:
@@ -166,21 +177,40 @@ def empty_model(config: MeltConfig) -> MeltCausalLM:
 def _expected_shapes(config: MeltConfig) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[_HEAD]
     return shapes
 
 
 def _is_idle(name: str, config: MeltConfig) -> bool:
     """Tensors that some published files hold beside the model's own: a tied head once more, rotary frequencies."""
-    tied_head = name == "lm_head.weight" and config.tie_word_embeddings
+    tied_head = name == _HEAD and config.tie_word_embeddings
     return tied_head or name.endswith("rotary_emb.inv_freq")
+
+
+def _is_untied(stored: dict[str, Stored]) -> bool:
+    """Whether head and embedding are both stored, with different shapes or values."""
+    if not {_HEAD, _EMBEDDING} <= stored.keys():
+        return False
+    head, embedding = stored[_HEAD], stored[_EMBEDDING]
+    if head.shape != embedding.shape or len(head.shape) != 2:
+        return True  # the shape that is wrong is told with the others
+    with safe_open(head.file, framework="pt") as ours, safe_open(embedding.file, framework="pt") as theirs:
+        left, right = ours.get_slice(_HEAD), theirs.get_slice(_EMBEDDING)
+        return not all(
+            torch.equal(left[start : start + _ROWS].float(), right[start : start + _ROWS].float())
+            for start in range(0, head.shape[0], _ROWS)
+        )
 
 
 def _stored_tensors(folder: Path, faults: list[str]) -> tuple[dict[str, Stored], bool]:
     """Every tensor of a folder by name, from the headers alone; and whether all files could be read."""
     before = len(faults)
     index = folder / INDEX_NAME
+    if os.path.lexists(folder / ADAPTER_NAME):
+        faults.append(f"{ADAPTER_NAME}: adapters are not applied to the weights: merge them, or remove the file")
     names = _shards(index, faults) if is_there(index, faults) else [WEIGHTS_NAME]
+    if WEIGHTS_NAME not in names and os.path.lexists(folder / WEIGHTS_NAME):
+        faults.append(f"{WEIGHTS_NAME} stands beside {INDEX_NAME}, which does not name it: remove the one that is old")
     missing = [name for name in names if not os.path.isfile(folder / name)]  # Path.is_file raises on odd names
     faults += [f"missing weight file {name}" for name in missing]
     found: dict[str, Stored] = {}

@@ -7,10 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from melt_layers import GATES
 from melt_models.configuration_form import CHUNK, FIELDS, check_configuration
 from melt_models.configuration_form import GATE_KINDS as GATE_KINDS
-
-_LATENT_KINDS = ("elementwise", "scalar", "ema", "mean")
 
 
 @strict
@@ -102,7 +101,7 @@ class MeltConfig(PreTrainedConfig):
     @property
     def has_latent(self) -> bool:
         """Whether the gate carries a latent state from loop to loop."""
-        return self.gate_kind in _LATENT_KINDS
+        return GATES[self.gate_kind].has_latent
 
     @property
     def cache_kind(self) -> str:

@@ -13,7 +13,8 @@ from melt_models.forms import STRICT, fitting
 
 GateKind = Literal["none", "elementwise", "scalar", "ema", "mean", "last"]
 GATE_KINDS: tuple[str, ...] = get_args(GateKind)
-"""``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3)."""
+"""``none`` is LoopLM (a KV cache per loop); the others keep one gated KV cache (arXiv 2605.07721, Table 3).
+What each of them has is said in ``melt_layers.GATES``."""
 
 NormPlacement = Literal["sandwich", "pre"]
 """``sandwich``: before and after attention and MLP (Ouro); ``pre``: before them only (Llama)."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from melt_files import require_absent, staged
-from melt_models.checkpoint import INDEX_NAME, Checkpoint, empty_model
+from melt_models.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, empty_model
 from melt_models.configuration import MeltConfig
 from melt_models.configuration_form import GateKind
 from melt_models.errors import CheckpointError
@@ -20,6 +20,8 @@ from melt_models.modeling import MeltCausalLM
 
 GATES_NAME = "model-gates.safetensors"
 _TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_RENAMED = {WEIGHTS_NAME: "model-looplm.safetensors"}
+"""transformers reads a file of the first name alone, whatever an index beside it names."""
 _WEIGHTS = ("*.safetensors", INDEX_NAME, "config.json")
 
 
@@ -52,9 +54,9 @@ def looplm_to_melt(checkpoint: Checkpoint, out: Path, gate_kind: GateKind = "ele
     with staged(out) as folder:
         config.save_pretrained(folder)
         _copy_texts(checkpoint.folder, folder)
-        places = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
-        for name in sorted(set(places.values())):
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+        places = {name: _RENAMED.get(entry.file.name, entry.file.name) for name, entry in checkpoint.tensors.items()}
+        for name in sorted({entry.file.name for entry in checkpoint.tensors.values()}):
+            shutil.copyfile(checkpoint.folder / name, folder / _RENAMED.get(name, name))
         dtype = next(iter(checkpoint.tensors.values())).dtype
         gates = new_gates(config, getattr(torch, _TYPES[dtype]), seed)
         if gates:
@@ -66,15 +68,24 @@ def looplm_to_melt(checkpoint: Checkpoint, out: Path, gate_kind: GateKind = "ele
 
 
 def new_gates(config: MeltConfig, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Initial weights of every gate by name; empty for kinds that have none."""
+    """Initial weights of every gate by name; empty for kinds that have none.
+
+    Raises:
+        ValueError: a tensor of the gate that ``_init_weights`` leaves as it was found.
+    """
     model = empty_model(config)
     gates: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer_idx, layer in enumerate(model.model.layers):
             gate = layer.gate.to_empty(device="cpu")
+            own = {f"model.layers.{layer_idx}.gate.{name}": tensor for name, tensor in gate.state_dict().items()}
+            for tensor in own.values():
+                tensor.fill_(torch.nan)
             gate.apply(model._init_weights)
-            gates |= {f"model.layers.{layer_idx}.gate.{n}": tensor.to(dtype) for n, tensor in gate.state_dict().items()}
+            if left := [name for name, tensor in own.items() if tensor.isnan().any()]:
+                raise ValueError(f"{', '.join(left)} got no initial value from MeltPreTrainedModel._init_weights")
+            gates |= {name: tensor.to(dtype) for name, tensor in own.items()}
             layer.gate.to("meta")
     return gates
 

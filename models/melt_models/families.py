@@ -1,17 +1,19 @@
 """``config.json`` of MELT and of other families, read as arguments of ``MeltConfig``.
 
 A family keeps its tensors' names, which are ours too; only the configuration is translated. What would change the
-numbers and is not implemented is refused; what is corrected or passed over is said.
+numbers and is not implemented is refused, unknown keys too; what is corrected or passed over is said.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, with_config
+from transformers import LlamaConfig
 from typing_extensions import TypedDict
 
 from melt_models.configuration_form import FIELDS
 from melt_models.forms import STRICT, fitting, shown
+from melt_models.keys import check_keys
 
 Values = Mapping[str, Any]
 Reader = Callable[[Values, str, list[str]], tuple[dict[str, Any], list[str]]]
@@ -22,24 +24,11 @@ _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "rms_norm_eps"),
 )
-"""Keys that every family must have, and that mean the same here."""
+"""Keys that mean the same here in every family; without a default of the family's they must be there."""
 _OPTIONAL = (
     *("num_key_value_heads", "head_dim", "hidden_act", "initializer_range", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-_FIXED = {
-    **{"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1},
-    "partial_rotary_factor": 1.0,
-}
-"""Keys that may stand there with this value only."""
-_SILENT = frozenset(
-    {
-        *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-        *("attention_dropout", "is_llama_config", "max_window_layers", "name_or_path", "transformers.js_config"),
-        *("unk_token_id", "quantization_config"),
-    }
-)
-"""Keys that change no number of a forward pass, or are looked at elsewhere."""
 _WRITTEN = frozenset(
     {
         *("architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation", "model_type"),
@@ -62,6 +51,7 @@ class _Checked(TypedDict, total=False):
 
 _CHECKED = TypeAdapter(_Checked)
 
+_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 """Keys that ``rope_scaling`` and ``rope_parameters`` may have."""
 
@@ -84,7 +74,7 @@ def read_melt(values: Values, where: str, faults: list[str]) -> tuple[dict[str, 
 def read_ouro(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Ouro (arXiv 2510.25741): a LoopLM, a KV cache for each loop."""
     own = ("total_ut_steps", "early_exit_threshold")
-    ours, notes = _common(values, where, faults, own=own, needed=("total_ut_steps",))
+    ours, notes = _common(values, where, faults, own=own, needed=(*_SAME, "total_ut_steps", "rope_theta"))
     ours |= {name: values[name] for name in own if values.get(name) is not None}
     ours |= {"norm_placement": "sandwich", "exit_gate": True}
     if {name: values.get(name) for name in PUBLISHED_OURO_IDS} == PUBLISHED_OURO_IDS:
@@ -97,8 +87,16 @@ def read_ouro(values: Values, where: str, faults: list[str]) -> tuple[dict[str, 
 
 
 def read_llama(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Llama and what is built like it: no loops, norms before attention and MLP only."""
+    """Llama and what is built like it: no loops, norms before attention and MLP only.
+
+    An absent key has the default of transformers; a null where transformers takes none is a fault here too.
+    """
     ours, notes = _common(values, where, faults, own=(), needed=())
+    ours = {name: getattr(LlamaConfig, name) for name in (*_SAME, *_OPTIONAL)} | ours
+    ours |= {name: None for name in (*_SAME, *_OPTIONAL) if name in values and values[name] is None}
+    ours["rope_parameters"] = {"rope_theta": LlamaConfig.default_theta} | ours["rope_parameters"]
+    if values.get("auto_map"):
+        notes.append(f"auto_map names code of its own, {shown(values['auto_map'])}: it is not run, the model is Llama")
     return ours | {"total_ut_steps": 1, "norm_placement": "pre", "exit_gate": False}, notes
 
 
@@ -111,23 +109,18 @@ READERS: dict[str, Reader] = {"melt": read_melt, **FAMILIES}
 def _common(
     values: Values, where: str, faults: list[str], own: tuple[str, ...], needed: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    faults += [f"{where}: {name} is missing" for name in (*_SAME, *needed) if values.get(name) is None]
-    faults += [
-        f"{where}: {name} must be {value}, got {shown(values[name])}: the models here have nothing else"
-        for name, value in _FIXED.items()
-        if values.get(name) not in (None, value)
-    ]
     checked = fitting(_CHECKED, values, where, faults)
+    before = len(faults)
     rope = _rope(checked, where, faults)
-    if "rope_theta" not in rope and not any(name.startswith("rope_") for name in {*values} - {*checked}):
-        faults.append(f"{where}: rope_theta is missing")
+    # What was wrongly said of positions is one fault; that it is not said at all would be a second, false one.
+    is_said = "rope_theta" in rope or len(faults) > before or not _ROPE_KEYS.isdisjoint({*values} - {*checked})
+    there = {*(name for name, value in values.items() if value is not None), *(("rope_theta",) if is_said else ())}
+    faults += [f"{where}: {name} is missing" for name in needed if name not in there]
     _windows(checked, where, faults)
     if quantized := checked.get("quantization_config"):
         method = shown(quantized.get("quant_method"))
         faults.append(f"{where}: the weights are quantized ({method}): give the unquantized checkpoint")
-    known = {*_SAME, *_OPTIONAL, *_FIXED, *_Checked.__annotations__, *_SILENT, *own}
-    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    notes = [f"keys of config.json that mean nothing here are passed over: {', '.join(unknown)}"] if unknown else []
+    notes = check_keys(values, {*_SAME, *_OPTIONAL, *_Checked.__annotations__, *own}, where, faults)
     ours = {name: values[name] for name in (*_SAME, *_OPTIONAL) if values.get(name) is not None}
     if ours.get("pad_token_id") == -1:
         del ours["pad_token_id"]
@@ -141,13 +134,16 @@ def _rope(checked: Values, where: str, faults: list[str]) -> dict[str, Any]:
     A file may have all three; none of them counts more than another, so what one says the others must not contradict.
     """
     thetas = [] if checked.get("rope_theta") is None else [checked["rope_theta"]]
+    refused: list[Any] = []
     for name in ("rope_scaling", "rope_parameters"):
         stated = {key: value for key, value in (checked.get(name) or {}).items() if value is not None}
         kinds = [stated[key] for key in ("rope_type", "type") if stated.get(key, "default") != "default"]
         if kinds:  # whatever stands beside it belongs to that kind
-            faults.append(
-                f"{where}: {name} must be none or 'default', got {shown(kinds[0])}: this kind is not implemented"
-            )
+            if kinds[0] not in refused:
+                faults.append(
+                    f"{where}: {name} must be none or 'default', got {shown(kinds[0])}: this kind is not implemented"
+                )
+            refused.append(kinds[0])
             continue
         if stated.get("partial_rotary_factor", 1.0) != 1.0:
             got = shown(stated["partial_rotary_factor"])

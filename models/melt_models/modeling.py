@@ -77,6 +77,19 @@ class MeltPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Gives a module its initial weights.
+
+        Raises:
+            ValueError: it has a parameter that no rule here covers: its memory would stay as it was found.
+        """
+        covered: tuple[str, ...] = ("weight", "bias") if isinstance(module, nn.Linear) else ()
+        covered = ("weight",) if isinstance(module, (RMSNorm, nn.Embedding)) else covered
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in covered and not getattr(parameter, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{type(module).__name__}.{name} has no initial value: give it one in "
+                    "MeltPreTrainedModel._init_weights"
+                )
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Embedding)):

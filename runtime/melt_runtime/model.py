@@ -8,7 +8,7 @@ from typing import Unpack
 from melt_runtime.arguments import function_or_none, instance, path_of, whole_number
 from melt_runtime.batch import Batch, BatchAsk, BatchStream
 from melt_runtime.bundle.contract import KVCacheKind
-from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME, Manifest, read_manifest
+from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.device.providers import ProviderChoice, check_threads, choose_provider
 from melt_runtime.engine import Engine
@@ -28,7 +28,7 @@ from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import MAX_BATCH, StatePlan, plan_state
 from melt_runtime.progress import Progress, Report
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
-from melt_runtime.request.generation_files import read_generation_config
+from melt_runtime.request.generation_files import read_defaults
 from melt_runtime.request.prompts import Desk, Prompt
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.runner import LoopRunner
@@ -125,7 +125,7 @@ class MeltModel:
         check_bundle(folder, manifest, cache, progress)
         codec = TextCodec.read(folder)
         check_vocabulary(codec, manifest.model)
-        defaults = read_generation_config(folder / GENERATION_CONFIG_NAME, manifest.model.vocab_size)
+        defaults = read_defaults(folder, manifest.model, plan.cache_sets)
         sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache, progress)
         return cls(manifest, provider, sessions, codec, defaults, plan)
 

@@ -6,12 +6,12 @@ import textwrap
 from pathlib import Path
 
 from melt_runtime.bundle.contract import KVCacheKind, ModelShape
-from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME, Manifest, check_files, read_manifest
+from melt_runtime.bundle.manifest import Manifest, check_files, read_manifest
 from melt_runtime.bundle.measured import Parity, Quality
 from melt_runtime.cli.options import add_bundle
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.progress import Line
-from melt_runtime.request.generation_files import read_generation_config
+from melt_runtime.request.generation_files import read_defaults
 from melt_runtime.request.settings import describe_defaults
 
 _EPILOG = """\
@@ -92,7 +92,7 @@ def describe_bundle(folder: Path, manifest: Manifest, graphs: bool = False, widt
 
 
 def _defaults(folder: Path, shape: ModelShape) -> list[str]:
-    said = read_generation_config(folder / GENERATION_CONFIG_NAME, shape.vocab_size)
+    said = read_defaults(folder, shape)
     fields = describe_defaults(said, shape.trained_loops)
     return [
         f"{'defaults' if number == 0 else '':<11} {name} {value}" for number, (name, value) in enumerate(fields.items())

@@ -11,7 +11,8 @@ from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.memory.plan import Array
 from melt_runtime.schedule.depth import EXIT_RULES, ExitRule
 
-_MOST_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**31 - 1
+"""Largest token id and largest number of tokens that a field may say."""
 _MOST_SEED = 2**64 - 1
 _MOST_ELEMENTS = 2**16
 _MOST_DIGITS = 10
@@ -186,7 +187,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     elements = _elements(name, value, "a sequence of token ids")
-    return tuple(whole_number(f"{name}[{place}]", token, 0, _MOST_TOKENS) for place, token in enumerate(elements))
+    return tuple(whole_number(f"{name}[{place}]", token, 0, MAX_TOKENS) for place, token in enumerate(elements))
 
 
 def _biases(name: str, value: object) -> dict[int, float]:
@@ -196,7 +197,7 @@ def _biases(name: str, value: object) -> dict[int, float]:
     check = _real("in [-100, 100]", lambda bias: -100 <= bias <= 100)
     items = [
         (
-            whole_number(f"{name}'s token id", _from_digits(token), 0, _MOST_TOKENS),
+            whole_number(f"{name}'s token id", _from_digits(token), 0, MAX_TOKENS),
             check(f"{name}[{shown(token)}]", bias),
         )
         for token, bias in value.items()
@@ -235,7 +236,7 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str, object], str]:
 
 
 CHECKS: dict[str, Callable[[str, object], object]] = {
-    "max_new_tokens": _whole(1, _MOST_TOKENS),
+    "max_new_tokens": _whole(1, MAX_TOKENS),
     "loops": _loops,
     "exit_rule": _one_of(EXIT_RULES),
     "exit_threshold": _real("in [0, 1]", lambda value: 0 <= value <= 1),
@@ -244,7 +245,7 @@ CHECKS: dict[str, Callable[[str, object], object]] = {
     "decode": _one_of(DECODINGS),
     "lag": _whole(1, MAX_LOOPS),
     "temperature": _real("0 (greedy) or in [1e-6, 1e6]", lambda value: value == 0 or 1e-6 <= value <= 1e6),
-    "top_k": _whole(0, _MOST_TOKENS),
+    "top_k": _whole(0, MAX_TOKENS),
     "top_p": _real("in (0, 1]", lambda value: 0 < value <= 1),
     "min_p": _real("in [0, 1]", lambda value: 0 <= value <= 1),
     "repetition_penalty": _real("in [0.01, 100]", lambda value: 0.01 <= value <= 100),

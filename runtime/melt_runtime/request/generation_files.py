@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from melt_runtime.arguments import shown
+from melt_runtime.bundle.contract import ModelShape
+from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME
 from melt_runtime.errors import BundleError
-from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.generation_config import MAX_TOKENS, GenerationConfig
+from melt_runtime.request.settings import settle
 
 _NAMES = {field.name: None for field in fields(GenerationConfig)}.keys()
 """In their order."""
@@ -19,12 +22,39 @@ def write_generation_config(path: Path, config: GenerationConfig) -> None:
     path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
+def read_defaults(folder: Path, shape: ModelShape, cache_sets: int | None = None) -> GenerationConfig:
+    """Reads a bundle's defaults of generation, and checks them as a request that says nothing of its own.
+
+    Args:
+        folder: the bundle.
+        shape: its model.
+        cache_sets: KV caches of a LoopLM that a state has, the most loops it can run; None: not known yet.
+
+    Raises:
+        BundleError: as for ``read_generation_config``; or every answer with these defaults would be refused.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    defaults = read_generation_config(path, shape.vocab_size)
+    try:
+        settings = settle(GenerationConfig(), defaults, shape.trained_loops, MAX_TOKENS, shape.has_exit_gate)
+    except ValueError as error:
+        raise BundleError(f"{path.name}: {error}") from error
+    if settings.lag is not None and shape.has_loop_idx:
+        raise BundleError(f"{path.name}: decode must be 'plain' for gate kind {shape.gate_kind!r}, got 'wave'")
+    if cache_sets is not None and shape.cache_kind == "per_loop" and settings.loops > cache_sets:
+        raise BundleError(
+            f"{path.name}: loops must be at most {cache_sets}, got {settings.loops}: a LoopLM has one KV cache per "
+            f"loop; load with loops={settings.loops}"
+        )
+    return defaults
+
+
 def read_generation_config(path: Path, vocab_size: int | None = None) -> GenerationConfig:
     """Reads ``generation_config.json``.
 
     Args:
         path: the file.
-        vocab_size: of the model, for ``stop_ids``.
+        vocab_size: of the model, for ``stop_ids`` and ``logit_bias``.
 
     Raises:
         BundleError: no object in JSON and UTF-8; else lists unknown keys and values of a wrong type or outside their
@@ -43,8 +73,9 @@ def read_generation_config(path: Path, vocab_size: int | None = None) -> Generat
             said[name] = getattr(GenerationConfig(**{name: values[name]}), name)
         except ValueError as error:
             faults.append(str(error))
-    if vocab_size is not None and any(token >= vocab_size for token in said.get("stop_ids") or ()):
-        faults.append(f"stop_ids must be below the vocabulary's {vocab_size}, got {shown(said['stop_ids'])}")
+    for name in ("stop_ids", "logit_bias") if vocab_size is not None else ():
+        if unknown := tuple(token for token in said.get(name) or () if token >= vocab_size):
+            faults.append(f"{name} must be below the vocabulary's {vocab_size}, got {shown(unknown)}")
     if faults:
         raise BundleError(f"{path.name}: {'; '.join(sorted(faults))}")
     return GenerationConfig(**said)
