@@ -183,6 +183,9 @@ def test_endpoints_are_documented(address):
         assert "422" not in about["responses"]
         assert ("400" in about["responses"]) == (way == "post" or "/sessions/" in path)
         assert about["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+        assert ("401" in about["responses"]) == (path != "/health")
+    (answer,) = openapi["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert answer == "text/plain"
     schemas = openapi["components"]["schemas"]
     assert {"type": "null"} in schemas["ChatRequest"]["properties"]["temperature"]["anyOf"]
     assert "HTTPValidationError" not in schemas

@@ -300,7 +300,7 @@ def test_a_key_is_needed_where_there_is_one(model_of_one):
             assert answered["WWW-Authenticate"] == "Bearer"
             assert KEY not in json.dumps(answer)
         assert ask(address, "/metrics")[0] == 401
-        assert ask(address, "/health")[0] == 200
+        assert ask(address, "/health")[0] == ask(address, "/openapi.json")[0] == 200
         assert ask(address, "/v1/models", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
         with client, pytest.raises(openai.AuthenticationError):

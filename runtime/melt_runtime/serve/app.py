@@ -120,24 +120,25 @@ def make_app(model: MeltModel, options: ServeOptions) -> Application:
 
 def _add_endpoints(app: FastAPI, server: "_Server") -> None:
     def add(method: str, path: str, endpoint: Callable[..., Any], *about: Any, **more: Any) -> None:
-        described = documented(*about, body=method == "POST" and not path.endswith("/restore"), **more)
+        errors = () if path == "/health" else (401,)
+        described = documented(*about, *errors, body=method == "POST", **more)
         app.add_api_route(path, endpoint, methods=[method], **described)
 
-    answering = (404, 429, 500, 503, 504)
+    answering = (400, 404, 429, 500, 503, 504)
     add("POST", "/v1/chat/completions", server.chat, "Answer a chat", "`chat.completion`", *answering,
         events="`chat.completion.chunk`, then `[DONE]`")  # fmt: skip
     add("POST", "/v1/completions", server.complete, "Continue a text", "`text_completion`", *answering,
         events="`text_completion`, then `[DONE]`")  # fmt: skip
     add("GET", "/v1/models", server.models, "List the model", "A list of one `model`")
     add("GET", "/v1/models/{name:path}", server.show_model, "Describe the model", "`model`", 404)
-    add("POST", "/tokenize", server.tokenize, "Text or messages to token ids", "`tokens` and their `count`")
-    add("POST", "/detokenize", server.detokenize, "Token ids to text", "`text`")
+    add("POST", "/tokenize", server.tokenize, "Text or messages to token ids", "`tokens` and their `count`", 400)
+    add("POST", "/detokenize", server.detokenize, "Token ids to text", "`text`", 400)
     add(
         "GET", "/health", server.health, "Whether the server takes requests, and its load", "`status` and the load", 503
     )
-    add("GET", "/metrics", server.show_metrics, "Metrics for Prometheus", "Prometheus's text format")
+    add("GET", "/metrics", server.show_metrics, "Metrics for Prometheus", "Prometheus's text format", plain=True)
     add("GET", "/v1/sessions", server.list_sessions, "List the saved conversations", "A list of `session`", 404)
-    add("POST", "/v1/sessions", server.save_session, "Save a conversation", "`session`", 404, 409, 503, 507)
+    add("POST", "/v1/sessions", server.save_session, "Save a conversation", "`session`", 400, 404, 409, 503, 507)
     add("POST", "/v1/sessions/{name}/restore", server.restore_session, "Restore a conversation", "`session`",
         400, 404, 409, 429, 503)  # fmt: skip
     add("DELETE", "/v1/sessions/{name}", server.delete_session, "Delete a conversation", "`id` and `deleted`", 400, 404)

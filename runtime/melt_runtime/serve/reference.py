@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.responses import PlainTextResponse
 
 _MEANINGS = {
     400: "The request breaks a rule: `param` names its field, `message` the rule and the value.",
@@ -23,8 +24,7 @@ _MEANINGS = {
     504: "The answer exceeded the time limit.",
     507: "The session cannot be stored.",
 }
-_OF_ALL = (401, 403)
-_OF_BODIES = (400, 408, 413, 415)
+_OF_BODIES = (408, 413, 415)
 
 
 class ErrorDetail(BaseModel):
@@ -42,24 +42,31 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def documented(summary: str, answer: str, *errors: int, body: bool = False, events: str = "") -> dict[str, Any]:
+def documented(
+    summary: str, answer: str, *errors: int, body: bool = False, events: str = "", plain: bool = False
+) -> dict[str, Any]:
     """Arguments of ``FastAPI.add_api_route`` that describe an endpoint.
 
     Args:
         summary: the endpoint's task.
         answer: the object that it answers.
-        errors: statuses beside those of every endpoint, and of every body.
+        errors: statuses beside 403, and beside those of every body.
         body: whether there is a body.
         events: the object of each event, where the answer can be a stream.
+        plain: whether the answer is plain text.
     """
+    # FastAPI gives the models of errors the media type of the answer.
+    reference = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
+    error: dict[str, Any] = {"content": {"application/json": reference}} if plain else {"model": ErrorBody}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": answer}}
     if events:
         schema = {"type": "string", "description": events}
         responses[200]["content"] = {"text/event-stream": {"schema": schema}}
-    for status in sorted({*_OF_ALL, *errors, *(_OF_BODIES if body else ())}):
-        responses[status] = {"model": ErrorBody, "description": _MEANINGS[status]}
-    responses["default"] = {"model": ErrorBody, "description": "Any other error."}
-    return {"summary": summary, "description": summary + ".", "responses": responses}
+    for status in sorted({403, *errors, *(_OF_BODIES if body else ())}):
+        responses[status] = {**error, "description": _MEANINGS[status]}
+    responses["default"] = {**error, "description": "Any other error."}
+    kind = {"response_class": PlainTextResponse} if plain else {}
+    return {"summary": summary, "description": summary + ".", "responses": responses, **kind}
 
 
 def reference_page(openapi: Mapping[str, Any]) -> str:
