@@ -106,7 +106,8 @@ def test_null_is_absent(path):
 
 
 def test_null_within_a_schema_stays():
-    form = ChatRequest.model_validate(FULL)
+    form = ChatRequest.model_validate({**FULL, "logit_bias": {"5": 1, "6": None}})
+    assert form.logit_bias == {"5": 1}
     assert form.response_format.json_schema.schema_ == {"const": None}
 
 

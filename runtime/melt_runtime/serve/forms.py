@@ -164,6 +164,10 @@ class ResponseFormat(Form):
         return self
 
 
+def _without_nulls(values: Any) -> Any:
+    return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
 class GrammarForm(Form):
     """A grammar that the answer follows."""
 
@@ -191,7 +195,7 @@ class Generation(Form):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(_without_nulls), Field(max_length=4096)] | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     grammar: GrammarForm | None = None
