@@ -221,24 +221,6 @@ def test_nothing_moves_before_the_first_answer_is_asked_for(model):
         next(waiting)
 
 
-@pytest.mark.parametrize("kind", ["MELT", "LoopLM"])
-def test_what_another_slot_holds_is_not_computed_again(random_bundle, kind):
-    """Prompts that begin alike: whole chunks at the same depth are copied, and the answer is as if they were not."""
-    model = load(random_bundle, **KINDS[kind])
-    common = list(range(100, 130))
-    prompts = [[*common, *more] for more in ([1], [2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [1])]
-    for loops in (2, 4):
-        fresh = [
-            load(random_bundle, 1, **KINDS[kind]).generate(one, loops=loops, max_new_tokens=8, **FREE)
-            for one in prompts
-        ]
-        results = model.generate_batch(prompts, loops=loops, max_new_tokens=8, **FREE)
-        assert [result.token_ids for result in results] == [result.token_ids for result in fresh]
-        assert results[0].cached_tokens == 0
-        assert results[3].cached_tokens == 24  # the fourth begins when another has ended
-        assert all(result.cached_tokens in (0, 24) for result in results)
-
-
 def test_a_state_has_room_for_every_slot(random_bundle):
     one, eight = (load(random_bundle, slots) for slots in (1, 8))
     assert eight.session.plan.cache_bytes == 8 * one.session.plan.cache_bytes

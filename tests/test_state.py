@@ -15,6 +15,7 @@ from melt_runtime.memory.buffers import State
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.plan import StatePlan
 from melt_runtime.memory.process import available_bytes
+from melt_runtime.schedule.depth import Depth
 
 SHAPE = ModelShape(
     layers=3,
@@ -155,18 +156,41 @@ def test_bytes_for_people():
     ]
 
 
-def test_only_full_chunks_of_the_same_depth_are_made_again():
+def test_only_rows_that_a_prompt_makes_again_are_reusable():
+    """Over MELT's cache: whole chunks of the same depth, divided as the prompt's are; more in tests/test_reuse.py."""
     one = slot()
     for tokens, loops in ((8, 4), (8, 4), (8, 2), (5, 2), (1, 2)):
         one.advance(tokens, loops)
-    assert [one.full_chunks(n, 4) for n in (0, 7, 8, 15, 16, 24, 30)] == [0, 0, 8, 8, 16, 16, 16]
-    assert one.full_chunks(30, 2) == 0
+    one.ids = list(range(30))
+
+    def reusable(tokens: int, loops: int = 4) -> int:
+        return one.reusable([*range(tokens), 40], Depth.fixed(loops))
+
+    assert [reusable(tokens) for tokens in (0, 7, 8, 15, 16, 24, 30)] == [0, 0, 8, 8, 16, 16, 16]
+    assert reusable(30, loops=2) == 0
     one.truncate(12)  # half of a chunk is no chunk
-    assert one.full_chunks(12, 4) == 8
-    one.truncate(0)
-    for tokens in (5, 3, 8):
+    assert reusable(12) == 8
+    for chunks in ((5, 3, 8), (24,)):  # divided otherwise: what follows a chunk of 24 saw all of it
+        one.truncate(0)
+        for tokens in chunks:
+            one.advance(tokens, loops=4)
+        assert reusable(sum(chunks)) == (0 if chunks[0] < 8 else 8)
+
+
+def test_a_chunk_that_was_kept_in_part_is_lost_as_a_whole():
+    """Where a turn failed: MELT's chunks cannot be divided; the turn before is run again just as it was."""
+    one = slot()
+    for tokens in (8, 8, 5, 1):
         one.advance(tokens, loops=4)
-    assert one.full_chunks(16, 4) == 0  # they are divided otherwise
+    one.ids = list(range(23))
+    before = one.snapshot()
+    prompt = list(range(20))
+    one.begin(prompt, one.reusable(prompt, Depth(4, 1, "settled", 0.1)), loops=4)
+    assert one.length == 19  # by a rule the last token is run alone
+    one.undo(before, kept=19)
+    assert (one.length, one.ran, one.ids) == (16, 22, before.ids)
+    again = one.next_span(Depth.fixed(4))
+    assert (again.start, list(again.ids), again.depth) == (16, [16, 17, 18, 19, 20], 4)
 
 
 @pytest.mark.parametrize("arguments", [(0, 4), (1.0, 4), (True, 4), (1, 0), (1, 2**31), (1, 1.5)])

@@ -31,6 +31,7 @@ class Job:
         wave: the tokens of the answer that are under way, where several may be; None in plain decoding.
         passes: that were run with tokens of the answer.
         failures: of tokens of a wave, why they say nothing.
+        is_cached: whether the cache holds the whole prompt, so that the first token is chosen without a pass.
     """
 
     request: Request
@@ -41,13 +42,29 @@ class Job:
     wave: Wave | None = None
     passes: int = 0
     failures: dict[Span, Exception] = field(default_factory=dict)
-    cached: int = field(init=False)
+    cached: int = field(init=False, default=0)
     span: Span = field(init=False)
+    is_cached: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Begins with what the cache does not hold of the prompt."""
-        self.cached = self.slot.length
-        self.span = self._next_span()
+        self.find(self.slot.length)
+
+    def find(self, tokens: int) -> None:
+        """Counts ``tokens`` more of the prompt as found in the cache, and goes on behind them."""
+        slot = self.slot
+        self.cached += tokens
+        self.is_cached = slot.length == len(slot.ids)
+        if self.is_cached:
+            loops = self.request.settings.loops
+            self.span = Span(slot.number, slot.length - 1, slot.ids[-1:], loops, loop=loops)
+        else:
+            self.span = self._next_span()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next chunk of its prompt has not begun."""
+        return not (self.request.new_ids or self.span.loop or self.is_done)
 
     @property
     def is_done(self) -> bool:
@@ -108,11 +125,13 @@ class Engine:
     Attributes:
         executor: runs the passes.
         jobs: those that are not done, in the order in which they came.
+        passes: number of runs of the loop graph so far.
     """
 
     def __init__(self, executor: Executor):
         self.executor = executor
         self.jobs: list[Job] = []
+        self.passes = 0
         self._schedule = Batched(executor.mixes_loops, executor.shares_cache)
 
     @property
@@ -139,9 +158,9 @@ class Engine:
 
         Where that fails, the slot is free again.
         """
-        slots, prompt = self.executor.slots, request.prompt
+        slots = self.executor.slots
         try:
-            slot.begin(prompt, slots.reuse(slot, prompt, request.settings.depth))
+            slots.begin(slot, request.prompt, request.settings.depth)
             return self.start(request, slot)
         except BaseException:
             slots.release(slot)
@@ -156,15 +175,22 @@ class Engine:
     def run_pass(self) -> list[Job]:
         """One pass over at least one job; the jobs that are done with it, with a result or an error.
 
+        Where the cache holds whole prompts, their first tokens are chosen instead.
+
         Raises:
             RunError: ONNX Runtime could not.
         """
         began = time.perf_counter()
-        for job in self.jobs:
-            job.slot.flight = job.spans
-        spans = self._schedule.next([job.running for job in self.jobs])
-        self.executor.run(spans)
-        self._read(spans)
+        cached = [job for job in self.jobs if job.is_cached]
+        if cached:
+            self._answer_cached(cached)
+        else:
+            for job in self.jobs:
+                job.slot.flight = job.spans
+            spans = self._schedule.next([job.running for job in self.jobs])
+            self.executor.run(spans)
+            self.passes += 1
+            self._read(spans)
         seconds = time.perf_counter() - began
         for job in self.jobs:
             job.request.count_seconds(seconds)
@@ -172,6 +198,13 @@ class Engine:
         for job in done:
             self.drop(job)
         return done
+
+    def _answer_cached(self, jobs: Sequence[Job]) -> None:
+        """Chooses the first tokens of answers to prompts that the cache holds whole."""
+        for job in jobs:
+            self.executor.recall_end(job.span)
+            job.is_cached = False
+        self._choose([(job.span, job) for job in jobs], {})
 
     def _read(self, spans: Sequence[Span]) -> None:
         """Reads what a pass left: which spans leave the loop, and which tokens come next."""
@@ -192,7 +225,21 @@ class Engine:
             self._fill_caches(own)
             if span.is_done and job.advance():
                 ready.append((span, job))
+        ends = [span for span, job in ready if not job.request.new_ids]
+        for span in ends:
+            if span.exit is None:
+                self.executor.keep_end(span)
         self._choose(ready, logits)
+        if ends:
+            self._share_prompts()
+
+    def _share_prompts(self) -> None:
+        """Gives prompts that wait what those that have just been run left in the cache: often it is the same prompt."""
+        for job in self.jobs:
+            if job.waits:
+                known = job.slot.length
+                self.executor.slots.begin(job.slot, job.request.prompt, job.request.settings.depth)
+                job.find(job.slot.length - known)
 
     def _leaves(self, span: Span, logits: dict[Span, Array]) -> bool:
         """Whether a rule lets a span leave the loop now."""

@@ -76,7 +76,7 @@ class Service:
         self._changed = threading.Condition()
         self._is_closing = False
         self._deadline = 0.0
-        self._passes = 0
+        self._passes_before = engine.passes
         held = threading.Event()
         refused: list[Exception] = []
 
@@ -112,7 +112,13 @@ class Service:
     def load(self) -> Load:
         """How busy it is now."""
         with self._changed:
-            return Load(len(self._slots), len(self._running), len(self._waiting), self._queue, self._passes)
+            return Load(
+                len(self._slots),
+                len(self._running),
+                len(self._waiting),
+                self._queue,
+                self._engine.passes - self._passes_before,
+            )
 
     def submit(
         self,
@@ -285,7 +291,6 @@ class Service:
             for job in [*self._running]:
                 self._leave(job, None, _as_exception(error))
             return
-        self._passes += 1
         for job, reply in [*self._running.items()]:
             try:
                 reply._tell()

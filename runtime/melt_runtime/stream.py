@@ -75,7 +75,7 @@ class Turn:
             request = ask.request()
             before, kept = slot.snapshot(), self._kept(request)
             try:
-                slot.begin(request.prompt, kept)
+                slot.begin(request.prompt, kept, request.settings.loops)
                 yield from self._answer(request)
             except BaseException:
                 self._leave(request, before, len(before.depths) if kept is None else kept)

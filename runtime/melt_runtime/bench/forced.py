@@ -12,7 +12,7 @@ from melt_runtime.schedule.wave import Wave
 def fill(executor: Executor, ids: Sequence[int], loops: int) -> None:
     """Makes ``ids`` what the first slot holds, chunk after chunk."""
     slot = executor.slots[0]
-    slot.begin(list(ids), kept=0)
+    slot.begin(list(ids), 0, loops)
     while slot.length < len(ids):
         span = slot.next_span(Depth.fixed(loops))
         slot.flight = [span]

@@ -179,6 +179,18 @@ class Executor:
                     with self.state.caches[cache_set][layer][place].on_host() as target:
                         target[slot, :, rows] = values
 
+    def keep_end(self, span: Span) -> None:
+        """Keeps the last hidden state of a prompt that ends with ``span``, which took all its loops and was counted."""
+        rows = self.state.chunk if span.is_chunk else self.state.step
+        row = len(span.ids) - 1 if span.is_chunk else self.state.step_row(span.slot, span.loop)
+        self.slots[span.slot].keep_end(rows.hidden.values()[row], span.depth)
+
+    def recall_end(self, span: Span) -> None:
+        """Puts a kept hidden state where ``compute_logits`` and ``draw`` read that of ``span``, the prompt's last
+        token."""
+        with self.state.step.hidden.on_host() as hidden:
+            hidden[self.state.step_row(span.slot, span.loop)] = self.slots[span.slot].prompt_end
+
     def draw(self, span: Span) -> int:
         """The token after ``span``, chosen on the device as its sampler was told; it is there for the next pass.
 

@@ -44,7 +44,10 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
         OSError: the file cannot be written.
     """
     snapshot, length = slot.snapshot(), slot.length
-    tensors = {_IDS: np.array(snapshot.ids, dtype=np.int64), _DEPTHS: snapshot.depths.astype(np.int16)}
+    depths = snapshot.depths.astype(np.int16)
+    if slot.depth is not None:  # tokens of an earlier, deeper turn are saved with the caches that are still used
+        depths = np.clip(depths, -slot.depth, slot.depth)
+    tensors = {_IDS: np.array(snapshot.ids, dtype=np.int64), _DEPTHS: depths}
     for name, buffer in _rows(state, slot.depth):
         tensors[name] = np.ascontiguousarray(buffer.values()[slot.number, :, :length])
     header = {**_about(state, identity), "length": length, "depth": slot.depth, "more": more}

@@ -1,7 +1,6 @@
 """Which sequence owns which rows of the cache, and what each row holds: tokens, their division into chunks, depths.
 
-Numbers depend on the division: inside a chunk tokens see each other at the same loop, earlier chunks at their last. So
-tokens count as cached only where the cache holds what running them would give, bit for bit. Knows no text.
+Which of them a prompt may keep, ``reuse.py`` says. Knows no text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ import numpy as np
 from melt_runtime.arguments import whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import CapacityError
+from melt_runtime.execute.reuse import count_reusable, count_shared
 from melt_runtime.memory.buffers import State
-from melt_runtime.memory.plan import Array, StatePlan
+from melt_runtime.memory.plan import Array, StatePlan, stored_type
 from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
 
@@ -48,6 +48,7 @@ class Slot:
         depths: where a chunk began, the loops that it went through, else 0; negative where running it plainly would
             give other rows: a LoopLM's chunk left early and its later caches were filled with copies, or MELT's token
             was one of a wave of a short lag; [S] int16, read-only.
+        prompt_end: hidden state [D] of the last prompt's last token after its last loop, in the activations' type.
     """
 
     def __init__(self, number: int, plan: StatePlan):
@@ -57,6 +58,8 @@ class Slot:
         self._depths: Array = np.zeros(plan.capacity, dtype=np.int16)
         self._lost: Array = np.zeros(0, dtype=np.int16)
         self._caches = 0
+        self._end = (0, 0)  # tokens and loops of the prompt whose end is kept; no tokens: none is
+        self.prompt_end: Array = np.zeros(plan.shape.hidden_size, dtype=stored_type(plan.dtype))
         self.depths = self._depths.view()
         self.depths.setflags(write=False)
         self.ids: list[int] = []
@@ -172,45 +175,42 @@ class Slot:
         """Whether ``prompt`` begins with the whole sequence and brings a token that was not run yet."""
         return len(prompt) > self.ran and list(prompt[: len(self.ids)]) == self.ids
 
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Number of cached tokens that ``prompt`` begins with."""
+        return count_shared(self.ids[: self._length], prompt)
+
     def reusable(self, prompt: Sequence[int], depth: Depth) -> int:
-        """Cached tokens that an empty slot would hold just so after ``prompt`` at this depth.
-
-        The prompt's last token never counts, since its logits are needed. Whatever rule lets tokens of an answer leave,
-        chunks of a prompt take the most loops.
-        """
-        limit = min(self._length, len(prompt) - 1, len(self.ids))
-        shared = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
-        return self.full_chunks(shared, depth.most)
-
-    def full_chunks(self, tokens: int, loops: int) -> int:
-        """Most cached tokens, up to ``tokens``, that a prompt run from the start through ``loops`` loops makes again.
-
-        They stand in full chunks from the start on, each of this depth, so that keeping them changes no number.
-        """
-        chunk, depths, kept = self._plan.chunk, self._depths, 0
-        while (end := kept + chunk) <= min(tokens, self._length):
-            ends_whole = end == self._length or depths[end] != 0
-            if depths[kept] != loops or depths[kept + 1 : end].any() or not ends_whole:
-                break
-            kept = end
-        return kept
+        """Number of cached tokens that ``prompt`` may keep, up to all of it: running it gives the same rows."""
+        has_end = self._end == (len(prompt), depth.most)
+        return count_reusable(self._plan, self._depths, self.shared(prompt), len(prompt), depth, has_end)
 
     def snapshot(self) -> Snapshot:
         """The sequence as it is."""
         return Snapshot(self.ids, np.concatenate((self._depths[: self._length], self._lost)), self._caches)
 
-    def begin(self, prompt: Sequence[int], kept: int | None) -> None:
+    def begin(self, prompt: Sequence[int], kept: int | None, loops: int) -> None:
         """Makes ``prompt`` the sequence.
 
         Args:
             prompt: token ids.
             kept: cached tokens that stay; None: the prompt continues the sequence, and all of them do.
+            loops: depth of what is run next; with ``kept``, kept tokens of a LoopLM count as no deeper.
         """
         self.turn += 1
         if kept is not None:
             self.truncate(kept)
-            self._lost = self._lost[:0]
+            self._lost, self._caches = self._lost[:0], loops
         self.ids = list(prompt)
+
+    def keep_end(self, hidden: Array, loops: int) -> None:
+        """Keeps the hidden state of the last cached token, where a prompt ends, so that the prompt can be reused whole.
+
+        Args:
+            hidden: after its last loop, [D].
+            loops: depth of the prompt.
+        """
+        self.prompt_end[:] = hidden
+        self._end = (self._length, loops)
 
     def undo(self, before: Snapshot, kept: int) -> None:
         """Makes the sequence what it was; of rows that were overwritten those of a short wave come back as plain ones.
@@ -220,7 +220,10 @@ class Slot:
             kept: cached tokens that the turn left alone.
         """
         self.turn += 1
-        self.truncate(min(kept, self._length))
+        kept = min(kept, self._length)
+        if kept < len(before.depths):  # a chunk of which only the beginning was kept is run again as a whole
+            kept = int(np.flatnonzero(before.depths[: kept + 1])[-1])
+        self.truncate(kept)
         self.ids = before.ids
         self._lost, self._caches = before.depths[self._length :], before.caches
 
@@ -239,6 +242,8 @@ class Slot:
         self.flight = []
         self._length = tokens
         self._depths[tokens:] = 0
+        if tokens < self._end[0]:
+            self._end = (0, 0)
 
     def forget(self) -> None:
         """Makes the sequence empty; the memory stays allocated."""
@@ -253,6 +258,13 @@ class Slot:
         self.ids = snapshot.ids
         self._depths[:length], self._lost = snapshot.depths[:length], snapshot.depths[length:]
         self._length, self._caches = length, snapshot.caches
+
+    def take_beginning(self, source: "Slot", tokens: int) -> None:
+        """Makes the sequence the first ``tokens`` cached tokens of another, whose rows this slot has now."""
+        snapshot, end = source.snapshot(), source._end
+        self.take(replace(snapshot, ids=snapshot.ids[:tokens], depths=snapshot.depths[:tokens]), tokens)
+        if 0 < end[0] <= tokens:
+            self.prompt_end[:], self._end = source.prompt_end, end
 
 
 class Slots:
@@ -288,7 +300,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of what is known of them, on the host."""
-        return sum(8 + slot.depths.nbytes for slot in self._slots)
+        return sum(8 + slot.depths.nbytes + slot.prompt_end.nbytes for slot in self._slots)
 
     @property
     def free(self) -> int:
@@ -310,8 +322,10 @@ class Slots:
         return self._take(self._free.index(True))
 
     def acquire_for(self, prompt: Sequence[int], depth: Depth) -> Slot:
-        """The free slot that holds most of a prompt; of those that hold nothing of it, one that was never used, else
-        the one released longest ago, so that what others hold stays for those who come back.
+        """The free slot whose sequence a prompt goes on with; else one never used, or the one released longest ago.
+
+        Prompts of different conversations begin alike, with the template or a system message. So on the CPU, where
+        ``begin`` copies from any slot, a prompt takes a slot over only where it shares half of its tokens.
 
         Raises:
             CapacityError: every slot has an owner.
@@ -320,7 +334,14 @@ class Slots:
             return self.acquire()
         free = [slot for slot in self._slots if self._free[slot.number]]
         age = {number: place for place, number in enumerate(self._released, start=1)}
-        best = min(free, key=lambda slot: (-slot.reusable(prompt, depth), age.get(slot.number, 0), slot.number))
+
+        def kept(slot: Slot) -> int:
+            if self._state.device != "cpu":
+                return slot.reusable(prompt, depth)
+            shared = slot.shared(prompt)
+            return shared if 2 * shared >= slot.length else 0
+
+        best = min(free, key=lambda slot: (-kept(slot), age.get(slot.number, 0), slot.number))
         return self._take(best.number)
 
     def _take(self, number: int) -> Slot:
@@ -360,17 +381,13 @@ class Slots:
         self.copy(source, slot, tokens)
         return slot
 
-    def reuse(self, slot: Slot, prompt: Sequence[int], depth: Depth) -> int:
-        """Fills ``slot`` with the longest beginning of a prompt that any slot holds just as it would be computed.
-
-        Returns:
-            Tokens of the prompt that ``slot`` holds now.
-        """
+    def begin(self, slot: Slot, prompt: Sequence[int], depth: Depth) -> None:
+        """Makes ``prompt`` the sequence of ``slot``, with the longest beginning that any slot may give it."""
         others = self._slots if self._state.device == "cpu" else []  # elsewhere a copy goes through the host
         sources = [slot, *(other for other in others if other is not slot)]  # of equal ones the first: without a copy
         tokens, source = max(((other.reusable(prompt, depth), other) for other in sources), key=lambda pair: pair[0])
         self.copy(source, slot, tokens)
-        return tokens
+        slot.begin(prompt, tokens, depth.most)
 
     def copy(self, source: Slot, target: Slot, tokens: int) -> None:
         """Makes ``target`` a sequence of the first ``tokens`` cached tokens of ``source``."""
@@ -380,5 +397,4 @@ class Slots:
                     for buffer in pair:
                         with buffer.on_host() as values:
                             values[target.number, :, :tokens] = values[source.number, :, :tokens]
-        snapshot = source.snapshot()
-        target.take(replace(snapshot, ids=snapshot.ids[:tokens], depths=snapshot.depths[:tokens]), tokens)
+        target.take_beginning(source, tokens)

@@ -200,7 +200,8 @@ class StatePlan:
         rows = sum(kind.bytes(self.shape, stored_type(self.dtype).itemsize) for kind in kinds)
         logits = 4 * self.logit_rows * self.shape.vocab_size
         loop_idx = 8 if self.shape.has_loop_idx else 0
-        bookkeeping = self.batch * (8 + 2 * self.capacity)
+        prompt_end = self.shape.hidden_size * stored_type(self.dtype).itemsize
+        bookkeeping = self.batch * (8 + 2 * self.capacity + prompt_end)
         return rows + logits + loop_idx + bookkeeping
 
     @property
