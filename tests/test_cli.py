@@ -90,6 +90,7 @@ def test_doctor_says_what_can_run(capsys):
         (["--top-p", "1.4"], "top_p must be in (0, 1], got 1.4"),
         (["--max-new-tokens", "3000"], "the capacity is 2048"),
         (["--capacity", "0"], "capacity must be at least 1, got 0"),
+        (["--chunk", "0"], "chunk must be at least 1, got 0"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--stop", ""], "stop must be a sequence of non-empty strings"),
         (["--stop", "x\udcff"], "--stop must be UTF-8 text, got the byte 0xff after 1 bytes"),
@@ -300,6 +301,7 @@ def allocate(bundle, batch=1, **sizes) -> None:
         (["--loops", "1025"], {"loops": 1025}),
         (["--batch", "4097"], {"batch": 4097}),
         (["--batch", "0"], {"batch": 0}),
+        (["--chunk", "3000"], {"chunk": 3000}),
     ],
 )
 def test_plan_plans_only_what_can_be_allocated(options, arguments, tiny_bundle, capsys):

@@ -32,6 +32,7 @@ class ServeArgs(BaseModel):
             whence they can go to any.
         capacity: tokens of a slot; default: as in ``melt serve``.
         kv_cache: how keys and values are stored.
+        chunk: prompt tokens processed in parallel; default: as in training.
         most_loops: deepest that a request may ask for, of a LoopLM.
         most_bytes: of a body.
         answer_seconds: that an answer may take.
@@ -68,6 +69,7 @@ class ServeArgs(BaseModel):
     queue: Annotated[int, Field(ge=1)] | None = None
     capacity: Annotated[int, Field(ge=1)] | None = None
     kv_cache: Literal["float", "int8", "int4"] = "float"
+    chunk: Annotated[int, Field(ge=1)] | None = None
     most_loops: Annotated[int, Field(ge=1)] | None = None
     most_bytes: Annotated[int, Field(ge=1)] = 4 << 20
     answer_seconds: Seconds = 3600.0

@@ -89,6 +89,7 @@ def _batch(args: argparse.Namespace) -> None:
         generation=generation,
         capacity=args.capacity,
         kv_cache=args.kv_cache,
+        chunk=args.chunk,
         most_loops=most_loops(generation),
         device=args.device,
         format=args.format,

@@ -44,6 +44,7 @@ class Engine:
             loops=args.most_loops,
             threads=args.threads_of_replica,
             kv_cache=args.kv_cache,
+            chunk=args.chunk,
             slots=args.slots,
         )
         options = ServeOptions(

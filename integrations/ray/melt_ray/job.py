@@ -91,9 +91,8 @@ def batch(
     sources = [source] if isinstance(source, str | Path) else list(source)
     paths, folder = files_of(sources), Path(out).resolve()
     expected = BundleIdentity.of(Path(bundle).resolve())
-    plan_state(
-        read_manifest(expected.path), settings.capacity, settings.slots, None, settings.most_loops, settings.kv_cache
-    )
+    sizes = (settings.capacity, settings.slots, settings.chunk, settings.most_loops, settings.kv_cache)
+    plan_state(read_manifest(expected.path), *sizes)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     files = _count(paths, settings)

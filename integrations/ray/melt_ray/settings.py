@@ -23,6 +23,7 @@ class BatchSettings:
         generation: fields of ``GenerationConfig``, for all rows.
         capacity: tokens of a slot; None: as ``MeltModel.load``.
         kv_cache: how keys and values are stored.
+        chunk: prompt tokens processed in parallel; None: as in training.
         most_loops: cache sets of a LoopLM; None: as many as it was trained with.
         device: ``cpu``, ``cuda`` or ``auto``.
         format: of the parts.
@@ -42,6 +43,7 @@ class BatchSettings:
     generation: dict[str, Any] = field(default_factory=dict)
     capacity: int | None = None
     kv_cache: KVCacheKind = "float"
+    chunk: int | None = None
     most_loops: int | None = None
     device: str = "auto"
     format: PartFormat = "parquet"
@@ -72,8 +74,8 @@ class BatchSettings:
     @property
     def of_answers(self) -> dict[str, Any]:
         """What answers depend on, or how they are stored: a run goes on with the same only."""
-        names = ("column", "raw", "generation", "capacity", "kv_cache", "most_loops", "device", "format", "part_rows")
-        values = {name: getattr(self, name) for name in names}
+        names = ("column", "raw", "generation", "capacity", "kv_cache", "chunk", "most_loops", "device", "format")
+        values = {name: getattr(self, name) for name in (*names, "part_rows")}
         values["generation"] = {
             name: list(value) if isinstance(value, tuple) else value for name, value in sorted(self.generation.items())
         }

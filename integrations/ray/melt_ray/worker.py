@@ -83,6 +83,7 @@ class Worker:
             loops=settings.most_loops,
             threads=settings.threads_of_actor,
             kv_cache=settings.kv_cache,
+            chunk=settings.chunk,
             slots=settings.slots,
         )
 

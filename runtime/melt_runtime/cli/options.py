@@ -74,6 +74,13 @@ def add_sizes(parser: argparse.ArgumentParser | argparse._ArgumentGroup, tokens:
         help="how keys and values are stored: int8 takes a quarter of float32's memory, int4 an eighth; melt info says "
         "what that costs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="prompt tokens processed in parallel; for MELT another number than in training changes results, and a "
+        "smaller one lets prompts reuse more (default: as in training)",
+    )
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +202,7 @@ def load_model(args: argparse.Namespace, quiet: bool, loops: int | None, slots: 
         MeltError, ValueError: as ``MeltModel.load``.
     """
     if not quiet:
-        plan = plan_memory(read_manifest(args.bundle), args.capacity, slots, loops, args.kv_cache)
+        plan = plan_memory(read_manifest(args.bundle), args.capacity, slots, loops, args.kv_cache, args.chunk)
         ours, theirs = format_bytes(plan.state.total_bytes), format_bytes(plan.per_loop.total_bytes)
         times, weights = f"{slots} x " if slots > 1 else "", format_bytes(plan.weight_bytes + plan.prompt_bytes)
         print(
@@ -208,6 +215,7 @@ def load_model(args: argparse.Namespace, quiet: bool, loops: int | None, slots: 
             args.bundle,
             device=args.device,
             capacity=args.capacity,
+            chunk=args.chunk,
             loops=loops,
             threads=args.threads,
             kv_cache=args.kv_cache,

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.plot is not None:
         require_picture_path(args.plot)
-    plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops, args.kv_cache)
+    plan = plan_memory(read_manifest(args.bundle), args.capacity, args.batch, args.loops, args.kv_cache, args.chunk)
     print(format_plan(plan))
     if args.plot is not None:
         plot_plan(plan, args.plot)
