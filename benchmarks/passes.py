@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from melt_runtime.bench.measure import machine
+from melt_runtime.device.ort import ort
 from melt_runtime.device.providers import session_options
 
 POSITION, CAPACITY, LONGEST = 64, 1024, 0.25

@@ -7,6 +7,7 @@ Activations stay float32 here, so that methods differ by their weights only. GPT
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the next import
 from onnxruntime.quantization.neural_compressor.weight_only import gptq, quant_tensor_k_quant_cpu
 from torch import Tensor, nn
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from melt_export.bundle import ExportOptions, export_source
@@ -32,6 +31,7 @@ from melt_runtime.bundle.manifest import (
     WEIGHTS_NAME,
     Manifest,
 )
+from melt_runtime.device.ort import ort
 from melt_runtime.memory.plan import Array
 from melt_runtime.request.generation_config import GenerationConfig
 

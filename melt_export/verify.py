@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from melt_models.modeling import KVCache, MeltCausalLM
 from melt_runtime.bundle.contract import KVCacheKind, loop_graph, prompt_graph
 from melt_runtime.bundle.manifest import Manifest
 from melt_runtime.bundle.measured import Difference, Parity, ParityRun
+from melt_runtime.device.ort import ort
 from melt_runtime.device.providers import choose_provider, make_session, session_options
 from melt_runtime.errors import MeltError
 from melt_runtime.execute.bindings import Sessions

@@ -9,10 +9,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import functools
 import hashlib
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,24 @@ settings.load_profile("melt")
 # torch builds its table of some 500 operators anew for every graph, a third of the time of an export as small as ours.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
+LOOKED_UP: list[str] = []
+"""Hosts beyond this machine that this process looked up."""
+
+
+def _look_up(host, *args, real=socket.getaddrinfo, **options):
+    name = host.decode() if isinstance(host, bytes) else host
+    try:
+        is_here = name in (None, "", "localhost") or ip_address(name).is_loopback or ip_address(name).is_unspecified
+    except ValueError:
+        is_here = False
+    if not is_here:
+        LOOKED_UP.append(str(name))
+        raise socket.gaierror(socket.EAI_NONAME, f"no test calls another machine, got {name}")
+    return real(host, *args, **options)
+
+
+socket.getaddrinfo = _look_up
+
 ROOT = Path(__file__).parent.parent
 MELT_TINY = ROOT / "models" / "melt-tiny"
 
@@ -51,6 +71,14 @@ SMALL = {
     "gate_bias_init": -0.5,
 }
 """A shape in which no two sizes are equal, with a gate that is half open and weights large enough to matter."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaves_this_machine() -> Iterator[None]:
+    yield
+    found = LOOKED_UP.copy()
+    LOOKED_UP.clear()
+    assert found == []
 
 
 def random_model(seed: int = 0, **changes) -> MeltCausalLM:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from melt_runtime.device.ort import ort
 from melt_runtime.memory.process import resident_bytes
 
 CAPACITY = 16384

@@ -1,9 +1,12 @@
 """Runs in GenAI's own environment: FOLDER and prompt ids as JSON in, 200 greedy tokens as JSON out."""
 
 import json
+import os
 import sys
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the next import
 import onnxruntime_genai
 
 model = onnxruntime_genai.Model(sys.argv[1])

@@ -1,9 +1,12 @@
 """Runs in optimum's own environment: FOLDER and prompts as JSON in; greedy tokens, one by one and as a batch, out."""
 
 import json
+import os
 import sys
 
 import torch
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the next import
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 

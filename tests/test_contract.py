@@ -5,7 +5,6 @@ from collections import Counter
 from typing import get_args
 
 import onnx
-import onnxruntime as ort
 import pytest
 from conftest import SMALL, random_model
 
@@ -16,6 +15,7 @@ from melt_models import GATE_KINDS, MeltConfig
 from melt_runtime.bundle import contract
 from melt_runtime.bundle.contract import KV_CACHES, METADATA_KEY, graph_metadata, graph_specs
 from melt_runtime.bundle.manifest import check_files, read_manifest
+from melt_runtime.device.ort import ort
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
 TYPES |= {"int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8}

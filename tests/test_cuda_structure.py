@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 
-import onnxruntime as ort
 import pytest
 from conftest import ROOT
+
+from melt_runtime.device.ort import ort
 
 FAKE = ROOT / "tests" / "fakecuda"
 sys.path.insert(0, str(FAKE))

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from conftest import SMALL
 
@@ -12,6 +11,7 @@ from melt_export.trace import model_shape, sampling_modules, trace_graph
 from melt_models import MeltConfig
 from melt_runtime.bundle.contract import graph_specs
 from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.device.ort import ort
 from melt_runtime.device.providers import choose_provider, make_session
 from melt_runtime.errors import NumericalError
 from melt_runtime.execute.device_sampler import DeviceSampler

@@ -141,8 +141,8 @@ NOT_RUN = {
 }
 NOT_RUN_PYTHON = {
     "from openai import OpenAI": _SERVES,
-    "import onnxruntime_genai as og": _GENAI,
-    "from optimum.onnxruntime import ORTModelForCausalLM": _OPTIMUM,
+    "import os  # GenAI reads this variable at its import": _GENAI,
+    "import os  # ONNX Runtime reads this variable at its import": _OPTIMUM,
     "from melt_runtime import CudaOptions, MeltModel": _GPU,
 }
 """By the first line of the block."""

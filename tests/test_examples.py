@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnxruntime
 import pytest
 from conftest import ROOT
 
 from melt_runtime import MeltModel
 from melt_runtime.bundle.contract import SCHEMA_VERSION
+from melt_runtime.device.ort import ort
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "melt-tiny.json").read_text())
 
@@ -45,7 +45,7 @@ def cpp_program(cpp_headers, tmp_path_factory) -> Path:
     if compiler is None:
         pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("cpp")
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    library = next((Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.*"))
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
         (folder / name).symlink_to(library)
     source = ROOT / "examples" / "cpp" / "generate.cpp"

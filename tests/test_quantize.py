@@ -1,7 +1,6 @@
 """L0: rounding of matrices, against ONNX Runtime's own kernels; and which layers get which precision."""
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from conftest import random_model
@@ -12,6 +11,7 @@ from tolerances import LAST_PLACE, assert_close
 
 from melt_export.formats import FormatError, WeightFormat, weight_formats
 from melt_export.quantize import dequantize_blocks, quantize_blocks
+from melt_runtime.device.ort import ort
 
 
 def restore(weight, bits, block, rounding="search"):

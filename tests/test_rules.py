@@ -117,7 +117,35 @@ def test_what_decides_runs_without_onnxruntime():
     """Which tokens run next, and what becomes of an answer, can be tried with neither graphs nor buffers."""
     for room, path in rooms():
         if room in PURE:
-            assert not {"onnxruntime", "melt_runtime.memory.buffers"} & imports(path), path
+            assert not {"onnxruntime", "melt_runtime.device.ort", "melt_runtime.memory.buffers"} & imports(path), path
+
+
+SENDS_TELEMETRY = re.compile(
+    r"^ *(?:import|from) (onnxruntime|onnxruntime_genai|optimum\.onnxruntime)\b.*", re.MULTILINE
+)
+TURNS_IT_OFF = re.compile(r"^ *os\.environ(?:\.setdefault\(|\[)\"ORT_DISABLE_TELEMETRY\"", re.MULTILINE)
+
+
+def test_onnxruntime_is_imported_with_its_telemetry_off():
+    """Through ``melt_runtime.device.ort``, or below a line that turns it off; in documents too."""
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    door = "runtime/melt_runtime/device/ort.py"
+    optimum = "integrations/optimum/transformers_melt/"  # its __init__.py has the line
+    seen = []
+    for name in listed.stdout.split():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        # In a document each block of code is a program of its own.
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if name.endswith(".md") else [text]:
+            found = SENDS_TELEMETRY.search(block)
+            if found is None:
+                continue
+            seen.append(name)
+            off = TURNS_IT_OFF.search(block)
+            off_before = off is not None and off.start() < found.start()
+            assert name == door or name.startswith(optimum) or off_before, f"{name}: {found[0]}"
+    assert {door, "docs/other-runtimes.md", "benchmarks/peers/worker.py"} <= set(seen)
+    first = (ROOT / optimum / "__init__.py").read_text(encoding="utf-8")
+    assert TURNS_IT_OFF.search(first).start() < first.index("\nfrom transformers")
 
 
 def test_the_runtime_runs_without_torch():

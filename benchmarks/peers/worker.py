@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before GenAI or optimum is imported
 CAPACITY = 1024
 CHUNK = 256
 """Tokens that we process in parallel: attention sees the whole chunk, so that long ones cost more, short ones too."""

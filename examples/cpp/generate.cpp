@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iostream>
@@ -54,6 +55,17 @@ bool products_overflow() {
 #else
   return false;
 #endif
+}
+
+// The environment of ONNX Runtime, without the telemetry of its official builds, which reads the variable here. A user's
+// own value stays: ORT_DISABLE_TELEMETRY=0 keeps telemetry.
+Ort::Env make_environment() {
+#if defined(_WIN32)
+  if (std::getenv("ORT_DISABLE_TELEMETRY") == nullptr) _putenv_s("ORT_DISABLE_TELEMETRY", "1");
+#else
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+#endif
+  return Ort::Env();
 }
 
 class Model {
@@ -159,7 +171,7 @@ class Model {
     return session;
   }
 
-  Ort::Env env_;
+  Ort::Env env_ = make_environment();
   Fields manifest_;
   Shape shape_;
   Ids stop_ids_;

@@ -2,10 +2,16 @@
 
 A name is imported when it is asked for: command lines of this package show their help without torch. Importing
 ``MeltConfig`` or ``MeltCausalLM`` registers ``model_type: melt`` with the Auto classes of transformers.
+
+The hub is asked only where a name of the hub is given. ``HF_HUB_DISABLE_TELEMETRY`` is set here, because
+huggingface_hub reads it at its import: requests then carry no telemetry. ``HF_HUB_DISABLE_TELEMETRY=0`` keeps it.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from melt_models.checkpoint import load_checkpoint

@@ -78,9 +78,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 
 def _batch(args: argparse.Namespace) -> None:
     generation = answer_settings(args)
-    import ray  # here: help needs none
-
-    from melt_ray.job import batch
+    from melt_ray.job import batch, connect  # here: help needs no Ray
     from melt_ray.settings import BatchSettings
 
     settings = BatchSettings(
@@ -101,7 +99,7 @@ def _batch(args: argparse.Namespace) -> None:
         threads=args.threads,
     )
     if args.address is not None:
-        ray.init(address=args.address, logging_level="WARNING")
+        connect(address=args.address)
     with Line("row") as line:
         summary = batch(args.source, args.bundle, args.out, settings, lambda *told: line("rows", *told))
     if not args.quiet:

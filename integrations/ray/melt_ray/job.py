@@ -1,6 +1,7 @@
 """Offline inference: files of prompts over the actors of a Ray cluster, every row answered once."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def batch(
     sizes = (settings.capacity, settings.slots, settings.chunk, settings.most_loops, settings.kv_cache)
     plan_state(read_manifest(expected.path), *sizes)
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        connect(include_dashboard=False)
     files = _count(paths, settings)
     described = [{"path": file.path, "bytes": file.bytes, "rows": file.rows} for file in files]
     run = {"fingerprint": expected.fingerprint, "version": expected.version, **settings.of_answers, "files": described}
@@ -103,6 +104,15 @@ def batch(
     with _locked(folder):
         left = [one for one in ranges if not part_path(folder, one, settings.format).is_file()]
         return _answer(left, sum(file.rows for file in files), expected, folder, settings, progress)
+
+
+def connect(**options: Any) -> None:
+    """Joins a cluster, or starts one of this machine, whose usage statistics Ray then does not send.
+
+    ``RAY_USAGE_STATS_ENABLED=1`` keeps them. A cluster that runs already was told when it was started.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(logging_level=logging.WARNING, **options)
 
 
 def _count(paths: Sequence[Path], settings: BatchSettings) -> list[SourceFile]:

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from melt_files import require_absent, staged
@@ -13,7 +13,13 @@ from melt_models.errors import CheckpointError
 from melt_models.progress import Progress
 from melt_models.training.errors import TrainingError
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+# Not datasets.load_dataset: it counts every load of a local file, too, by a request to a server of Hugging Face.
+_READERS = {
+    ".jsonl": ("json", Dataset.from_json),
+    ".json": ("json", Dataset.from_json),
+    ".parquet": ("parquet", Dataset.from_parquet),
+    ".txt": ("text", Dataset.from_text),
+}
 _TEXTS_AT_ONCE = 1000
 
 
@@ -66,17 +72,17 @@ def pack_texts(source: Path, tokenizer_folder: Path, length: int, out: Path) -> 
 
 
 def _read(source: Path, cache: str) -> Dataset:
-    builder = _BUILDERS.get(source.suffix)
-    if builder is None:
-        raise TrainingError(f"{source} must end in {', '.join(_BUILDERS)}")
+    if source.suffix not in _READERS:
+        raise TrainingError(f"{source} must end in {', '.join(_READERS)}")
+    form, read = _READERS[source.suffix]
     if not source.is_file():
         raise TrainingError(f"{source} does not exist, or is no file")
     if not source.stat().st_size:
         raise TrainingError(f"{source} is empty")
     try:
-        texts = load_dataset(builder, data_files=str(source), split="train", cache_dir=cache)
+        texts = read(str(source), cache_dir=cache)
     except Exception as error:  # datasets wraps what its readers raise
-        raise TrainingError(f"{source} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise TrainingError(f"{source} cannot be read as {form}: {error.__cause__ or error}") from error
     if not len(texts):
         raise TrainingError(f"{source} holds no texts")
     return texts

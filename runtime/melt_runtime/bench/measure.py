@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from melt_runtime.bundle.contract import KVCacheKind
 from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.integers import instructions
+from melt_runtime.device.ort import ort
 from melt_runtime.device.processor import cpuinfo
 from melt_runtime.errors import RunError
 from melt_runtime.memory.buffers import State

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
-import onnxruntime as ort
-
 from melt_runtime.arguments import instance, whole_number
+from melt_runtime.device.ort import ort
 
 PROVIDER = "CUDAExecutionProvider"
 LIBRARIES_EXTRA = "pip install 'melt-onnx[cuda-libraries]'"

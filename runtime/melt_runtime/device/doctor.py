@@ -1,12 +1,11 @@
-"""Says what this machine can run: versions, execution providers, what a CUDA run would lack."""
+"""Says what this machine can run: versions, execution providers, what a CUDA run would lack, and what leaves it."""
 
 import importlib.metadata
 import platform
 
-import onnxruntime as ort
-
 from melt_runtime.device.cuda import cuda_obstacle, missing_libraries
 from melt_runtime.device.integers import instructions, overflows
+from melt_runtime.device.ort import TELEMETRY, ort
 
 _PACKAGES = ("melt-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "jinja2")
 
@@ -29,7 +28,14 @@ def diagnose() -> str:
     lines += [f"  missing {library}: {source}" for library, source in missing.items()]
     if obstacle is not None and not missing:
         lines.append(f"  {obstacle}")
+    lines.append(f"privacy           {_privacy()}")
     return "\n".join(lines)
+
+
+def _privacy() -> str:
+    if TELEMETRY == "off":
+        return "nothing leaves this machine: the runtime calls no server, ONNX Runtime's telemetry is off"
+    return f"the runtime calls no server, but ONNX Runtime's telemetry is {TELEMETRY}"
 
 
 def _exactness() -> str:

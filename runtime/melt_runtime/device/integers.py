@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from melt_runtime.device.ort import ort
 from melt_runtime.device.processor import cpuinfo
 
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")

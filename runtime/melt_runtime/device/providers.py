@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import onnxruntime as ort
-
 from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.bundle.contract import PROVIDERS
 from melt_runtime.device.cuda import PROVIDER, CudaOptions, cuda_obstacle
 from melt_runtime.device.integers import EXACT_PRODUCTS, overflows
+from melt_runtime.device.ort import ort
 from melt_runtime.errors import BundleError, ProviderError
 
 DeviceKind = Literal["cpu", "cuda"]

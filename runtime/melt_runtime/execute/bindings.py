@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import onnxruntime as ort
 
 from melt_runtime.bundle.contract import cache_names, latent_names
+from melt_runtime.device.ort import ort
 from melt_runtime.errors import RunError
 from melt_runtime.execute.device_sampler import DeviceSampler
 from melt_runtime.memory.buffers import State, TokenRows

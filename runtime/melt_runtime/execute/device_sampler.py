@@ -5,8 +5,8 @@ the same answers again, but not those of the host sampler, which draws in anothe
 """
 
 import numpy as np
-import onnxruntime as ort
 
+from melt_runtime.device.ort import ort
 from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import NumericalError
 from melt_runtime.memory.buffers import Buffer

@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from melt_runtime.bundle.contract import PROMPT_GRAPHS, GraphSpec
 from melt_runtime.bundle.manifest import PROMPT_WEIGHTS_NAME, WEIGHTS_NAME, Manifest
+from melt_runtime.device.ort import ort
 from melt_runtime.device.processor import cpuinfo
 from melt_runtime.device.providers import ProviderChoice, make_session, session_options
 from melt_runtime.errors import BundleError

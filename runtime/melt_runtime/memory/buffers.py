@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import onnxruntime as ort
 
+from melt_runtime.device.ort import ort
 from melt_runtime.device.providers import DeviceKind
 from melt_runtime.errors import CapacityError
 from melt_runtime.memory.plan import Array, RowCounts, StatePlan, stored_type
