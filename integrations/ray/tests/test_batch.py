@@ -191,3 +191,12 @@ def test_why_a_batch_stopped_is_said_in_a_sentence(tmp_path, bundle):
     for worker, message in ((Broken, "no space left"), (Unmade, "bundle x must be on every node")):
         with pytest.raises(MeltError, match=f"the batch stopped after 0 of 3 rows, .* on node .*: {message}$"):
             job._answer(ranges, 3, BundleIdentity.of(bundle), tmp_path, settings(), None, worker)
+
+
+@pytest.mark.parametrize(("asked", "told"), [({}, "0"), ({"RAY_USAGE_STATS_ENABLED": "1"}, "1")])
+def test_a_cluster_is_started_without_usage_statistics(asked, told, monkeypatch):
+    monkeypatch.setattr(os, "environ", asked)
+    seen = []
+    monkeypatch.setattr(job.ray, "init", lambda **_: seen.append(os.environ["RAY_USAGE_STATS_ENABLED"]))
+    job.connect()
+    assert seen == [told]
