@@ -23,7 +23,8 @@ from melt_runtime.text.templates import ChatTemplate
 SETTINGS_NAME, MAP_NAME = "tokenizer_config.json", "special_tokens_map.json"
 _MORE_TEMPLATES = "additional_chat_templates"
 _DEFAULT = "default"
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of the special tokens that every tokenizer may have."""
 _OURO_SAYS = "<|endoftext|>"  # for begin, end and padding alike: wrong for the first two
 
 
@@ -126,11 +127,11 @@ def _choose(templates: Mapping[str, str], faults: list[str], notes: list[str]) -
 
 def _special_tokens(settings: Mapping[str, Any], faults: list[str]) -> dict[str, str]:
     """Texts by name, of the usual ones and of what a model has beside them; those that it has not are left out."""
-    named = {name: value for name, value in settings.items() if name in _NAMES and value is not None}
+    named = {name: value for name, value in settings.items() if name in SPECIAL_TOKENS and value is not None}
     named |= {
         name: value
         for name, value in settings.items()
-        if name.endswith("_token") and name not in _NAMES and isinstance(value, str | dict)
+        if name.endswith("_token") and name not in SPECIAL_TOKENS and isinstance(value, str | dict)
     }
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(settings.get(key), dict):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from melt_export.tokens import as_transformers
 from melt_models.forms import is_there, read_text
 from melt_runtime.bundle.manifest import TOKENIZER_NAME
 
@@ -19,7 +20,8 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
         faults: what is wrong is added, a sentence each.
 
     Returns:
-        The file's content, with neither truncation nor padding, and what was passed over, a sentence each.
+        The tokenizer as transformers reads it, with neither truncation nor padding, and what was taken or passed over,
+        a sentence each.
     """
     path = folder / TOKENIZER_NAME
     text = read_text(path, faults) if is_there(path, faults, f"{TOKENIZER_NAME} is missing") else None
@@ -37,10 +39,11 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
             raise
         faults.append(f"{TOKENIZER_NAME} cannot be used: {error}; fetch the file again")
         return "", []
+    notes = []
+    if cut:
+        text = tokenizer.to_str(pretty=True)
+        notes.append(f"{' and '.join(cut)} of {TOKENIZER_NAME} is left out: a prompt is never cut or filled up")
     if vocab_size is not None and highest >= vocab_size:
         faults.append(f"{TOKENIZER_NAME} has token id {highest}, but vocab_size is {vocab_size}")
-    if not cut:
-        return text, []
-    return tokenizer.to_str(pretty=True), [
-        f"{' and '.join(cut)} of {TOKENIZER_NAME} is left out: a prompt is never cut or filled up"
-    ]
+        return text, notes
+    return as_transformers(folder, text, vocab_size, faults, notes), notes
