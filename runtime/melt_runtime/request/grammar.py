@@ -1,171 +1,348 @@
-"""Answers that follow a grammar: a JSON schema, a regular expression, or Lark. By llguidance (extra ``serve``)."""
+"""Answers that follow a grammar: a JSON schema, a regular expression, or Lark. By llguidance (extra ``serve``).
 
-import json
-import time
+llguidance runs in a process of its own for each grammar (``grammar_host``): a grammar that crashes it, or costs more
+than it may, fails the requests that gave it and nothing else.
+"""
+
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from melt_runtime.arguments import one_of
+from melt_runtime.errors import QueueError
 from melt_runtime.memory.plan import Array
+from melt_runtime.request.grammar_host import (
+    FAILED,
+    REFUSED,
+    Channel,
+    GrammarError,
+    GrammarHost,
+    ProcessEndedError,
+    Setup,
+)
+from melt_runtime.request.grammar_lark import prepare_lark
+from melt_runtime.request.grammar_tokens import token_bytes
+from melt_runtime.request.json_schema import SPACES, UNSUPPORTED, prepare_schema
 from melt_runtime.text.codec import TextCodec
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
 GRAMMARS = get_args(GrammarKind)
-MOST_BYTES = 1 << 16
-"""Of a grammar's source."""
-_MOST_SHOWN = 300
+MAX_BYTES = 1 << 16
+"""Maximum size of a grammar's source."""
+_MAX_SHOWN = 300
 _LIMITS = {"initial_lexer_fuel": 1_000_000, "max_grammar_size": 200_000, "max_lexer_states": 100_000}
-"""What compiling may cost, in llguidance's own units: fractions of a second here."""
+"""Limits on compiling, in llguidance's own units."""
+_MAX_MEMORY_BYTES = 512 << 20
+_QUICK_SECONDS, _COMPILE_SECONDS = 0.25, 2.0
+"""Processor time for compiling. Nearly all grammars need milliseconds; one that needs more is compiled alone, and the
+others do not wait for it."""
+_STEP_SECONDS = 1.0
+"""Processor time for the mask of one token."""
 _MOST_SECONDS, _SECONDS_A_TOKEN = 1.0, 0.02
 """Processor time that following a grammar may take of an answer: so much, and so much more for each token. Most take
 microseconds; a short one can take seconds (``(/a/){100}{1000}``), and everybody who shares the passes waits for it."""
+_MAX_CACHED, _MAX_OPEN = 32, 256
+"""Compiled grammars that are kept for later requests, and maximum number of those in use at a time."""
+_MAX_FAILURES = 256
+"""Grammars whose errors are kept."""
+
+__all__ = [
+    "GRAMMARS",
+    "MAX_BYTES",
+    "SPACES",
+    "Grammar",
+    "GrammarError",
+    "GrammarKind",
+    "GrammarPart",
+    "GrammarProcessor",
+    "Grammars",
+]
 
 
-SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as models have read most of it: a small one that may write spaces for ever does so."""
+class GrammarPart(NamedTuple):
+    """A grammar that others may refer to.
 
+    Attributes:
+        name: its name, in Lark ``@name``.
+        kind: kind of its source.
+        source: JSON of a schema, a regular expression, or Lark.
+        strict: whether a schema's keywords that cannot be enforced are refused; they are left out otherwise.
+        label: what errors call it; empty: its kind.
+    """
 
-class GrammarError(ValueError):
-    """A grammar that cannot be compiled, or that costs more than it may."""
+    name: str
+    kind: GrammarKind
+    source: str
+    strict: bool = False
+    label: str = ""
 
 
 class Grammars:
-    """Compiles grammars over one tokenizer."""
+    """Compiles grammars over one tokenizer. Its methods may be called from any thread; ``compile`` takes its time."""
 
     def __init__(self, codec: TextCodec, vocab_size: int, stop_ids: Sequence[int]):
         """Reads the tokenizer, which takes a while for a large one.
 
         Args:
-            codec: its text.
-            vocab_size: of the model's logits.
+            codec: the model's tokenizer.
+            vocab_size: number of the model's logits.
             stop_ids: tokens that end an answer, which the grammar allows at its end.
 
         Raises:
-            GrammarError: llguidance is not installed, no token ends an answer, or it refuses the tokenizer.
+            GrammarError: llguidance is not installed, no token ends an answer, or the tokenizer's tokens have no bytes.
         """
-        try:
-            import llguidance
-        except ModuleNotFoundError as error:
-            raise GrammarError("grammars need llguidance: pip install 'melt-onnx[serve]'") from error
+        if find_spec("llguidance") is None:
+            raise GrammarError("grammars need llguidance: pip install 'melt-onnx[serve]'")
+        stop_ids = [token for token in stop_ids if token < vocab_size]
         if not stop_ids:
             raise GrammarError("grammars need a token that ends an answer: stop_ids of this bundle are empty")
-        self._library: Any = llguidance
-        self._vocab_size = vocab_size
         try:
-            tokenizer = json.dumps(_without_prefix_space(json.loads(codec.tokenizer.to_str())))
-            self._tokenizer = llguidance.LLTokenizer(tokenizer, vocab_size, [*stop_ids])
-        except Exception as error:  # of whatever kind its parser raises
-            raise GrammarError(f"llguidance cannot read this bundle's tokenizer: {error}") from error
+            tokens, special_ids = token_bytes(codec.tokenizer, vocab_size, stop_ids)
+        except ValueError as error:
+            raise GrammarError(f"grammars cannot use this bundle's tokenizer: {error}") from error
+        added = codec.tokenizer.get_added_tokens_decoder()
+        self._markers = {form.content: token for token, form in added.items() if not form.special}
+        setup = Setup(tokens, special_ids, stop_ids, _LIMITS, SPACES, _MAX_MEMORY_BYTES)
+        self._vocab_size = vocab_size
+        self._host = GrammarHost(setup)
+        self._lock = threading.Lock()
+        self._quick, self._slow = threading.Semaphore(2), threading.Semaphore(1)
+        self._cached: OrderedDict[tuple[GrammarPart, ...], Grammar] = OrderedDict()
+        self._failures: OrderedDict[tuple[GrammarPart, ...], str] = OrderedDict()
+        self._compiling: dict[tuple[GrammarPart, ...], threading.Lock] = {}
+        self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()
 
-    def compile(self, kind: GrammarKind, source: str) -> "Grammar":
+    def compile(self, kind: GrammarKind, source: str, parts: Sequence[GrammarPart] = ()) -> "Grammar":
         """A grammar from its source: JSON of a schema, a regular expression, or Lark.
 
+        Args:
+            kind: which of them.
+            source: its text.
+            parts: grammars that it refers to.
+
         Raises:
-            GrammarError: it is too large, or none.
+            GrammarError: it is too large, not a grammar, or needs more time or memory than it may.
+            QueueError: too many grammars are in use, or one that takes long is being compiled.
         """
-        one_of("grammar", kind, GRAMMARS)
-        if len(source.encode("utf-8", "replace")) > MOST_BYTES:
-            raise GrammarError(f"a grammar may have {MOST_BYTES} bytes, got {len(source)} characters")
-        matcher = self._library.LLMatcher
-        make = {
-            "json_schema": lambda schema: matcher.grammar_from_json_schema(schema, SPACES),
-            "regex": matcher.grammar_from_regex,
-            "lark": matcher.grammar_from_lark,
-        }
+        return self.compile_parts([GrammarPart("main", kind, source), *parts])
+
+    def compile_parts(self, parts: Sequence[GrammarPart]) -> "Grammar":
+        """As ``compile``: a grammar, and those that it refers to."""
         try:
-            grammar = make[kind](source)
+            return self._get(tuple(self._prepared(part) for part in parts))
+        except GrammarError as error:
+            lenient = [part.kind == "json_schema" and not part.strict for part in parts]
+            if not any(lenient) or not any(phrase in str(error) for phrase in UNSUPPORTED):
+                raise
+        return self._get(tuple(self._prepared(part, is_coarse=True) for part in parts))
+
+    def close(self) -> None:
+        """Ends the processes; answers that follow a grammar fail."""
+        with self._lock:
+            grammars = [*self._open]
+            self._cached.clear()
+        for grammar in grammars:
+            grammar.close()
+        self._host.close()
+
+    def _prepared(self, part: GrammarPart, is_coarse: bool = False) -> GrammarPart:
+        """A part as it is compiled."""
+        one_of("grammar", part.kind, GRAMMARS)
+        size = len(part.source.encode("utf-8", "replace"))
+        if size > MAX_BYTES:
+            raise GrammarError(f"a grammar may have {MAX_BYTES} bytes, got {size}")
+        source = part.source
+        try:
+            if part.kind == "json_schema":
+                source = prepare_schema(source, part.strict, is_coarse and not part.strict)
+            elif part.kind == "lark":
+                source = prepare_lark(source, self._markers)
         except ValueError as error:
-            raise GrammarError(f"the {kind} cannot be compiled: {_short(error)}") from error
-        made = matcher(self._tokenizer, grammar, log_level=0, limits=self._library.LLParserLimits(**_LIMITS))
-        if made.is_error():
-            raise GrammarError(f"the {kind} cannot be compiled: {_short(made.get_error())}")
-        return Grammar(made)
+            raise GrammarError(f"{part.label or f'the {part.kind}'} cannot be compiled: {error}") from error
+        return GrammarPart(part.name, part.kind, source)
+
+    def _get(self, parts: tuple[GrammarPart, ...]) -> "Grammar":
+        """A grammar that was compiled before, or is now: requests with the same one wait for one compilation."""
+        with self._lock:
+            lock = self._compiling.setdefault(parts, threading.Lock())
+        try:
+            with lock:
+                return self._found(parts) or self._compile(parts)
+        finally:
+            with self._lock:
+                self._compiling.pop(parts, None)
+
+    def _found(self, parts: tuple[GrammarPart, ...]) -> "Grammar | None":
+        with self._lock:
+            if parts in self._failures:
+                self._failures.move_to_end(parts)
+                raise GrammarError(self._failures[parts])
+            grammar = self._cached.get(parts)
+            if grammar is None or not grammar.is_open:
+                return None
+            self._cached.move_to_end(parts)
+            return grammar
+
+    def _compile(self, parts: tuple[GrammarPart, ...]) -> "Grammar":
+        with self._lock:
+            if len(self._open) >= _MAX_OPEN:
+                raise QueueError(f"too many grammars in use ({_MAX_OPEN}); retry later")
+        try:
+            channel = self._try_compile(parts)
+        except GrammarError as error:
+            with self._lock:
+                self._failures[parts] = str(error)
+                while len(self._failures) > _MAX_FAILURES:
+                    self._failures.popitem(last=False)
+            raise
+        grammar = Grammar(channel, self._vocab_size)
+        with self._lock:
+            self._open.add(grammar)
+            self._cached[parts] = grammar
+            while len(self._cached) > _MAX_CACHED:
+                self._cached.popitem(last=False)  # its process ends with the last answer that follows it
+        return grammar
+
+    def _try_compile(self, parts: tuple[GrammarPart, ...]) -> Channel:
+        """The process of a compiled grammar: with little time, then, if it needs more, alone with more."""
+        try:
+            with self._quick:
+                return self._compile_within(parts, _QUICK_SECONDS)
+        except ProcessEndedError:
+            if not self._slow.acquire(blocking=False):
+                raise QueueError("another grammar that takes long is being compiled; retry later") from None
+        try:
+            return self._compile_within(parts, _COMPILE_SECONDS)
+        except ProcessEndedError:
+            raise GrammarError(
+                f"the {parts[0].kind} cannot be compiled within {_COMPILE_SECONDS:g} s and "
+                f"{_MAX_MEMORY_BYTES >> 20} MB, or crashes the compiler: make it smaller, or less nested"
+            ) from None
+        finally:
+            self._slow.release()
+
+    def _compile_within(self, parts: tuple[GrammarPart, ...], seconds: float) -> Channel:
+        channel = self._host.open()
+        reply, _, content = channel.ask({"seconds": seconds, "parts": [part[:3] for part in parts]})
+        if reply == FAILED:
+            channel.close()
+            raise GrammarError(f"the {parts[0].kind} cannot be compiled: {_short(content)}")
+        return channel
 
 
 class Grammar:
     """A compiled grammar; ``processor`` makes a ``LogitsProcessor`` for each answer."""
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def __init__(self, channel: Channel, vocab_size: int):
+        """Takes the process that compiled it, and the number of logits."""
+        self._channel, self._vocab_size = channel, vocab_size
+        self._numbers = itertools.count()
+        self._ended: list[int] = []  # answers that are gone, told with the next message
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its process lives."""
+        return self._channel.is_open
 
     def processor(self) -> "GrammarProcessor":
-        """One that begins at the grammar's start."""
-        return GrammarProcessor(self._matcher.deep_copy())
+        """A processor that begins at the grammar's start."""
+        return GrammarProcessor(self)
+
+    def new_answer(self) -> int:
+        """A number for an answer."""
+        return next(self._numbers)
+
+    def end_answer(self, answer: int) -> None:
+        """Forgets an answer; called by the garbage collector, at any time."""
+        self._ended.append(answer)
+
+    def follow(self, answer: int, drop: int, add: Sequence[int]) -> tuple[int, float, bytes]:
+        """The reply for an answer that lost ``drop`` tokens at its end and then got others.
+
+        Raises:
+            GrammarError: its process ended.
+        """
+        ended = [self._ended.pop() for _ in range(len(self._ended))]
+        values = {"seconds": _STEP_SECONDS, "answer": answer, "drop": drop, "add": [*map(int, add)], "ended": ended}
+        try:
+            return self._channel.ask(values)
+        except ProcessEndedError:
+            raise GrammarError(
+                f"the grammar cannot be followed: a token takes more than {_STEP_SECONDS:g} s or "
+                f"{_MAX_MEMORY_BYTES >> 20} MB, or crashes its process"
+            ) from None
+
+    def allowed(self, mask: bytes) -> Array:
+        """Which tokens a mask allows, [V] bool."""
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        return bits[: self._vocab_size].astype(bool)
+
+    def close(self) -> None:
+        """Ends its process."""
+        self._channel.close()
 
 
 class GrammarProcessor:
     """Forbids every token with which the answer could no longer become one of the grammar's texts.
 
-    It remembers the tokens that it has followed and goes back where it is asked for others, as by a wave's drafts.
+    It remembers the tokens that it has followed and goes back where it is asked for others, as by a wave's drafts. A
+    token that the grammar does not allow is an error: of a draft that nobody keeps, or of the answer.
     """
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def __init__(self, grammar: Grammar):
+        """Begins an answer of its own."""
+        self._grammar = grammar
         self._followed: list[int] = []
         self._seconds = 0.0
+        self._begin()
 
     def __call__(self, ids: Sequence[int], logits: Array) -> Array:
         """As ``LogitsProcessor`` says.
 
         Raises:
-            GrammarError: following it costs more than it may.
+            GrammarError: the answer left the grammar, or following it costs more than it may.
         """
-        began = time.thread_time()
-        try:
-            return self._follow(ids, logits)
-        finally:
-            self._seconds += time.thread_time() - began
-            if self._seconds > _MOST_SECONDS + _SECONDS_A_TOKEN * len(ids):
-                raise GrammarError(f"the grammar costs more than it may: {self._seconds:.1f} s in {len(ids)} tokens")
-
-    def _follow(self, ids: Sequence[int], logits: Array) -> Array:
         shared = next(
             (place for place, (one, other) in enumerate(zip(self._followed, ids, strict=False)) if one != other),
             min(len(self._followed), len(ids)),
         )
-        matcher = self._matcher
-        if shared < len(self._followed):
-            matcher.rollback(len(self._followed) - shared)
-            del self._followed[shared:]
-        for token in ids[shared:]:
-            # Beyond the end, or where the grammar does not lead, there are only drafts that nobody keeps.
-            if matcher.is_stopped() or not matcher.try_consume_tokens([token]):
-                return logits
-            self._followed.append(token)
-        if matcher.is_error():
-            raise GrammarError(f"the grammar cannot be followed: {_short(matcher.get_error())}")
-        if matcher.is_stopped() and self._followed and not matcher.is_accepting():
-            return logits
-        allowed = np.frombuffer(matcher.compute_logit_bias(), dtype=np.uint8)[: len(logits)]
-        if matcher.is_error():
-            raise GrammarError(f"the grammar cannot be followed: {_short(matcher.get_error())}")
-        logits[: len(allowed)][allowed == 0] = -np.inf
+        drop, add = len(self._followed) - shared, [*ids[shared:]]
+        reply, seconds, content = self._grammar.follow(self._answer, drop, add)
+        del self._followed[shared:]
+        self._seconds += seconds
+        if reply == FAILED:
+            self._begin()
+            if content.startswith(b"NoExtension"):
+                raise GrammarError(f"no token of this model continues the grammar after {len(ids)} tokens")
+            raise GrammarError(f"the grammar cannot be followed: {_short(content)}")
+        if reply == REFUSED:
+            taken = int.from_bytes(content, "little")
+            self._followed += add[:taken]
+            raise GrammarError(
+                f"the answer left its grammar: it does not allow token {add[taken]} as number {len(self._followed) + 1}"
+            )
+        self._followed += add
+        if self._seconds > _MOST_SECONDS + _SECONDS_A_TOKEN * len(ids):
+            raise GrammarError(f"the grammar costs more than it may: {self._seconds:.1f} s in {len(ids)} tokens")
+        allowed = self._grammar.allowed(content)
+        if not allowed.any():
+            raise GrammarError(f"no token of this model continues the grammar after {len(ids)} tokens")
+        logits[: len(allowed)][~allowed] = -np.inf
         logits[len(allowed) :] = -np.inf
         return logits
 
-
-def _without_prefix_space(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's JSON that puts no space before a text: forced text is tokenized in the middle of an answer."""
-
-    def changed(part: Any) -> Any:
-        if isinstance(part, list):
-            return [changed(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
-        if not isinstance(part, dict):
-            return part
-        part = {name: changed(value) for name, value in part.items()}
-        if part.get("type") == "Prepend":
-            return None
-        if part.get("type") in ("ByteLevel", "Metaspace"):
-            part["add_prefix_space"] = False
-            if "prepend_scheme" in part:
-                part["prepend_scheme"] = "never"
-        return part
-
-    return tokenizer | {name: changed(tokenizer.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    def _begin(self) -> None:
+        self._followed = []
+        self._answer = self._grammar.new_answer()
+        weakref.finalize(self, self._grammar.end_answer, self._answer)
 
 
-def _short(error: object) -> str:
+def _short(error: bytes) -> str:
     """The first lines of what llguidance says, without its state."""
-    return str(error).split("<state>")[0].strip()[:_MOST_SHOWN]
+    return error.decode("utf-8", "replace").split("<state>")[0].strip()[:_MAX_SHOWN]

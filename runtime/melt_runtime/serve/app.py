@@ -19,10 +19,10 @@ from starlette.routing import Match
 from melt_runtime.errors import MeltError
 from melt_runtime.model import MeltModel
 from melt_runtime.reply import Part
-from melt_runtime.request.grammar import Grammar, Grammars
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.answers import Writer
-from melt_runtime.serve.asks import asks_of, messages_of
+from melt_runtime.serve.asks import asks_of, messages_of, needs_grammar
+from melt_runtime.serve.compiling import Compiler
 from melt_runtime.serve.errors import Fault, FaultError, FieldError, about, fault_of, fault_of_form
 from melt_runtime.serve.following import Choices, submit
 from melt_runtime.serve.forms import (
@@ -93,7 +93,7 @@ def make_app(model: MeltModel, options: ServeOptions) -> Application:
         try:
             yield
         finally:
-            await asyncio.to_thread(server.service.close)
+            await asyncio.to_thread(server.close)
 
     app = FastAPI(
         title="melt serve",
@@ -157,13 +157,18 @@ class _Server:
     def __init__(self, model: MeltModel, options: ServeOptions):
         self._model, self._options, self._codec = model, options, model.codec
         self._created = int(time.time())
-        self._grammars: Grammars | None = None
+        self._compiler = Compiler(model)
         self._sessions = SessionFiles(options.sessions)
 
     def open(self) -> None:
         """Begins."""
         self.service = self._model.new_service(self._options.queue)
         self._metrics = Metrics(self.service, self._model.state_bytes)
+
+    def close(self) -> None:
+        """Ends the answers under way, and the processes of grammars."""
+        self.service.close()
+        self._compiler.close()
 
     async def chat(self, form: ChatRequest, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
@@ -265,17 +270,14 @@ class _Server:
         """Counts a response by path and status."""
         self._metrics.responses.labels(path, status).inc()
 
-    def _compile(self, kind: Any, source: str) -> Grammar:
-        if self._grammars is None:
-            stop_ids = tuple(self._model.defaults.stop_ids or ())
-            self._grammars = Grammars(self._codec, self._model.manifest.model.vocab_size, stop_ids)
-        return self._grammars.compile(kind, source)
-
     async def _generate(self, form: ChatRequest | CompletionRequest, request: Request, writer: Writer) -> Response:
         if form.model is not None:
             self._require_model(form.model)
         with about(form):
-            asks = await asyncio.to_thread(asks_of, form, self._codec, self._compile)  # a grammar takes its time
+            if needs_grammar(form):  # which takes its time: other requests do not wait for it
+                asks = await self._compiler.run(lambda: asks_of(form, self._codec, self._compiler.compile))
+            else:
+                asks = await asyncio.to_thread(asks_of, form, self._codec, self._compiler.compile)
             choices = await submit(self.service, asks)
         prompts = len(asks) // form.n
         if form.stream:

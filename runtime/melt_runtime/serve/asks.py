@@ -1,20 +1,20 @@
 """Requests to prompts and settings. Knows nothing of HTTP."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from melt_runtime.request.generation_config import CHECKS, GenerationConfig
-from melt_runtime.request.grammar import Grammar
+from melt_runtime.request.grammar import Grammar, GrammarPart
 from melt_runtime.request.prompts import Prompt
 from melt_runtime.serve.errors import FieldError
 from melt_runtime.serve.forms import CalledFunction, ChatMessage, ChatRequest, CompletionRequest, NamedTool
 from melt_runtime.serve.tools import OPEN, call_grammar
 from melt_runtime.text.codec import TextCodec
 
-Compile = Callable[[str, str], Grammar]
-"""Compiles a grammar of a kind from its source."""
+Compile = Callable[[Sequence[GrammarPart]], Grammar]
+"""Compiles a grammar, and those that it refers to."""
 
 
 MOST_ANSWERS = 128
@@ -52,7 +52,7 @@ def asks_of(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_gra
     if len(prompts) * form.n > MOST_ANSWERS:
         message = f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}"
         raise FieldError("n" if form.n > 1 else "prompt", message)
-    grammar = _grammar(form, compile_grammar)
+    grammar = _grammar(form, codec, compile_grammar)
     settings = _settings(form)
     is_short = isinstance(form, CompletionRequest) and form.max_tokens is None
     defaults = GenerationConfig(max_new_tokens=COMPLETION_TOKENS if is_short else None)
@@ -121,23 +121,41 @@ def _prompts(form: ChatRequest | CompletionRequest, codec: TextCodec) -> list[Pr
     return list(prompt)  # type: ignore[arg-type]
 
 
-def _grammar(form: ChatRequest | CompletionRequest, compile_grammar: Compile) -> Grammar | None:
+def needs_grammar(form: ChatRequest | CompletionRequest) -> bool:
+    """Whether a grammar has to be compiled for a request."""
     if form.grammar is not None:
-        return compile_grammar(form.grammar.type, form.grammar.value)
+        return True
+    wanted = form.response_format if isinstance(form, ChatRequest) else None
+    return isinstance(form, ChatRequest) and (form.must_call or (wanted is not None and wanted.type != "text"))
+
+
+def _grammar(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_grammar: Compile) -> Grammar | None:
+    """The grammar of a request's answers: a call, what is asked of the answer, or either of them."""
+    tools = form.offered if isinstance(form, ChatRequest) else []
     if isinstance(form, ChatRequest) and form.must_call:
         choice = form.tool_choice if isinstance(form.tool_choice, NamedTool) else None
-        return compile_grammar("lark", call_grammar(form.offered, choice))
+        return compile_grammar(call_grammar(tools, choice, codec))
+    answer = _answer_grammar(form)
+    if answer is None:
+        return None
+    return compile_grammar(call_grammar(tools, None, codec, answer) if tools else [answer])
+
+
+def _answer_grammar(form: ChatRequest | CompletionRequest) -> GrammarPart | None:
+    """What ``grammar`` or ``response_format`` asks of an answer."""
+    if form.grammar is not None:
+        return GrammarPart("answer", form.grammar.type, form.grammar.value)
     wanted = form.response_format if isinstance(form, ChatRequest) else None
     if wanted is None or wanted.type == "text":
         return None
-    schema: Mapping[str, Any] = {"type": "object"}
-    if wanted.json_schema is not None:
-        schema = wanted.json_schema.schema_
+    if wanted.json_schema is None:
+        return GrammarPart("answer", "json_schema", '{"type": "object"}')
+    label = "response_format.json_schema.schema"
     try:
-        source = json.dumps(schema)
+        source = json.dumps(wanted.json_schema.schema_)
     except RecursionError as error:
-        raise ValueError("response_format.json_schema.schema is nested too deeply") from error
-    return compile_grammar("json_schema", source)
+        raise ValueError(f"{label} is nested too deeply") from error
+    return GrammarPart("answer", "json_schema", source, bool(wanted.json_schema.strict), label)
 
 
 _SAME = (

@@ -8,10 +8,10 @@
 import json
 from collections.abc import Sequence
 
-from melt_runtime.request.grammar import SPACES
+from melt_runtime.request.grammar import GrammarPart
 from melt_runtime.serve.calls import Call, read_call
-from melt_runtime.serve.forms import NamedTool, Tool
-from melt_runtime.text.codec import StopMatcher
+from melt_runtime.serve.forms import Function, NamedTool, Tool
+from melt_runtime.text.codec import StopMatcher, TextCodec
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -44,23 +44,49 @@ class CallReader:
         return said + (rest if rest.strip() or not calls else ""), calls
 
 
-def call_grammar(tools: Sequence[Tool], choice: NamedTool | None) -> str:
-    """Lark of one call: of the function that is chosen, else of any."""
+def call_grammar(
+    tools: Sequence[Tool], choice: NamedTool | None, codec: TextCodec, answer: GrammarPart | None = None
+) -> list[GrammarPart]:
+    """The grammar of one call: of the function that is chosen, else of any. The first part is Lark of the whole.
+
+    Args:
+        tools: functions that may be called.
+        choice: the one that must be.
+        codec: tells which markers are special tokens, which a model writes instead of their text.
+        answer: the grammar of an answer without a call; None: there must be a call.
+
+    Raises:
+        ValueError: the chosen function is not one of the tools.
+    """
     chosen = [tool.function for tool in tools if choice is None or tool.function.name == choice.function.name]
     if not chosen:
         assert choice is not None
         raise ValueError(f"tool_choice must name one of the tools, got {choice.function.name!r}")
-    forms = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in chosen
-    ]
-    schema = {"x-guidance": SPACES, **(forms[0] if len(forms) == 1 else {"anyOf": forms})}
-    return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}\n'
+    start, calls = f"call | @{answer.name}" if answer else "call", " | ".join(f"call{i}" for i in range(len(chosen)))
+    rules = [f"start: {start}", f'call: {_marker(OPEN, codec)} "\\n" ({calls}) "\\n" {_marker(CLOSE, codec)}']
+    parts = [answer] if answer else []
+    for place, function in enumerate(chosen):
+        before = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
+        rules.append(f'call{place}: {before} @arguments{place} "}}"')
+        parts.append(_arguments(f"arguments{place}", function))
+    return [GrammarPart("main", "lark", "\n".join(rules)), *parts]
+
+
+def _arguments(name: str, function: Function) -> GrammarPart:
+    """The schema of a call's arguments, a grammar of its own, so that its references stay within it."""
+    label = f"tools: parameters of {function.name}"
+    try:
+        source = json.dumps({"type": "object"} | (function.parameters or {}))
+    except RecursionError as error:
+        raise ValueError(f"{label} are nested too deeply") from error
+    return GrammarPart(name, "json_schema", source, bool(function.strict), label)
+
+
+def _marker(text: str, codec: TextCodec) -> str:
+    """Lark of a marker: a special token has no text and is named by its id."""
+    added = codec.tokenizer.get_added_tokens_decoder()
+    special = [token for token, form in added.items() if form.special and form.content == text]
+    return f"<[{special[0]}]>" if special else json.dumps(text)
 
 
 def _read_call(text: str) -> tuple[Call, str] | None:
