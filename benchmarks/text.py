@@ -28,12 +28,11 @@ from melt_export.waves import measure_waves
 from melt_models.code.evaluate import read_rows
 from melt_models.progress import Progress
 from melt_runtime import Manifest, MeltModel, read_manifest
-from melt_runtime.bench.forced import fill, run_plain
+from melt_runtime.bench.forced import fill, run_leaving, run_plain
 from melt_runtime.bench.measure import machine
 from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.plan import Array
 from melt_runtime.schedule.depth import Depth, ExitRule
-from melt_runtime.schedule.span import Span
 
 THRESHOLDS: dict[ExitRule, tuple[float, ...]] = {
     "gate": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
@@ -96,22 +95,14 @@ def read_leaving(executor: Executor, probe: Probe, depth: Depth) -> Reading:
     losses, choices, loops = [], [], []
     for passage in probe.passages:
         fill(executor, passage.ids[: passage.start - 1], depth.most)
-        slot = executor.slots[0]
-        for token, following in zip(passage.ids[passage.start - 1 : -1], passage.ids[passage.start :], strict=True):
-            span = Span(0, slot.length, [token], depth.most, exit=depth.exit())
-            slot.flight = [span]
-            while not span.is_done:
-                executor.run([span])
-                if not span.is_done and span.exit is not None and span.exit.wants(span.loop):
-                    asks_gate = span.exit.reads == "exit logit"
-                    values = executor.exit_logit(span) if asks_gate else executor.compute_logits([span])[0]
-                    if span.exit.leaves(span.loop, values):
-                        span.leave()
-            logits = executor.compute_logits([span])[0]
-            losses.append(loss_of(logits, following))
+        following = iter(passage.ids[passage.start :])
+
+        def read(logits: Array, taken: int, following: Any = following) -> None:
+            losses.append(loss_of(logits, next(following)))
             choices.append(int(logits.argmax()))
-            loops.append(span.loop)
-            slot.commit()
+            loops.append(taken)
+
+        run_leaving(executor, passage.ids[passage.start - 1 : -1], depth, read)
     return Reading(np.array(losses), np.array(choices), np.array(loops))
 
 

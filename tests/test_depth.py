@@ -2,18 +2,26 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from melt_export.probe import Passage, Probe
+from melt_export.record import open_runner
 from melt_runtime import GenerationConfig, MeltModel
 from melt_runtime.bundle.manifest import file_entry, read_manifest, write_manifest
+from melt_runtime.execute.executor import Executor
 from melt_runtime.request.settings import settle
 from melt_runtime.schedule.depth import Depth, GateExit, SettledExit
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import text
 
 CAPACITY, CHUNK = 120, 8
 FREE = {"stop_ids": ()}
@@ -76,6 +84,7 @@ def test_every_token_takes_the_loops_that_the_rule_says(random_bundle, kind, rul
     most, least = settings.get("max_loops", 4), settings.get("min_loops", 1)
     assert result.loops == most
     assert set(result.loops_per_token) <= set(range(least, most + 1))
+    check_read_alike(random_bundle(**KINDS[kind]), prompt, result, Depth(most, least, settings["exit_rule"], threshold))
     slot, state = model.session._slot, model.session._engine.executor.state
     starts = [0, CHUNK, 2 * CHUNK, 20]  # the prompt's last token leaves on its own
     chunks = [abs(int(slot.depths[start])) for start in starts]
@@ -95,6 +104,15 @@ def test_every_token_takes_the_loops_that_the_rule_says(random_bundle, kind, rul
         assert after == int(logits.argmax())
     for ours, theirs in zip(state.caches[0], runner.state.caches[0], strict=True):
         np.testing.assert_array_equal(ours[0].read()[:, :, : slot.length], theirs[0].read()[:, :, : slot.length])
+
+
+def check_read_alike(bundle, prompt, result, depth):
+    """The benchmark of text, given an answer's tokens, reads of each what the answer read."""
+    runner = open_runner(bundle, read_manifest(bundle), CAPACITY, chunk=CHUNK)
+    probe = Probe((Passage([*prompt, *result.token_ids], len(prompt)),), "an answer")
+    reading = text.read_leaving(Executor(runner.sessions, runner.state), probe, depth)
+    assert tuple(reading.loops) == tuple(result.loops_per_token)
+    assert tuple(reading.choices) == tuple(result.token_ids)
 
 
 def thresholds(model: MeltModel, settings: dict) -> list[float]:

@@ -1,8 +1,9 @@
 """The heart: choose the rows of the next pass, run it, give each request its token. Requests of any kind, one way."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from melt_runtime.execute.executor import Executor
 from melt_runtime.execute.slots import Slot
@@ -220,9 +221,7 @@ class Engine:
                 self._advance_wave(job, own, logits)
                 continue
             span = own[0]
-            if self._leaves(span, logits):
-                span.leave()
-            self._fill_caches(own)
+            finish_loop(self.executor, span, logits.__getitem__)
             if span.is_done and job.advance():
                 ready.append((span, job))
         ends = [span for span, job in ready if not job.request.new_ids]
@@ -241,19 +240,6 @@ class Engine:
                 self.executor.slots.begin(job.slot, job.request.prompt, job.request.settings.depth)
                 job.find(job.slot.length - known)
 
-    def _leaves(self, span: Span, logits: dict[Span, Array]) -> bool:
-        """Whether a rule lets a span leave the loop now."""
-        rule = _asked(span)
-        if rule is None:
-            return False
-        return rule.leaves(span.loop, logits[span] if rule.reads == "logits" else self.executor.exit_logit(span))
-
-    def _fill_caches(self, spans: Sequence[Span]) -> None:
-        """Gives a LoopLM's later caches what a span that left early had."""
-        for span in spans:
-            if span.is_done and span.caches > span.depth and not self.executor.shares_cache:
-                self.executor.fill_caches(span)
-
     def _advance_wave(self, job: Job, running: Sequence[Span], logits: dict[Span, Array]) -> None:
         """Reads what a pass left of a job's wave."""
         request, slot, wave = job.request, job.slot, job.wave
@@ -269,8 +255,9 @@ class Engine:
                 return NOTHING
 
         try:
-            final = wave.advance(predict, lambda span: self._leaves(span, logits), job.last_position)
-            self._fill_caches(running)
+            leaves = partial(_leaves, self.executor, logits=logits.__getitem__)
+            final = wave.advance(predict, leaves, job.last_position)
+            _fill_caches(self.executor, running)
             for span, token in final:
                 slot.commit()
                 if token == NOTHING:
@@ -305,6 +292,36 @@ class Engine:
                 job.go_on()
             except Exception as error:  # a processor's own may be any: it ends this request alone
                 job.error = error
+
+
+def finish_loop(executor: Executor, span: Span, logits: Callable[[Span], Array]) -> None:
+    """Reads what a pass left of a span that is no wave's: whether it leaves the loop, and then its later caches.
+
+    Whatever runs tokens without an engine calls this after each of their passes.
+
+    Args:
+        executor: has just run one loop of the span.
+        span: a chunk, or one token.
+        logits: gives those after this loop, [V] float32; called where the span's rule reads them.
+    """
+    if _leaves(executor, span, logits):
+        span.leave()
+    _fill_caches(executor, [span])
+
+
+def _leaves(executor: Executor, span: Span, logits: Callable[[Span], Array]) -> bool:
+    """Whether a rule lets a span leave the loop now."""
+    rule = _asked(span)
+    if rule is None:
+        return False
+    return rule.leaves(span.loop, logits(span) if rule.reads == "logits" else executor.exit_logit(span))
+
+
+def _fill_caches(executor: Executor, spans: Sequence[Span]) -> None:
+    """Gives a LoopLM's later caches what a span that left early had."""
+    for span in spans:
+        if span.is_done and span.caches > span.depth and not executor.shares_cache:
+            executor.fill_caches(span)
 
 
 def _asked(span: Span) -> Exit | None:

@@ -1,7 +1,9 @@
 """Decodes tokens that a measurement chooses, without a request: one after another, or as a wave."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from melt_runtime.engine import finish_loop
 from melt_runtime.execute.executor import Executor
 from melt_runtime.memory.plan import Array
 from melt_runtime.schedule.depth import Depth
@@ -44,10 +46,35 @@ def run_plain(
             executor.run([span])
             if after_each_loop or span.is_done:
                 read(executor.compute_logits([span])[0])
-        if span.caches > span.depth:
-            executor.fill_caches(span)
+            finish_loop(executor, span, partial(_logits, executor))
         slot.commit()
     return len(ids) * loops
+
+
+def run_leaving(executor: Executor, ids: Sequence[int], depth: Depth, read: Callable[[Array, int], object]) -> None:
+    """Appends tokens to the first slot, one after another; each leaves the loop when its rule says so.
+
+    Args:
+        executor: over a state with room for them.
+        ids: token ids.
+        depth: most loops, and the rule.
+        read: called for each token with the logits after its last loop, [V] float32, which the next pass overwrites,
+            and the loops that it took.
+    """
+    slot = executor.slots[0]
+    for token in ids:
+        span = Span(0, slot.length, [token], depth.most, exit=depth.exit())
+        slot.flight = [span]
+        while not span.is_done:
+            executor.run([span])
+            finish_loop(executor, span, partial(_logits, executor))
+        read(_logits(executor, span), span.loop)
+        slot.commit()
+
+
+def _logits(executor: Executor, span: Span) -> Array:
+    """Logits of a span that has just run alone, [V] float32."""
+    return executor.compute_logits([span])[0]
 
 
 def run_wave(
