@@ -67,7 +67,7 @@ def choose_probe(source: Source, folder: Path, text: str | None) -> Probe:
     if source.examples:
         passages = []
         for example in source.examples[:_EXAMPLES]:
-            prompt = codec.encode(codec.render(example.chat))
+            prompt = codec.encode_chat(example.chat)
             passages.append(Passage(prompt + codec.encode(example.answer), len(prompt)))
         longest = max(len(passage.ids) for passage in passages)
         if longest > config.max_position_embeddings:

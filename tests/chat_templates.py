@@ -49,6 +49,13 @@ CONVERSATIONS = {
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]},
     ],
+    "empty user": [_said("user", "")],
+    "blank user": [_said("system", "Be brief."), _said("user", " \n")],
+    "empty answer": [_said("user", "a"), _said("assistant", ""), _said("user", "b")],
+    "empty call": [_said("user", "a"), _said("assistant", "", tool_calls=[_CALL]), _said("tool", "", name="weather")],
+    "empty parts": [_said("user", "a"), _said("assistant", "b"), _said("user", [])],
+    "part and text": [_said("user", [{"type": "text", "text": "a"}]), _said("assistant", " b"), _said("user", "c")],
+    "answer in parts": [_said("user", "a"), _said("assistant", [{"type": "text", "text": x} for x in ("b ", "c ")])],
     "long": [_said("user" if number % 2 == 0 else "assistant", f"line {number}\n" * 40) for number in range(41)],
 }
 

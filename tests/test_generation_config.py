@@ -43,6 +43,7 @@ from melt_runtime.request.settings import describe_defaults, settle
         ("stop", ("",), "non-empty"),
         ("stop", (b"x",), "non-empty strings"),
         ("stop", 5, "a sequence"),
+        ("stop", ("x", "y" * 1025), "at most 1024 characters"),
         ("stop_ids", "ab", "a sequence of token ids"),
         ("stop_ids", b"ab", "a sequence of token ids"),
         ("stop_ids", np.array(3), "a sequence of token ids"),

@@ -232,7 +232,8 @@ AS_TEXT = {"name": "boss", "arguments": '{"person": "Zürich"}'}
         # OpenAI
         ({"content": "Ana.", "annotations": [{"type": "url_citation"}], "refusal": None}, {"content": "Ana."}),
         ({"content": None, "refusal": "I cannot."}, {"content": "I cannot."}),
-        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, {"content": "I cannot."}),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]},
+         {"content": [{"type": "text", "text": "I cannot."}]}),
         ({"content": None, "audio": {"id": "a", "data": "AA", "expires_at": 1, "transcript": "Hi"}}, {"content": "Hi"}),
         ({"content": None, "function_call": AS_TEXT}, {"content": None, "tool_calls": [CALLED]}),
         ({"content": None}, {"content": ""}),

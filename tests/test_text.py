@@ -1,16 +1,22 @@
-"""L0: stop strings across pieces, streaming without half characters, the chat template."""
+"""L0: stop strings, streaming without half characters, long texts, the chat template."""
 
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 from conftest import MELT_TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from melt_runtime.errors import BundleError, CapacityError, TokenError
-from melt_runtime.text.codec import StopMatcher, TextCodec
+from melt_runtime.request.answer import AnswerText
+from melt_runtime.request.generation_config import GenerationConfig
+from melt_runtime.request.prompts import Desk
+from melt_runtime.request.settings import settle
+from melt_runtime.text.codec import TextCodec
+from melt_runtime.text.stops import StopMatcher
 
 
 @pytest.fixture(scope="module")
@@ -126,32 +132,76 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
 def test_a_stream_shows_what_decoding_at_once_shows(name, data):
-    """Any tokens, in any order, some of which the tokenizer has not: pieces and flush together."""
+    """Any tokens, in any order, some of which the tokenizer has not: pieces and flush together, and their bytes."""
     tokenizer = TOKENIZERS[name]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 2), max_size=30))
-    decoder = TextCodec(tokenizer, None).stream()
-    pieces = [decoder.push(token) for token in ids]
-    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+    if name == "byte fallback":  # of stray bytes: below
+        places = st.one_of(st.integers(258, tokenizer.get_vocab_size() + 2).map(lambda token: [token]), CHARACTERS)
+        ids = [*chain.from_iterable(data.draw(st.lists(places, max_size=12)))]
+    else:
+        ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 2), max_size=30))
+    decoder, added = TextCodec(tokenizer, None).stream(), b""
+    pieces = []
+    for token in ids:
+        peeked = decoder.peek(token)
+        pieces.append(decoder.push(token))
+        assert decoder.added == peeked
+        added += peeked
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(pieces) + decoder.flush() == expected
     assert decoder.flush() == ""
-    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert expected.startswith(added.decode("utf-8", "replace").rstrip("\ufffd"))
+    decoder = TextCodec(tokenizer, None).stream(ids)  # a context is not shown
+    pieces = [decoder.push(token) for token in ids]
+    both = tokenizer.decode([*ids, *ids], skip_special_tokens=True)
+    if "\ufffd" not in both:
+        assert both == expected + "".join(pieces) + decoder.flush()
+
+
+CHARACTERS = st.characters(codec="utf-8").map(lambda letter: [2 + byte for byte in letter.encode()])
+"""The byte tokens of a character, as ``byte_fallback`` numbers them."""
 
 
 @pytest.mark.parametrize("name", ["bytes", "byte fallback"])
-@given(data=st.data())
-def test_streams_of_bytes_show_what_decoding_at_once_shows(name, data):
-    """Mostly the bytes of true characters, cut and mixed."""
-    text = data.draw(st.text("aé世🙂\ufffd", max_size=8)).encode()
-    cut = data.draw(st.integers(0, len(text)))
+@pytest.mark.parametrize(
+    ("given", "pieces"),
+    [
+        ("aé", ["a", "", "é"]),
+        ("世🙂", ["", "", "世", "", "", "", "🙂"]),
+        (b"\xe4\xb8\x96\xff", ["", "", "世", "\ufffd"]),  # a stray byte takes nothing else with it
+        (b"\xff\xff\x80a", ["\ufffd", "\ufffd", "\ufffd", "a"]),
+        (b"\xe4\xb8", ["", ""]),
+    ],
+)
+def test_a_character_is_shown_with_its_last_byte(name, given, pieces):
     tokenizer = TOKENIZERS[name]
     letters = dict(zip(range(256), byte_letters(), strict=True))
-    ids = [
-        tokenizer.token_to_id(letters[byte] if name == "bytes" else f"<0x{byte:02X}>")
-        for byte in text[cut:] + text[:cut]
-    ]
-    ids.insert(cut, tokenizer.token_to_id("<|end|>" if name == "bytes" else "<s>"))
+    content = given if isinstance(given, bytes) else given.encode()
+    ids = [tokenizer.token_to_id(letters[byte] if name == "bytes" else f"<0x{byte:02X}>") for byte in content]
+    special = tokenizer.token_to_id("<|end|>" if name == "bytes" else "<s>")
     decoder = TextCodec(tokenizer, None).stream()
-    shown = "".join([decoder.push(token) for token in ids]) + decoder.flush()
-    assert shown == tokenizer.decode(ids, skip_special_tokens=True)
+    shown = [decoder.push(token) + decoder.push(special) for token in ids]  # special tokens part no character
+    assert shown == pieces
+    assert decoder.flush() == ("\ufffd" * (2 if name == "byte fallback" else 1) if pieces[-1] == "" else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "answer", "alone", "following"),
+    [
+        ("byte fallback", ["b"], ["▁a", "<0xC3>", "<0xA9>", "▁café"], "aé café", " aé café"),
+        ("byte fallback", ["<s>", "b", "<s>"], ["▁a"], "a", " a"),
+        ("byte fallback", ["<s>"], ["▁a"], "a", "a"),  # nothing stands before it
+        ("byte fallback", ["<0xE4>", "<0xB8>"], ["<0x96>", "▁a"], "\ufffd a", "世 a"),
+        ("marked words", ["b"], ["▁a", "b"], "ab", " ab"),
+        ("word pieces", ["don"], ["##t", "a"], "##t a", "t a"),
+        ("melt-tiny", ["Ġ"], ["ĠAna", "."], "Ana.", " Ana."),
+    ],
+)
+def test_an_answer_that_continues_a_text_keeps_its_first_space(name, prompt, answer, alone, following):
+    tokenizer = TOKENIZERS[name]
+    ids, codec = [tokenizer.token_to_id(word) for word in answer], TextCodec(tokenizer, None)
+    for context, expected in (([], alone), ([tokenizer.token_to_id(word) for word in prompt], following)):
+        decoder = codec.stream(context)
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == expected
 
 
 def byte_letters() -> list[str]:
@@ -215,8 +265,8 @@ def test_special_tokens_are_not_text(codec):
 def test_empty_prompts_are_refused(codec):
     with pytest.raises(TokenError, match="empty"):
         codec.encode("")
-    with pytest.raises(TokenError, match=r"messages\[0\]: the content is empty"):
-        codec.render([{"role": "user", "content": "  "}])
+    with pytest.raises(TokenError, match="empty"):
+        TextCodec(codec.tokenizer, "{{ messages[0].content }}").encode_chat([{"role": "user", "content": ""}])
     with pytest.raises(TokenError, match="at least one message"):
         codec.render([])
 
@@ -237,13 +287,64 @@ def test_a_broken_template_is_a_bundle_error(codec):
         TextCodec(codec.tokenizer, "{% if %}")
 
 
-def test_a_text_is_refused_by_its_length_only_where_every_character_has_a_token():
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    TextCodec(words, None).require_length("a" + " " * 1000, 1)
-    whole = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
-    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec = TextCodec(whole, None)
-    codec.require_length("ab" * 50, 50)
-    with pytest.raises(CapacityError, match="101 characters are more than so many tokens can have, the capacity is 50"):
-        codec.require_length("a" * 101, 50)
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_text_is_refused_by_its_length_before_it_is_tokenized(drops, monkeypatch):
+    """For every tokenizer: by its longest token where each character has one, else by a generous bound."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if drops:
+        tokenizer.normalizer = normalizers.Replace(" ", "")
+    codec, most = TextCodec(tokenizer, "{{ messages[0].content }}"), 64 * 50 + 65536 if drops else 2 * 50
+    desk = Desk(codec, GenerationConfig(), SimpleNamespace(capacity=50), "", None)
+    codec.require_length("ab" * (most // 2), 50)
+    monkeypatch.setattr("melt_runtime.text.codec._encode", None)
+    text = "a" * (most + 1)
+    for prompt, is_chat in ((text, False), ([{"role": "user", "content": text}], True)):
+        with pytest.raises(CapacityError, match=f"{most + 1} characters .* the capacity is 50: at most {most} "):
+            desk.encode(prompt, is_chat)
+
+
+def test_long_texts_are_tokenized_as_short_ones_are(codec):
+    """Where other threads go on meanwhile: in batches of one."""
+    for tokenizer, text in (
+        (codec.tokenizer, "aé 🙂<|end|>" * 3000),
+        (TOKENIZERS["word pieces"], "a don't b. " * 3000),
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        long = TextCodec(tokenizer, None)
+        assert long.encode(text) == ids
+        assert long.decode(ids) == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def answer_of(codec: TextCodec, names: list[str], **settings) -> tuple[str, int]:
+    """The text of an answer, and how many of its tokens were needed to end it."""
+    answer = AnswerText(codec, settle(GenerationConfig(**settings), GenerationConfig(), 1, 100))
+    text = ""
+    left = [*names]
+    while left and not answer.stopped:
+        text += answer.push(codec.tokenizer.token_to_id(left.pop(0)))
+    return text + answer.finish(), len(names) - len(left)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ("<|end|>", ("abc", 4)),  # no part of the text, and matched all the same
+        ("c<|end|>", ("ab", 4)),
+        ("<|end|>a", ("abc", 5)),
+        ("a<|end|>", ("abcab", 8)),  # it does not come
+        ("ca", ("ab", 5)),  # a special token parts no text
+        ("b<|end|><|user|>", ("abca", 8)),
+    ],
+)
+def test_stop_strings_may_name_special_tokens(codec, stop, expected):
+    names = ["a", "b", "c", "<|end|>", "a", "b", "<|end|>", "<|user|>"]
+    text, count = answer_of(codec, names, stop=(stop,))
+    assert (text, count) == expected
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte fallback"])
+def test_a_stop_string_of_bytes_ends_the_answer_at_its_last_byte(name):
+    letters = dict(zip(range(256), byte_letters(), strict=True))
+    words = [letters[byte] if name == "bytes" else f"<0x{byte:02X}>" for byte in "é世é世é🙂".encode()]
+    assert answer_of(TextCodec(TOKENIZERS[name], None), words * 20, stop=("世é世",)) == ("é", 10)

@@ -161,7 +161,7 @@ class Batch:
             MeltError, ValueError: the prompt or its settings cannot be taken; no slot was.
         """
         ask, desk = self._ask, self._desk
-        ids = desk.read(prompt, ask.raw)
-        settings = desk.settle(ask.config(number), len(ids))
+        encoded = desk.read(prompt, ask.raw)
+        settings = desk.settle(ask.config(number), len(encoded.ids))
         self._notice(settings.loops)
-        return self._engine.admit(Request(ids, settings, desk.codec), self._slots.acquire())
+        return self._engine.admit(Request(encoded, settings, desk.codec), self._slots.acquire())

@@ -20,7 +20,7 @@ from melt_runtime.engine import Engine, Job
 from melt_runtime.errors import CancelledError, QueueError, RunError, SavedError
 from melt_runtime.reply import Part, Reply
 from melt_runtime.request.generation_config import GenerationConfig
-from melt_runtime.request.prompts import Desk, Prompt
+from melt_runtime.request.prompts import Desk, EncodedPrompt, Prompt
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.schedule.depth import Depth
@@ -53,6 +53,9 @@ class Service:
     """Answers requests until it is closed; meanwhile the model's own session is at work.
 
     A pass that ONNX Runtime could not run ends the requests that were in it; the service goes on.
+
+    Attributes:
+        desk: checks and encodes prompts, from any thread.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Service:
             ValueError: ``queue`` outside its rule.
         """
         self._queue = whole_number("queue", queue, 1, _MOST_QUEUE)
-        self._engine, self._desk, self._slots = engine, desk, engine.executor.slots
+        self._engine, self.desk, self._slots = engine, desk, engine.executor.slots
         self._waiting: deque[Reply] = deque()
         self._work: deque[tuple[Callable[[], int], Future[int]]] = deque()
         self._running: dict[Job, Reply] = {}
@@ -122,7 +125,7 @@ class Service:
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | EncodedPrompt,
         config: GenerationConfig,
         raw: bool = False,
         on_part: Callable[[Part], None] | None = None,
@@ -145,8 +148,8 @@ class Service:
         """
         with self._changed:
             self._require_room()
-        ids = self._desk.read(prompt, raw)
-        request = Request(ids, self._desk.settle(config, len(ids), defaults), self._desk.codec)
+        encoded = self.desk.read(prompt, raw)
+        request = Request(encoded, self.desk.settle(config, len(encoded.ids), defaults), self.desk.codec)
         reply = Reply(request, on_part, on_end, self._notify)
         with self._changed:
             self._require_room()
@@ -170,7 +173,7 @@ class Service:
             OSError: the file cannot be written.
             QueueError: the service is closing.
         """
-        ids = self._desk.read(prompt, raw)
+        ids = self.desk.read(prompt, raw).ids
 
         def run() -> int:
             held = [slot for slot in self._slots if self._slots.is_free(slot) and slot.length]
@@ -180,7 +183,7 @@ class Service:
             slot = max(held, key=lambda slot: slot.length)
             from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
 
-            save_slot(path, self._engine.executor.state, slot, self._desk.identity, {})
+            save_slot(path, self._engine.executor.state, slot, self.desk.identity, {})
             return slot.length
 
         return self._between_passes(run)
@@ -204,7 +207,7 @@ class Service:
                 raise QueueError("every slot is at work: ask again later")
             slot = self._slots.acquire_for((), Depth.fixed(1))
             try:
-                load_slot(path, self._engine.executor.state, slot, self._desk.identity, dict[str, Any])
+                load_slot(path, self._engine.executor.state, slot, self.desk.identity, dict[str, Any])
                 return slot.length
             finally:
                 self._slots.release(slot)

@@ -14,7 +14,7 @@ from melt_runtime.hold import Hold
 from melt_runtime.memory.plan import StatePlan
 from melt_runtime.progress import Progress
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
-from melt_runtime.request.prompts import Desk, Prompt, as_chat, say
+from melt_runtime.request.prompts import Desk, EncodedPrompt, Prompt, as_chat, say, user_message
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.stream import Ask, GenerationStream, Held, Ticket, Turn
@@ -229,7 +229,8 @@ class Session:
             elif fresh:
                 self.messages = []
 
-        ask = Ask(lambda: Request(ids, settings, desk.codec), None if alone else slot.turn, fresh, keep, progress)
+        encoded = EncodedPrompt(ids, continues=chat is None)
+        ask = Ask(lambda: Request(encoded, settings, desk.codec), None if alone else slot.turn, fresh, keep, progress)
         return GenerationStream(Turn(self._engine, slot, self._hold, ask))
 
     def _as_chat(self, prompt: Prompt, raw: bool, fresh: bool) -> list[Message] | None:
@@ -238,7 +239,7 @@ class Session:
             return as_chat(prompt, raw)
         if self._holds_raw:
             raise ValueError("prompt must be raw text or ids until reset(): the session holds such, not a chat")
-        return [*self.messages, {"role": "user", "content": prompt}]
+        return [*self.messages, user_message(prompt)]
 
     @contextmanager
     def _lent(self, owner: object) -> Iterator[None]:

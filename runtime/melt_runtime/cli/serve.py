@@ -71,6 +71,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="for answers under way at the end (default: %(default)g)",
     )
     limits.add_argument("--sessions", type=Path, metavar="DIR", help="folder in which requests may keep conversations")
+    limits.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="encode names of control tokens in chat messages as these tokens: only for messages that you wrote",
+    )
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--name", metavar="NAME", help="of the model, to ask for it (default: the bundle's folder)")
     machine.add_argument(
@@ -111,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     from melt_runtime.serve.listening import listen
 
     model = load_model(args, quiet=False, loops=most_loops({"loops": args.most_loops}), slots=args.slots)
+    model.codec.parse_special = args.parse_special
     options = ServeOptions(
         name=args.name or args.bundle.resolve().name,
         key=key,

@@ -16,6 +16,7 @@ MAX_TOKENS = 2**31 - 1
 _MOST_SEED = 2**64 - 1
 _MOST_ELEMENTS = 2**16
 _MOST_DIGITS = 10
+_MOST_STOP = 1024
 MOST_LOGPROBS = 64
 """Likeliest tokens that may be asked for at each place."""
 OF_AUTO = ("exit_rule", "exit_threshold", "min_loops", "max_loops")
@@ -89,7 +90,8 @@ class GenerationConfig:
             by the model itself, whatever changes its logits after; at most 64. Not said: none, not the chosen one's
             either; 0: the chosen one's alone.
         seed: of the random choice; not said: a new one each time.
-        stop: strings that end generation and are not part of the text; kept as a tuple. Not said: none.
+        stop: strings of at most 1,024 characters that end generation and are not part of the text; one may hold the
+            name of a special token, though none is part of the text. Kept as a tuple. Not said: none.
         stop_ids: tokens that end generation, kept as a tuple; a bundle says its model's, which hold unless others are
             said here. ``()``: none.
     """
@@ -182,6 +184,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     for element in elements:
         if not isinstance(element, str) or not element:
             raise ValueError(f"{name} must be {rule}, got {shown(element)} in it")
+        if len(element) > _MOST_STOP:  # its beginning is looked for at the end of every piece
+            raise ValueError(f"{name} must be strings of at most {_MOST_STOP} characters, got {len(element)} in one")
     return elements
 
 

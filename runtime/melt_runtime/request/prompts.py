@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,9 +13,24 @@ from melt_runtime.request.generation_config import GenerationChanges, Generation
 from melt_runtime.request.ids import check_ids
 from melt_runtime.request.settings import GenerationSettings, settle
 from melt_runtime.text.codec import Message, TextCodec
+from melt_runtime.text.templates import ChatEnding
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """A user's message (or plain text with ``raw``), a whole chat, or token ids."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids.
+
+    Attributes:
+        ids: token ids of all that the model is to see.
+        continues: whether the answer continues the prompt's text, so that its first token keeps its leading space; an
+            answer in a chat is a text of its own.
+    """
+
+    ids: list[int]
+    continues: bool
 
 
 @dataclass(frozen=True)
@@ -44,19 +59,27 @@ class Desk:
             TokenError: an empty prompt, ids outside the vocabulary, or messages that the template refuses.
         """
         if is_chat:
-            return self._encode_text(self.codec.render(cast(Sequence[Message], prompt)))
-        ids = self._encode_text(prompt) if isinstance(prompt, str) else cast(Sequence[int], prompt)
+            ids = self.codec.encode_chat(cast(Sequence[Message], prompt), max_tokens=self.plan.capacity)
+        elif isinstance(prompt, str):
+            self.codec.require_length(prompt, self.plan.capacity)
+            ids = self.codec.encode(prompt)
+        else:
+            ids = cast(list[int], prompt)
         return check_ids(ids, self.plan.shape, self.plan.require_total)
 
-    def read(self, prompt: Prompt, raw: bool) -> list[int]:
-        """Token ids of a prompt that stands alone; errors as for ``encode``, and those of ``as_chat``."""
-        chat = as_chat(prompt, raw)
-        return self.encode(prompt if chat is None else chat, is_chat=chat is not None)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, ending: ChatEnding
+    ) -> EncodedPrompt:
+        """A chat as ``TextCodec.encode_chat`` encodes it, within the capacity; errors as for ``encode``."""
+        ids = self.codec.encode_chat(messages, tools, ending, self.plan.capacity)
+        return EncodedPrompt(ids, continues=ending == "continue")
 
-    def _encode_text(self, text: str) -> list[int]:
-        if isinstance(text, str):  # what is none, the codec refuses
-            self.codec.require_length(text, self.plan.capacity)
-        return self.codec.encode(text)
+    def read(self, prompt: Prompt | EncodedPrompt, raw: bool) -> EncodedPrompt:
+        """A prompt that stands alone; errors as for ``encode``, and those of ``as_chat``."""
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        chat = as_chat(prompt, raw)
+        return EncodedPrompt(self.encode(prompt if chat is None else chat, chat is not None), chat is None)
 
     def settle(
         self, said: GenerationConfig, prompt_tokens: int, defaults: GenerationConfig | None = None
@@ -100,6 +123,17 @@ def say(config: GenerationConfig | None, changes: GenerationChanges) -> Generati
     )
 
 
+def user_message(text: str) -> Message:
+    """A user's message.
+
+    Raises:
+        TokenError: blank text.
+    """
+    if not text.strip():
+        raise TokenError("the prompt is empty: give at least one character")
+    return {"role": "user", "content": text}
+
+
 def as_chat(prompt: Prompt, raw: bool) -> list[Message] | None:
     """The prompt as the messages of a chat of its own; None where it is raw text or ids.
 
@@ -108,7 +142,7 @@ def as_chat(prompt: Prompt, raw: bool) -> list[Message] | None:
         ValueError: neither text, messages nor token ids.
     """
     if isinstance(prompt, str):
-        return None if raw else [{"role": "user", "content": prompt}]
+        return None if raw else [user_message(prompt)]
     if isinstance(prompt, np.ndarray):
         return None
     if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from melt_runtime.memory.plan import Array
 from melt_runtime.request.answer import AnswerText
 from melt_runtime.request.logprobs import TokenLogprob
+from melt_runtime.request.prompts import EncodedPrompt
 from melt_runtime.request.result import GenerationResult, Timings
 from melt_runtime.request.sampler import Sampler
 from melt_runtime.request.settings import GenerationSettings
@@ -25,17 +26,18 @@ class Request:
         is_finished: whether no more tokens come.
     """
 
-    def __init__(self, prompt: list[int], settings: GenerationSettings, codec: TextCodec):
-        self.prompt, self.settings = prompt, settings
+    def __init__(self, prompt: EncodedPrompt, settings: GenerationSettings, codec: TextCodec):
+        self.prompt, self.settings = prompt.ids, settings
         self.new_ids: list[int] = []
         self.loops: list[int] = []
         self.text = ""
         self.is_finished = False
         self._codec = codec
-        self._sampler = Sampler(settings, len(prompt))
+        self._sampler = Sampler(settings, len(prompt.ids))
         self._seen: dict[int, TokenLogprob] = {}  # by place, of the last choice there
         self.logprobs: list[TokenLogprob] = []
-        self._answer = AnswerText(codec, settings)
+        self._context = prompt.ids if prompt.continues else ()
+        self._answer = self._new_text()
         self._piece = ""
         self._decodes = False
         self._prefill_seconds = self._decode_seconds = 0.0
@@ -77,8 +79,11 @@ class Request:
 
     def text_so_far(self) -> str:
         """The text of the tokens so far, what was held back included, wherever the answer was left."""
-        answer = AnswerText(self._codec, self.settings)
+        answer = self._new_text()
         return "".join([*map(answer.push, self.new_ids), answer.finish()])
+
+    def _new_text(self) -> AnswerText:
+        return AnswerText(self._codec, self.settings, self._context)
 
     def count_seconds(self, seconds: float) -> None:
         """Counts a pass: up to the one that gives the first token they are the prompt's."""

@@ -11,6 +11,7 @@ from melt_runtime.reply import Part
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.calls import Call
+from melt_runtime.serve.logprobs import LogprobWriter
 from melt_runtime.serve.tools import CallReader
 from melt_runtime.text.codec import TextCodec
 
@@ -43,13 +44,14 @@ class Writer:
     """Writes the objects of one request.
 
     Attributes:
-        codec: shows single tokens.
+        codec: decodes single tokens.
         model: the name that it is asked for by.
         is_chat: whether it is a chat's, or a plain completion's.
         with_logprobs: whether these were asked for.
         with_tools: whether calls are read out of answers.
         max_calls: maximum number of calls of an answer; None: no limit.
         with_usage: whether a stream ends with the usage, so that its other chunks have an empty one.
+        contexts: of each choice, tokens whose text the answer continues; empty: of none.
     """
 
     codec: TextCodec
@@ -59,9 +61,10 @@ class Writer:
     with_tools: bool
     max_calls: int | None = None
     with_usage: bool = False
+    contexts: Sequence[Sequence[int]] = ()
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, int] = field(default_factory=dict)
+    _logprob_writers: dict[int, LogprobWriter] = field(default_factory=dict)
     _readers: dict[int, CallReader] = field(default_factory=dict)
 
     def whole(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class Writer:
             if self.is_chat:
                 message, reason = self._message(result)
                 said = {"message": message}
-            logprobs = self._logprobs(index, result.logprobs or ())
+            logprobs = self._logprobs(index, result.logprobs or (), len(result.text))
             choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head(""), "choices": choices, "usage": usage_of(results, prompts)}
 
@@ -128,34 +131,12 @@ class Writer:
         choice = {"index": index, "logprobs": None, **said, "finish_reason": finish_reason, **more}
         return {**self._head(".chunk"), "choices": [choice], **({"usage": None} if self.with_usage else {})}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob], length: int | None = None) -> dict[str, Any] | None:
+        """Of the next tokens of a choice, whose whole text has so many characters, where that is known."""
         if not self.with_logprobs:
             return None
-        if self.is_chat:
-            return {"content": [self._token(one) for one in tokens], "refusal": None}
-        texts = [self._text(one.token_id) for one in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens],
-            "text_offset": offsets,
-        }
-
-    def _token(self, one: TokenLogprob) -> dict[str, Any]:
-        return {
-            **self._entry(one.token_id, one.logprob),
-            "top_logprobs": [self._entry(token, value) for token, value in one.top],
-        }
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "surrogatepass"))}
-
-    def _text(self, token: int) -> str:
-        """A token by itself, special ones by their names."""
-        text: str = self.codec.tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        if index not in self._logprob_writers:
+            context = self.contexts[index] if self.contexts else ()
+            self._logprob_writers[index] = LogprobWriter(self.codec, context)
+        writer = self._logprob_writers[index]
+        return writer.chat(tokens) if self.is_chat else writer.completion(tokens, length)

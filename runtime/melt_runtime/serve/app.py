@@ -212,10 +212,13 @@ class _Server:
 
     def tokenize(self, form: TokenizeRequest) -> dict[str, Any]:
         """``POST /tokenize``."""
+        desk = self.service.desk
         with about(form):
-            text = form.text if form.messages is None else self._codec.render(messages_of(form.messages))  # type: ignore[arg-type]
-            self._codec.require_length(text or "", self._model.session.plan.capacity)
-            tokens = self._codec.encode(text or "")
+            if form.messages is None:
+                self._codec.require_length(form.text or "", desk.plan.capacity)
+                tokens = self._codec.encode(form.text or "")
+            else:
+                tokens = desk.encode_chat(messages_of(form.messages), None, form.ending).ids
         return {"tokens": tokens, "count": len(tokens)}
 
     def detokenize(self, form: DetokenizeRequest) -> dict[str, Any]:
@@ -224,7 +227,7 @@ class _Server:
         wrong = [token for token in form.tokens if not 0 <= token < most]
         if wrong:
             raise FieldError("tokens", f"tokens must be in [0, {most}), got {wrong[:8]}")
-        return {"text": self._codec.tokenizer.decode(form.tokens, skip_special_tokens=False)}
+        return {"text": self._codec.decode(form.tokens)}
 
     def list_sessions(self) -> dict[str, Any]:
         """``GET /v1/sessions``."""
@@ -235,7 +238,7 @@ class _Server:
         path = self._sessions.path(form.name)
         try:
             with about(form):
-                tokens = self.service.save(messages_of(form.messages), path)  # type: ignore[arg-type]
+                tokens = self.service.save(messages_of(form.messages), path)
             return {**self._sessions.describe(path), "cached_tokens": tokens}
         except OSError as error:
             message = f"the session cannot be kept: {error.strerror or type(error).__name__}"
@@ -275,9 +278,10 @@ class _Server:
             self._require_model(form.model)
         with about(form):
             if needs_grammar(form):  # which takes its time: other requests do not wait for it
-                asks = await self._compiler.run(lambda: asks_of(form, self._codec, self._compiler.compile))
+                asks = await self._compiler.run(lambda: asks_of(form, self.service.desk, self._compiler.compile))
             else:
-                asks = await asyncio.to_thread(asks_of, form, self._codec, self._compiler.compile)
+                asks = await asyncio.to_thread(asks_of, form, self.service.desk, self._compiler.compile)
+            writer.contexts = [ask.prompt.ids if ask.prompt.continues else () for ask in asks]
             choices = await submit(self.service, asks)
         prompts = len(asks) // form.n
         if form.stream:

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from melt_runtime.request.generation_config import CHECKS, GenerationConfig
 from melt_runtime.request.grammar import Grammar, GrammarPart
-from melt_runtime.request.prompts import Prompt
+from melt_runtime.request.prompts import Desk, EncodedPrompt
 from melt_runtime.serve.errors import FieldError
 from melt_runtime.serve.forms import CalledFunction, ChatMessage, ChatRequest, CompletionRequest, NamedTool
 from melt_runtime.serve.tools import OPEN, call_grammar
-from melt_runtime.text.codec import TextCodec
+from melt_runtime.text.codec import Message, TextCodec
 
 Compile = Callable[[Sequence[GrammarPart]], Grammar]
 """Compiles a grammar, and those that it refers to."""
@@ -28,48 +28,48 @@ class Ask:
     """One answer that a request asks for.
 
     Attributes:
-        prompt: a chat, text, or token ids.
+        prompt: its token ids.
         config: how to continue it.
-        raw: whether a text is given to the model as it is.
         defaults: of this endpoint; the bundle has the others.
     """
 
-    prompt: Prompt
+    prompt: EncodedPrompt
     config: GenerationConfig
-    raw: bool
     defaults: GenerationConfig
 
 
-def asks_of(form: ChatRequest | CompletionRequest, codec: TextCodec, compile_grammar: Compile) -> list[Ask]:
+def asks_of(form: ChatRequest | CompletionRequest, desk: Desk, compile_grammar: Compile) -> list[Ask]:
     """The answers that a request asks for, in the order of their ``index``.
 
     Raises:
-        TokenError: a chat with tools that the template refuses.
+        CapacityError: a prompt that is too long.
+        TokenError: an empty prompt, ids outside the vocabulary, or a chat that the template refuses.
         GrammarError: a grammar that cannot be compiled.
         ValueError: tools that the template does not know, or a field outside its rule; then a ``FieldError``.
     """
-    prompts = _prompts(form, codec)
+    prompts = _prompts(form)
     if len(prompts) * form.n > MOST_ANSWERS:
         message = f"prompts times n must be at most {MOST_ANSWERS}, got {len(prompts)} times {form.n}"
         raise FieldError("n" if form.n > 1 else "prompt", message)
-    grammar = _grammar(form, codec, compile_grammar)
-    settings = _settings(form)
+    grammar = _grammar(form, desk.codec, compile_grammar)
+    settings = _settings(form, desk.defaults)
     is_short = isinstance(form, CompletionRequest) and form.max_tokens is None
     defaults = GenerationConfig(max_new_tokens=COMPLETION_TOKENS if is_short else None)
     asks = []
     for prompt in prompts:
+        encoded = _encode(form, prompt, desk)
         for choice in range(form.n):
             if form.seed is not None:
                 settings["seed"] = form.seed + choice  # else n answers would be one
             if grammar is not None:
                 settings["logits_processors"] = (grammar.processor(),)
-            asks.append(Ask(prompt, GenerationConfig(**settings), raw=True, defaults=defaults))
+            asks.append(Ask(encoded, GenerationConfig(**settings), defaults))
     return asks
 
 
-def messages_of(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """A chat as the runtime takes it: parts of a message are joined, arguments of calls are objects."""
-    return [_message(message) for message in messages]
+def messages_of(messages: list[ChatMessage]) -> list[Message]:
+    """A chat as the runtime takes it: arguments of calls are objects."""
+    return [cast(Message, _message(message)) for message in messages]
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:
@@ -91,10 +91,10 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     return made | {name: value for name, value in more.items() if value is not None}
 
 
-def _content(message: ChatMessage) -> str | None:
-    """A message's text; where it has none, that of its refusal or what was spoken."""
+def _content(message: ChatMessage) -> str | list[dict[str, str]] | None:
+    """A message's text, or its parts; where it has none, the text of its refusal or what was spoken."""
     if isinstance(message.content, list):
-        return "".join(part.content for part in message.content)
+        return [{"type": "text", "text": part.content} for part in message.content]
     if message.content is None:
         return message.refusal or (None if message.audio is None else message.audio.transcript)
     return message.content
@@ -105,20 +105,27 @@ def _call(function: CalledFunction, name: str | None) -> dict[str, Any]:
     return made if name is None else {"id": name, **made}
 
 
-def _prompts(form: ChatRequest | CompletionRequest, codec: TextCodec) -> list[Prompt]:
-    if isinstance(form, ChatRequest) and form.offered:
-        if not codec.takes_tools or OPEN not in (codec.chat_template or ""):
-            raise ValueError(f"tools must be left out: this bundle's chat template knows none in the form of {OPEN}")
-        tools = [tool.model_dump(exclude_none=True) for tool in form.offered]
-        return [codec.encode(codec.render(messages_of(form.messages), tools))]  # type: ignore[arg-type]
+def _prompts(form: ChatRequest | CompletionRequest) -> list[Any]:
+    """What is to be answered: messages, text or token ids."""
     if isinstance(form, ChatRequest):
-        return [messages_of(form.messages)]  # type: ignore[list-item]
+        return [form.messages]
     prompt = form.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     if not prompt:
         raise ValueError("prompt must hold at least one text or token id")
-    return list(prompt)  # type: ignore[arg-type]
+    return list(prompt)
+
+
+def _encode(form: ChatRequest | CompletionRequest, prompt: Any, desk: Desk) -> EncodedPrompt:
+    if not isinstance(form, ChatRequest):
+        return desk.read(prompt, raw=True)
+    tools = None
+    if form.offered:
+        if not desk.codec.takes_tools or OPEN not in (desk.codec.chat_template or ""):
+            raise ValueError(f"tools must be left out: this bundle's chat template knows none in the form of {OPEN}")
+        tools = [tool.model_dump(exclude_none=True) for tool in form.offered]
+    return desk.encode_chat(messages_of(prompt), tools, form.ending)
 
 
 def needs_grammar(form: ChatRequest | CompletionRequest) -> bool:
@@ -165,8 +172,12 @@ _SAME = (
 """Fields that ``GenerationConfig`` has by the same name."""
 
 
-def _settings(form: ChatRequest | CompletionRequest) -> dict[str, Any]:
+def _settings(form: ChatRequest | CompletionRequest, bundle: GenerationConfig) -> dict[str, Any]:
     """The fields of ``GenerationConfig``, processors apart.
+
+    Args:
+        form: the request.
+        bundle: its defaults; stop tokens of a request hold beside those.
 
     Raises:
         FieldError: every field outside its rule, by its name in the request.
@@ -175,6 +186,8 @@ def _settings(form: ChatRequest | CompletionRequest) -> dict[str, Any]:
     limit = form.limit_name
     requested["max_new_tokens"] = (limit, None if getattr(form, limit) == -1 else getattr(form, limit))
     requested["stop"] = ("stop", (form.stop,) if isinstance(form.stop, str) else form.stop)
+    if form.stop_token_ids:
+        requested["stop_ids"] = ("stop_token_ids", [*(bundle.stop_ids or ()), *form.stop_token_ids])
     if isinstance(form, CompletionRequest):
         requested["logprobs"] = ("logprobs", form.logprobs)
     else:

@@ -93,6 +93,7 @@ def fault_of(error: Exception, form: BaseModel | None = None) -> Fault:
         return fault
     limit = getattr(form, "limit_name", None)
     message = fault.message if limit is None else fault.message.replace("max_new_tokens", limit)
+    message = re.sub("^stop_ids must", "stop_token_ids must", message)
     return replace(fault, message=message, param=fault.param or _param_of(error, message, form))
 
 

@@ -84,7 +84,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "detokenize": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
     # llama.cpp, KoboldCpp and text-generation-webui: samplers that are off
     "n_predict": (-1,),
     "n_probs": (0,),

@@ -58,7 +58,7 @@ class Choices:
         def end(_: Reply) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, None))
 
-        return service.submit(ask.prompt, ask.config, ask.raw, push, end, ask.defaults)
+        return service.submit(ask.prompt, ask.config, False, push, end, ask.defaults)
 
     def cancel(self) -> None:
         """Ends all that are under way."""

@@ -13,10 +13,12 @@ from melt_runtime.request.grammar import GrammarKind
 from melt_runtime.schedule.depth import ExitRule
 from melt_runtime.serve.calls import parse_arguments
 from melt_runtime.serve.fields import CHANGES_NOTHING, MESSAGE_CHANGES_NOTHING, NEUTRAL, Form
+from melt_runtime.text.templates import ChatEnding
 
 MOST_CHOICES = 16
 MOST_MESSAGES = 10_000
 _MOST_STOPS = 16
+_MOST_STOP_IDS = 1024
 Number = float | int
 
 
@@ -198,6 +200,7 @@ class Generation(Form):
     logit_bias: Annotated[dict[str, Number], BeforeValidator(_without_nulls), Field(max_length=4096)] | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] | None = None
     grammar: GrammarForm | None = None
     loops: int | Literal["auto"] | None = None
     exit_rule: ExitRule | None = None
@@ -216,7 +219,27 @@ class Generation(Form):
         return self
 
 
-class ChatRequest(Generation):
+class _Ending(Form):
+    """How a chat ends, in vLLM's words."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_ending(self) -> "_Ending":
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt must be false where continue_final_message is true")
+        return self
+
+    @property
+    def ending(self) -> ChatEnding:
+        """What follows the messages."""
+        if self.continue_final_message:
+            return "continue"
+        return "none" if self.add_generation_prompt is False else "prompt"
+
+
+class ChatRequest(Generation, _Ending):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
@@ -269,7 +292,11 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``: text, or token ids, as the model shall see it."""
 
-    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {**NEUTRAL, "logprobs": (False,)}
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **NEUTRAL,
+        "logprobs": (False,),
+        "add_generation_prompt": (True,),
+    }
 
     prompt: (
         str
@@ -288,7 +315,7 @@ class SessionRequest(Form):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
-class TokenizeRequest(Form):
+class TokenizeRequest(_Ending):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
     text: str | None = None

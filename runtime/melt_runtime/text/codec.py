@@ -1,18 +1,26 @@
-"""Token ids to text and back: tokenizer, chat template, streaming decoder, stop strings. Knows nothing of models."""
+"""Text and chats to token ids and back: tokenizer and chat template. Knows nothing of models."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from melt_runtime.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
-from melt_runtime.errors import BundleError, CapacityError, MeltError, TokenError
+from melt_runtime.errors import BundleError, CapacityError, TokenError
+from melt_runtime.text.control import ControlTokens
+from melt_runtime.text.detokenizer import StreamDecoder, refusing
 from melt_runtime.text.messages import check_messages, check_tools, require_text
-from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatTemplate
+from melt_runtime.text.stops import StopMatcher
+from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatEnding, ChatTemplate
+
+_CHARACTERS_PER_TOKEN = 64
+"""Characters that a token may stand for where the tokenizer sets no bound: some 15 times as many as in most text."""
+_MORE_CHARACTERS = 1 << 16
+"""Characters that are tokenized beside those, in case they leave no tokens, as spaces may."""
+_LONG = 1 << 14
+"""Characters, or tokens, from which the tokenizer is called so that other threads go on meanwhile."""
 
 
 class Message(TypedDict):
@@ -28,6 +36,8 @@ class TextCodec:
     Attributes:
         tokenizer: cuts and pads nothing.
         chat_template: the template's source; None where there is none.
+        parse_special: whether the name of a control token in a message becomes that token, as in a raw prompt. False
+            unless it is set: whoever writes a message could end it and begin another.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None):
@@ -40,12 +50,13 @@ class TextCodec:
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.parse_special = False
         try:
             self._template = ChatTemplate(chat_template) if chat_template else None
         except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
         added = tokenizer.get_added_tokens_decoder()
-        self._specials = frozenset(token for token, form in added.items() if form.special)
+        self._specials = {token: form.content for token, form in added.items() if form.special and form.content}
 
     @classmethod
     def read(cls, folder: Path) -> "TextCodec":
@@ -54,64 +65,134 @@ class TextCodec:
         Raises:
             BundleError: a file cannot be read.
         """
-        with _refusing(BundleError, f"{TOKENIZER_NAME} cannot be read"):
+        with refusing(BundleError, f"{TOKENIZER_NAME} cannot be read"):
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
         return cls(tokenizer, read_template(folder / CHAT_TEMPLATE_NAME) or None)
 
     @cached_property
     def _longest(self) -> int:
-        """Characters of the longest token; 0 where characters may have none. Found when a text is long enough."""
-        tokenizer = self.tokenizer
-        return max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if _keeps_all(tokenizer) else 0
+        """Characters of the longest token; found when a text is long enough."""
+        return max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
 
-    def require_length(self, text: str, most_tokens: int) -> None:
-        """Refuses text that cannot be so few tokens, before it is tokenized, which takes its time for a long one.
+    def require_length(self, text: str, max_tokens: int) -> None:
+        """Refuses text that is too long for so many tokens before it is tokenized, which takes seconds for megabytes.
 
         Raises:
-            CapacityError: it has more characters than so many of the longest token.
+            CapacityError: the text has more characters than that many of the longest token. Where a tokenizer drops
+                or joins characters that is no bound: there 64 characters a token, or the longest token's, and 65,536
+                more are accepted.
         """
-        if len(text) > most_tokens and self._longest and len(text) > most_tokens * self._longest:
+        if len(text) <= max_tokens:
+            return
+        limit = max_tokens * self._longest
+        if not _keeps_all(self.tokenizer):
+            limit = max_tokens * max(self._longest, _CHARACTERS_PER_TOKEN) + _MORE_CHARACTERS
+        if len(text) > limit:
             raise CapacityError(
-                f"{len(text)} characters are more than so many tokens can have, the capacity is {most_tokens}: "
-                "shorten the text"
+                f"{len(text)} characters are more than so many tokens can have, the capacity is {max_tokens}: "
+                f"at most {limit} characters are tokenized, shorten the text"
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``.
+        """Token ids of ``text``; the name of a control token is that token.
 
         Raises:
             TokenError: empty text, half characters, or text that the tokenizer refuses.
         """
         require_text(text, "the prompt")
-        with _refusing(TokenError, "the tokenizer refuses the prompt"):
-            ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        if not ids:
-            raise TokenError("the prompt is empty: give at least one character")
-        return ids
+        return _some(list(_encode(self.tokenizer, text, with_offsets=False).ids))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        ending: ChatEnding = "prompt",
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Token ids of a chat. Control tokens are those that the template writes; in messages their names are text,
+        unless ``parse_special`` is set.
+
+        Args:
+            messages: as for ``render``.
+            tools: as for ``render``.
+            ending: as for ``render``.
+            max_tokens: capacity, by which a longer text is refused before it is tokenized; None: without bound.
+
+        Raises:
+            CapacityError, TokenError: as for ``require_length``, ``render`` and ``encode``.
+        """
+        template = self._chat_template()
+        checked, functions = self._check(template, messages, tools)
+        plain = template.render(checked, functions, ending)
+        if max_tokens is not None:
+            self.require_length(plain, max_tokens)
+        if self.parse_special:
+            return self.encode(plain)
+
+        def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+            return template.render(messages, tools, ending)
+
+        return _some(self._control.encode(plain, checked, functions, render))
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.chat_template or "", _encode)
 
     @property
     def takes_tools(self) -> bool:
         """Whether the chat template reads functions that may be called."""
         return self._template is not None and self._template.takes_tools
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The chat as the model was trained to see it, up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        ending: ChatEnding = "prompt",
+    ) -> str:
+        """The chat as the model was trained to see it.
 
         Args:
             messages: as ``check_messages`` takes them.
             tools: functions that may be called, as OpenAI writes them; None: none.
+            ending: ``prompt``: up to where the answer begins; ``none``: the messages alone; ``continue``: up to the end
+                of the last message's text, an assistant's, so that the answer continues it.
 
         Raises:
             TokenError: no message, one that breaks a rule or that the template refuses, or no template at all.
         """
+        template = self._chat_template()
+        return template.render(*self._check(template, messages, tools), ending)
+
+    def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             raise TokenError("this bundle has no chat template: pass raw=True to give the text as it is")
-        checked = check_messages(messages, self._template.takes_parts)
-        return self._template.render(checked, None if tools is None else check_tools(tools))
+        return self._template
 
-    def stream(self) -> "StreamDecoder":
-        """A decoder for one answer."""
-        return StreamDecoder(self.tokenizer, self._specials)
+    def _check(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        return check_messages(messages, template.takes_parts), None if tools is None else check_tools(tools)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of all tokens, special ones by their names."""
+        with refusing(TokenError, "the tokenizer cannot decode its tokens"):
+            if len(ids) < _LONG:
+                text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+                return text
+            texts: list[str] = self.tokenizer.decode_batch([ids], skip_special_tokens=False)
+            return texts[0]
+
+    def stream(self, context: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for one answer, which follows the tokens of ``context``."""
+        return StreamDecoder(self.tokenizer, self._specials.keys(), context)
+
+    def special_name(self, token: int) -> str | None:
+        """The name of a special token, which is no part of an answer's text; None for other tokens."""
+        return self._specials.get(token)
+
+    def special_stops(self, stops: Sequence[str]) -> StopMatcher:
+        """A matcher of those stop strings that hold the name of a special token, over text with these names."""
+        return StopMatcher([stop for stop in stops if any(name in stop for name in self._specials.values())])
 
 
 def read_template(path: Path) -> str:
@@ -128,21 +209,6 @@ def read_template(path: Path) -> str:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
-@contextmanager
-def _refusing(kind: type[MeltError], what: str) -> Iterator[None]:
-    """Makes ours of what tokenizers raises: plain exceptions, and panics, which are not even those.
-
-    Raises:
-        MeltError: of the kind that is given.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{what}: {error}") from error
-        raise
-
-
 def _keeps_all(tokenizer: Tokenizer) -> bool:
     """Whether every character of a text stands in its tokens: nothing is normalized, or left out between words."""
     how = repr(tokenizer.pre_tokenizer)
@@ -150,76 +216,21 @@ def _keeps_all(tokenizer: Tokenizer) -> bool:
     return tokenizer.normalizer is None and "ByteLevel" in how and not drops
 
 
-class StreamDecoder:
-    """Token by token to text; holds back what may still be half a character.
+def _encode(tokenizer: Tokenizer, text: str, with_offsets: bool = True) -> Encoding:
+    """Tokenizes text as it is; a long one without holding the interpreter's lock, as only batches do."""
+    with refusing(TokenError, "the tokenizer refuses the prompt"):
+        if len(text) < _LONG:
+            return tokenizer.encode(text, add_special_tokens=False)
+        encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
+        return encode([text], add_special_tokens=False)[0]
 
-    Together the pieces are what the tokenizer makes of all tokens at once, special tokens left out.
+
+def _some(ids: list[int]) -> list[int]:
+    """The ids themselves.
+
+    Raises:
+        TokenError: there are none.
     """
-
-    def __init__(self, tokenizer: Tokenizer, specials: Set[int]):
-        self._tokenizer, self._specials = tokenizer, specials
-        # Text of a token depends on its neighbours: the tokens last shown are decoded again with those held back.
-        self._shown: list[int] = []
-        self._held: list[int] = []
-        self._before = ""  # text of the shown ones
-
-    def push(self, token: int) -> str:
-        """Text that is complete with this token, often one token's, sometimes none."""
-        word = self._tokenizer.id_to_token(token)
-        if word is None or token in self._specials:
-            return ""
-        self._held.append(token)
-        if _BYTE.fullmatch(word):  # the next byte decides what the bytes before are
-            return ""
-        text, before = self._decode(self._shown + self._held), self._before
-        if text.endswith("\ufffd") or not text.startswith(before) or text == before:
-            return ""
-        self._shown, self._held = self._held, []
-        self._before = self._decode(self._shown)
-        return text[len(before) :]
-
-    def flush(self) -> str:
-        """What was held back, when no more tokens come: characters that never became whole show as U+FFFD."""
-        text, before = self._decode(self._shown + self._held), self._before
-        self._shown, self._held, self._before = [], [], ""
-        return text[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        with _refusing(TokenError, "the tokenizer cannot show its tokens"):
-            text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
-"""A token that is one byte of a character, in tokenizers with such a fallback."""
-
-
-class StopMatcher:
-    """Finds stop strings in streamed text, also across pieces; holds back what may become one."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
-        self._held = ""
-        self.found: str | None = None
-
-    def push(self, piece: str) -> str:
-        """Text that is safe to show; after ``found`` is set, nothing more comes."""
-        text = self._held + piece
-        hits = [(text.index(stop), stop) for stop in self._stops if stop in text]
-        if hits:
-            place, self.found = min(hits)
-            self._held = ""
-            return text[:place]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    if not ids:
+        raise TokenError("the prompt is empty: give at least one character")
+    return ids

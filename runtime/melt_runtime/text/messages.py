@@ -15,7 +15,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def check_messages(messages: Sequence[Any], takes_parts: bool) -> list[dict[str, Any]]:
     """A copy of plain values, in the form in which transformers gives messages to a template.
 
-    Keys whose value is None are left out; keys beyond ``role`` and ``content`` pass as they are.
+    Keys whose value is None are left out; keys beyond ``role`` and ``content`` pass as they are. Where the template
+    reads no lists of parts, the parts of a content are joined by line breaks, as vLLM and llama.cpp do.
 
     Args:
         messages: at least one; each with a role, and a content that is text, a list of text parts
@@ -70,16 +71,16 @@ def _check(message: Any, place: str, takes_parts: bool) -> dict[str, Any]:
     if not isinstance(role, str):
         raise TokenError(f"{place}.role must be text such as 'user', got {_got(role)}")
     if isinstance(content, list):
-        _check_parts(content, place, takes_parts)
+        _check_parts(content, place)
+        if not takes_parts:
+            made["content"] = "\n".join(part["text"] for part in content)
     elif not (isinstance(content, str) or (content is None and made.get("tool_calls"))):
         raise TokenError(f"{place}.content must be text, got {_got(content)}")
-    if role == "user" and not _has_text(content):
-        raise TokenError(f"{place}: the content is empty: give at least one character")
     thought = next((made[name] for name in _REASONING if name in made), None)
     return made if thought is None else {"thinking": thought, **made, "reasoning_content": thought}
 
 
-def _check_parts(parts: list[Any], place: str, takes_parts: bool) -> None:
+def _check_parts(parts: list[Any], place: str) -> None:
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -87,13 +88,6 @@ def _check_parts(parts: list[Any], place: str, takes_parts: bool) -> None:
                 f"{place}.content[{number}] must be {{'type': 'text', 'text': ...}}, got "
                 f"{_got(part) if kind is None else f'type {shown(kind)}'}: the model reads text only"
             )
-    if not takes_parts:
-        raise TokenError(f"{place}.content must be text, got a list, which this chat template does not read: join it")
-
-
-def _has_text(content: Any) -> bool:
-    texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
-    return any(text.strip() for text in texts)
 
 
 def _got(value: Any) -> str:

@@ -7,7 +7,7 @@ are put into the parsed template here, the rest where it is called.
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateAssertionError, TemplateSyntaxError
@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, pass_context
 from jinja2.visitor import NodeTransformer
 
+from melt_runtime.arguments import shown
 from melt_runtime.errors import BundleError, TokenError
 from melt_runtime.text.template_filters import FUNCTIONS, key_of, offered_filters, offered_tests
 from melt_runtime.text.template_meter import CALL, NODE, STEP, WRITE, Meter, MeteredContext
@@ -28,6 +29,9 @@ _MAX_TOKENS = 30_000
 """Of Jinja; published templates have some thousand. Compiling takes a hundredth of a second for each hundred."""
 _UNITS = 10_000_000  # about a second
 _UNITS_PER_UNIT = 100  # of the messages: every character may be read and copied many times
+ChatEnding = Literal["prompt", "none", "continue"]
+"""How a chat ends: with the head of the answer, after its last message, or within it, to be continued."""
+_MARK = "\U000ffffd "  # a character for private use, and a space that trimming takes away
 _MAX_REASON = 500  # characters of an error that a template raises
 
 
@@ -57,17 +61,31 @@ class ChatTemplate:
         except Exception as error:  # jinja2's own, and what Python says of code that nests too deep
             raise BundleError(f"the chat template cannot be compiled: {_reason(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The chat up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        ending: ChatEnding = "prompt",
+    ) -> str:
+        """The chat, as transformers renders it.
 
         Args:
             messages: plain values as JSON has them.
             tools: functions that may be called, the same.
+            ending: how the text ends.
 
         Raises:
-            TokenError: the template refuses the messages, fails, or works for too long.
+            TokenError: the template refuses the messages, fails, or works for too long; or the last message is to be
+                continued and is no assistant's, or the template changes its text.
         """
-        variables = {"messages": messages, "add_generation_prompt": True, "tools": tools, "documents": None}
+        if ending == "continue":
+            return _continued(self.render(_with_mark(messages), tools, "none"))
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": ending == "prompt",
+            "tools": tools,
+            "documents": None,
+        }
         context = self._template.new_context(variables)
         assert isinstance(context, MeteredContext)
         try:
@@ -75,6 +93,29 @@ class ChatTemplate:
             return "".join(self._template.root_render_func(context))
         except Exception as error:  # a template can fail in every way that Python can
             raise TokenError(f"the chat template refuses these messages: {_reason(error)}") from error
+
+
+def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with a mark after the text of the last one."""
+    last = messages[-1]
+    content = last.get("content")
+    place = f"messages[{len(messages) - 1}]"
+    if last["role"] != "assistant":
+        raise TokenError(f"{place}.role must be 'assistant' to be continued, got {shown(last['role'])}")
+    if not content:
+        raise TokenError(f"{place}.content must be text to be continued, got none")
+    if isinstance(content, str):
+        return [*messages[:-1], {**last, "content": content + _MARK}]
+    part = {**content[-1], "text": content[-1]["text"] + _MARK}
+    return [*messages[:-1], {**last, "content": [*content[:-1], part]}]
+
+
+def _continued(rendered: str) -> str:
+    """The text up to the mark; a template that trims its messages has taken the mark's space away."""
+    before, mark, after = rendered.rpartition(_MARK.rstrip())
+    if not mark:
+        raise TokenError("the last message cannot be continued: the chat template leaves its text out")
+    return before if after.startswith(_MARK[len(mark) :]) else before.rstrip()
 
 
 def _budget(messages: Sequence[Mapping[str, Any]]) -> Meter:
