@@ -35,6 +35,9 @@ settings.load_profile("melt")
 # torch builds its table of some 500 operators anew for every graph, a third of the time of an export as small as ours.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
+HANG = 1200
+"""Seconds after which a test gives up on a process that does not end; a busy machine needs far less."""
+
 LOOKED_UP: list[str] = []
 """Hosts beyond this machine that this process looked up."""
 

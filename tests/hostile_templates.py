@@ -1,13 +1,16 @@
 # ruff: noqa: E501
 """Templates that would run without end, fill the memory, crash Python, or reach what they must not.
 
-Run as a program, it renders each and prints what came out, a line of JSON each; the last line is the memory in bytes.
+Run as a program, it renders each and prints what came out, a line of JSON each; the last line is the
+address space that all of them needed, in bytes (Linux).
 """
 
 import json
+import sys
+
+from address_space import mapped_bytes
 
 from melt_runtime.errors import MeltError
-from melt_runtime.memory.process import resident_bytes
 from melt_runtime.text import templates
 
 HOSTILE = {
@@ -139,13 +142,15 @@ UNITS = 3_000_000
 
 def main() -> None:
     templates._UNITS = UNITS
+    before = mapped_bytes("VmSize") if sys.platform == "linux" else 0
     for name, source in HOSTILE.items():
         try:
             said = templates.ChatTemplate(source).render([{"role": "user", "content": "hi"}])[:100]
         except MeltError as error:
             said = f"{type(error).__name__}: {error}"
         print(json.dumps([name, said]), flush=True)
-    print(json.dumps(["memory", resident_bytes()]))
+    if sys.platform == "linux":
+        print(json.dumps(["memory", mapped_bytes("VmPeak") - before]))
 
 
 if __name__ == "__main__":

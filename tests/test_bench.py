@@ -39,7 +39,7 @@ def test_figures_agree_with_each_other(rows, random_bundle):
         assert row.tokens_per_second == pytest.approx(tokens / row.seconds)
         assert row.bandwidth == pytest.approx(manifest.streamed_bytes["loop"] / row.loop_seconds)
         assert 0 < row.loop_seconds < row.seconds
-        assert row.peak_bytes > 30e6
+        assert 0 < row.state_bytes < row.peak_bytes
 
 
 def test_state_is_what_the_plan_says_and_the_same_for_every_depth(rows, random_bundle):

@@ -10,7 +10,7 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 from live_server import served
 from test_web import web
 
@@ -51,13 +51,13 @@ class Page:
         """What its next step found."""
         line = self._node.stdout.readline()
         if not line:
-            _, errors = self._node.communicate(timeout=60)
+            _, errors = self._node.communicate(timeout=HANG)
             raise AssertionError(errors)
         return json.loads(line)
 
     def end(self):
         """Waits until it has closed its browser."""
-        self._node.communicate(timeout=60)
+        self._node.communicate(timeout=HANG)
         assert self._node.returncode == 0
 
     def kill(self):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import MELT_TINY, ROOT, random_model, save_checkpoint
+from conftest import HANG, MELT_TINY, ROOT, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig as TransformersGenerationConfig
@@ -451,7 +451,7 @@ def test_interrupting_an_export_leaves_no_bundle(checkpoint, tmp_path, signum):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.kill(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert errors.strip().endswith("error: interrupted; nothing was written")
     assert list(made.iterdir()) == []

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import HANG
 
 from melt_files import matching, partial_folder, partials, remove_dead, replace_text, require_absent, staged
 
@@ -187,7 +188,7 @@ def test_several_processes_make_and_clean_up_at_once(tmp_path):
     processes = [context.Process(target=_make_many, args=(tmp_path, number, queue)) for number in range(3)]
     for process in processes:
         process.start()
-    assert [queue.get(timeout=120) for _ in processes] == ["well"] * 3
+    assert [queue.get(timeout=HANG) for _ in processes] == ["well"] * 3
     for process in processes:
         process.join()
     assert len(names(tmp_path)) == 3 * 40 + 1

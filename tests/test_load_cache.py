@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HANG
 
 from melt_export.bundle import ExportOptions, export_source
 from melt_export.source import random_source
@@ -419,7 +420,7 @@ def run_at_once(code, *commands) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code, *map(str, command)]) for command in commands
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * len(commands)
+    assert [process.wait(timeout=HANG) for process in processes] == [0] * len(commands)
 
 
 def test_processes_make_and_clear_the_same_cache(tmp_path):

@@ -1,6 +1,7 @@
 """L0: sizes of the state, known before allocation, and its rules."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,7 +233,35 @@ def test_a_state_that_the_machine_has_no_memory_for_is_refused_before_it_is_allo
         require_state_memory(plan(batch=64, capacity=128))
     monkeypatch.setattr("melt_runtime.loading.opening.available_bytes", lambda: None)
     require_state_memory(plan(batch=64, capacity=128))
-    assert (available_bytes() or 1 << 30) > 1 << 20
+
+
+GROUP = "/sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 7 kB\n"}, 7 * 1024),
+        ({f"{GROUP}.max": "5000", f"{GROUP}.current": "4000", f"{GROUP}.stat": "anon 1\ninactive_file 300\n"}, 1300),
+        (
+            {
+                **{"/proc/meminfo": "MemAvailable: 1 kB", f"{GROUP}.max": "5000"},
+                **{f"{GROUP}.current": "4000", f"{GROUP}.stat": "anon 1"},
+            },
+            1000,
+        ),
+        ({"/proc/meminfo": "MemAvailable: 1 kB", f"{GROUP}.max": "max", f"{GROUP}.current": "4000"}, 1024),
+    ],
+)
+def test_free_memory_is_the_machines_or_what_its_control_group_leaves(files, available, monkeypatch):
+    def read(path: Path, encoding: str) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert available_bytes() == available
 
 
 def test_memory_that_cannot_be_had_says_what_to_lower():

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import HANG
 
 from melt_runtime import BusyError, MeltModel, NumericalError, Session, StreamError
 
@@ -319,7 +320,7 @@ def in_threads(tasks: list) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=120)
+            thread.join(timeout=HANG)
             assert not thread.is_alive()
     finally:
         sys.setswitchinterval(interval)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import CONVERSATIONS, FAMILIES, TAKE_PARTS
-from conftest import MELT_TINY
+from conftest import HANG, MELT_TINY
 from hostile_templates import HOSTILE
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -124,7 +124,7 @@ def test_every_rendering_has_a_budget_of_its_own():
 def outcomes() -> dict[str, object]:
     """What came of each hostile template, in a process that may crash, hang or grow."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "hostile_templates.py"], capture_output=True, text=True, timeout=300
+        [sys.executable, Path(__file__).parent / "hostile_templates.py"], capture_output=True, text=True, timeout=HANG
     )
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
@@ -139,8 +139,9 @@ def test_hostile_templates_end_in_one_error(outcomes, name):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads address space from /proc")
 def test_hostile_templates_need_little_memory(outcomes):
-    assert outcomes["memory"] < 500e6
+    assert outcomes["memory"] < 100e6
 
 
 @pytest.mark.parametrize(

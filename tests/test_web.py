@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_model
+from conftest import HANG, ROOT, random_model
 from tolerances import PARITY, assert_close, assert_greedy
 
 from melt_export.tolerances import INTEGER_PRODUCTS
@@ -41,7 +41,7 @@ def check(web: Path, bundle: Path, out: Path, **task) -> dict:
     subprocess.run(["node", "build.mjs", bundle, out], cwd=web, check=True, capture_output=True)
     task = {"prompt": GOLDEN["prompt"], "question": GOLDEN["question"], **task}
     done = subprocess.run(
-        ["node", "check.mjs", out], cwd=web, input=json.dumps(task), capture_output=True, text=True, timeout=300
+        ["node", "check.mjs", out], cwd=web, input=json.dumps(task), capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
