@@ -3,7 +3,7 @@
 import { cp, mkdir, readFile, readdir, realpath, rm } from "node:fs/promises";
 import { join, sep } from "node:path";
 
-const OWN = ["engine.js", "melt.js", "bundle.js"];
+const OWN = ["engine.js", "melt.js", "chat.js", "bundle.js"];
 const CHAT = ["index.html", "chat.css", "page.js", "conversations.js"]; // the very files that `melt serve` sends
 const CHAT_FOLDER = new URL("../../runtime/melt_runtime/serve/page/", import.meta.url);
 const PAGE = [...CHAT, ...OWN];

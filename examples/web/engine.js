@@ -37,7 +37,10 @@ export async function* answer(messages, loops, _key, signal) {
     if (isWhole) shown = text;
   };
   model.generate(ids, { loops, maxNewTokens, onToken, signal }).then(
-    () => push(null),
+    () => {
+      push({ text: model.decode(tokens).slice(shown.length), loops: [] }); // what was to become a character
+      push(null);
+    },
     (error) => push(error),
   );
   for (;;) {

@@ -3,6 +3,7 @@
 
 import * as ort from "./vendor/ort.wasm.min.mjs";
 import { MeltError, fetchManifest, fileReader, isWhole, stopIdsOf } from "./bundle.js";
+import { ChatEncoder } from "./chat.js";
 import { Template } from "./vendor/jinja.js";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 
@@ -78,8 +79,10 @@ export class MeltModel {
     requireMemory(neededBytes(manifest, capacity), memoryLimit);
     const read = fileReader(url, manifest);
     const stopIds = stopIdsOf(await read.object("generation_config.json"), url);
-    const tokenizer = await opened(url, "tokenizer.json", async (name) => new Tokenizer(await read.object(name), {}));
-    const template = await opened(url, "chat_template.jinja", async (name) => new Template(await read.text(name)));
+    const form = await read.object("tokenizer.json");
+    const source = await read.text("chat_template.jinja");
+    const template = await opened(url, "chat_template.jinja", () => new Template(source));
+    const chats = await opened(url, "tokenizer.json", () => new ChatEncoder(Tokenizer, form, template, source));
     const externalData = [{ path: "weights.data", data: await read.bytes("weights.data") }];
     const sessions = {};
     for (const name of GRAPHS) {
@@ -91,11 +94,11 @@ export class MeltModel {
       }
     }
     requireShape(manifest.model, sessions, url);
-    return new MeltModel(manifest.model, sessions, capacity, tokenizer, template, stopIds);
+    return new MeltModel(manifest.model, sessions, capacity, chats, stopIds);
   }
 
-  constructor(shape, sessions, capacity, tokenizer, template, stopIds) {
-    Object.assign(this, { shape, sessions, capacity, tokenizer, template, stopIds });
+  constructor(shape, sessions, capacity, chats, stopIds) {
+    Object.assign(this, { shape, sessions, capacity, chats, stopIds });
     this.hasLoopIdx = sessions.loop.inputNames.includes("loop_idx");
     this.running = false;
     this.reset();
@@ -109,17 +112,15 @@ export class MeltModel {
 
   /** Token ids of a chat, ready for an answer. */
   encode(messages) {
-    let text;
     try {
-      text = this.template.render({ messages, add_generation_prompt: true, tools: null, documents: null });
+      return this.chats.encode(messages);
     } catch (error) {
       throw new MeltError(`the chat template refuses these messages: ${error.message}`);
     }
-    return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
   }
 
   decode(ids) {
-    return this.tokenizer.decode(ids, { skip_special_tokens: true });
+    return this.chats.tokenizer.decode(ids, { skip_special_tokens: true });
   }
 
   /**

@@ -97,9 +97,11 @@ class ControlTokens:
 
     def _forged(self, encoding: Encoding, marked: str, marks: "_Marks") -> Iterator[bool]:
         """Of each control token: whether it begins in a message."""
-        places = [place for place, token in enumerate(encoding.ids) if token in self._control]
-        offsets = encoding.offsets if places else []
-        return (marks.are_in(marked[slice(*offsets[place])]) for place in places)
+        return (
+            marks.are_in(marked[slice(*_span(encoding, place))])
+            for place, token in enumerate(encoding.ids)
+            if token in self._control
+        )
 
 
 class _Marks:
@@ -198,9 +200,12 @@ class _Apart:
         """Token ids of a text in which stand-ins mark what is text."""
         encoding = encode(self._tokenizer, marked, True)
         parts, end = [], 0
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        for place, token in enumerate(encoding.ids):
+            if token not in self._control:
+                continue
+            start, stop = _span(encoding, place)
             found = marked[start:stop]
-            if token not in self._control or marks.are_in(found) or not self._is_name(found, token):
+            if marks.are_in(found) or not self._is_name(found, token):
                 continue
             name = self._control[token].content
             name = name if name in found else found.strip()
@@ -210,16 +215,22 @@ class _Apart:
         text = marks.removed("".join([*parts, marked[end:]]))
         encoding = encode(self._twin, text, True)
         ids: list[int] = []
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        for place, token in enumerate(encoding.ids):
             if token in self._ids:
                 ids.append(self._ids[token])
-            elif token in self._control and self._is_name(text[start:stop], token):
-                # The model itself has a piece for this text: spell it.
-                letters = [found.id for letter in text[start:stop] for found in self._tokenizer.model.tokenize(letter)]
-                ids += [letter for letter in letters if letter != token]
             else:
-                ids.append(token)
+                ids += self._spelled(token, encoding, place, text)
         return ids
+
+    def _spelled(self, token: int, encoding: Encoding, place: int, text: str) -> list[int]:
+        """The token; letter by letter where the model itself has made a control token of a text."""
+        if token not in self._control:
+            return [token]
+        found = text[slice(*_span(encoding, place))]
+        if not self._is_name(found, token):
+            return [token]
+        letters = [piece.id for letter in found for piece in self._tokenizer.model.tokenize(letter)]
+        return [letter for letter in letters if letter != token]
 
     def _is_name(self, found: str, token: int) -> bool:
         """Whether a text is a token's own; else the model gave the token for a letter that it does not know."""
@@ -227,6 +238,12 @@ class _Apart:
         if found.strip() == name.strip():
             return True
         return normalizer is not None and normalizer.normalize_str(found.strip()) == normalizer.normalize_str(name)
+
+
+def _span(encoding: Encoding, place: int) -> tuple[int, int]:
+    """The characters of a token: one by one, since a list of all holds every other thread up for a long text."""
+    span: tuple[int, int] | None = encoding.token_to_chars(place)
+    return (0, 0) if span is None else span
 
 
 def _is_plain(text: str) -> bool:
