@@ -1,5 +1,7 @@
 """L0: control tokens in chats: the template writes them, and what people, tools and names say stays text."""
 
+from types import SimpleNamespace
+
 import pytest
 from chat_templates import CONVERSATIONS, FAMILIES
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from melt_runtime.cli.main import main
 from melt_runtime.errors import TokenError
 from melt_runtime.text.codec import TextCodec
 
@@ -191,3 +194,13 @@ def test_published_templates_give_the_ids_of_transformers(family):
         except TokenError:
             continue
         assert codec.encode_chat(messages) == codec.encode(text)
+
+
+@pytest.mark.parametrize("flags", [[], ["--parse-special"]])
+def test_the_server_has_an_option_for_those_who_wrote_the_messages(flags, monkeypatch):
+    codec = SimpleNamespace(parse_special=None)
+    monkeypatch.setattr("melt_runtime.cli.serve.load_model", lambda *_, **__: SimpleNamespace(codec=codec))
+    monkeypatch.setattr("melt_runtime.serve.app.make_app", lambda *_: None)
+    monkeypatch.setattr("melt_runtime.serve.listening.listen", lambda *_, **__: None)
+    assert main(["serve", "bundle", *flags]) == 0
+    assert codec.parse_special is bool(flags)
