@@ -9,19 +9,22 @@ import urllib.request
 
 import openai
 import pytest
-import uvicorn
 
 from melt_runtime import MeltModel
 from melt_runtime.serve.app import ServeOptions, make_app
+from melt_runtime.serve.connections import ConnectionLimits
+from melt_runtime.serve.listening import Server
 
 
 @contextlib.contextmanager
-def served(model: MeltModel, **options):
+def served(model: MeltModel, limits: ConnectionLimits | None = None, send_buffer: int | None = None, **options):
     """Serves until the block ends; gives the address, ``http://127.0.0.1:PORT``."""
     with socket.socket() as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # of every connection
         listener.bind(("127.0.0.1", 0))
         app = make_app(model, ServeOptions(**{"name": "melt-tiny", **options}))
-        server = uvicorn.Server(uvicorn.Config(app.asgi, log_level="warning", timeout_graceful_shutdown=5))
+        server = Server(app, limits or ConnectionLimits(256, 256), drain_seconds=0.0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,7 +1,10 @@
 """Slots and files: sequences that are copied, written and read again go on as if nothing had happened."""
 
+import errno
 import json
 import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +169,72 @@ def test_what_is_no_such_file_is_refused(model, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(SavedError, match="cannot be read as a saved session"):
         model.new_session().restore(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "zeros", "longer"])
+def test_what_could_hang_or_fill_the_memory_is_refused_unread(model, tmp_path, kind):
+    """The last two are sparse files of 2 TB, one with the header of a sound one."""
+    path = tmp_path / "talk"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        talk(model.new_session()).save(path)
+        os.truncate(path, 0) if kind == "zeros" else None
+        os.truncate(path, 1 << 41)
+    with pytest.raises(SavedError, match="cannot be read as a saved session"):
+        model.new_session().restore(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1 << 60, 1 << 60], "data_offsets": [0, 1 << 61]},
+        {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]},
+        {"dtype": [], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        [],
+    ],
+)
+def test_a_header_that_lies_about_sizes_is_refused(model, tmp_path, entry):
+    header = json.dumps({"keys.0.0": entry, "__metadata__": {"melt": "{}"}}).encode()
+    (tmp_path / "talk").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(SavedError, match="cannot be read as a saved session"):
+        model.new_session().restore(tmp_path / "talk")
+
+
+def test_memory_that_is_not_there_is_no_raw_error(model, tmp_path, monkeypatch):
+    path, session = tmp_path / "talk", model.new_session()
+    talk(model.new_session()).save(path)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("melt_runtime.execute.tensors.np.empty", fails)
+    with pytest.raises(SavedError, match="not enough memory"):
+        session.restore(path)
+    assert look(session)[:2] == ((), [])
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(model, tmp_path):
+    """A limit on the size of files, which the system refuses in the same place."""
+    path, session = tmp_path / "talk", talk(model.new_session())
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            session.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("talk", "old")]
 
 
 def test_another_models_session_and_one_that_does_not_fit(random_bundle, model, tmp_path):

@@ -21,6 +21,7 @@ from live_server import (
     JSON,
     KEY,
     LONG,
+    QUESTION,
     address,
     ask,
     client,
@@ -32,10 +33,12 @@ from live_server import (
     wait_until,
 )
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from melt_runtime import MeltModel
 from melt_runtime.cli.main import main
 from melt_runtime.cli.serve import _names
+from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest
 
 __all__ = ["address", "client", "lone", "model"]
@@ -98,6 +101,14 @@ TEXTS = "/v1/completions"
             *(400, "response_format", "invalid_value", "the json_schema cannot be compiled"),
         ),
         (TEXTS, {"prompt": [[5]] * 100, "n": 2}, 400, "n", "invalid_value", "prompts times n must be at most"),
+        (
+            *(TEXTS, {"prompt": ["a"] * 8, "n": 16, "max_tokens": 490, "logprobs": 20}, 400, "logprobs"),
+            *("invalid_value", "logprobs of all tokens of a request must be at most 131072, got 1317120"),
+        ),
+        (
+            *(TEXTS, {"prompt": [[5] * 300] * 8, "n": 16, "max_tokens": 100, "loops": 100}, 400, "max_tokens"),
+            *("invalid_value", "tokens times loops of all prompts and answers of a request must be at most 524288"),
+        ),
         (TEXTS, b"{", 400, None, "json_invalid", "the body must be JSON"),
         (TEXTS, b"[" * 50_000, 400, None, None, ""),
         (TEXTS, b'{"prompt": "' + b"a" * 300_000 + b'"}', 413, None, "body_too_large", "200000 bytes"),
@@ -224,12 +235,41 @@ def test_a_wrong_body_of_many_parts_is_refused_at_its_first_faults():
         assert raised.value.error_count() <= 4
 
 
-def test_more_answers_than_can_be_are_no_matter_of_time(model_of_one):
+def test_a_request_of_many_answers_is_one_in_the_queue(model_of_one):
     with served(model_of_one, queue=1) as address:
         status, _, answer = ask(address, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 1})
-        assert status == 400
-        assert "this server takes 2 answers at once" in answer["error"]["message"]
-        assert ask(address, "/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 1})[0] == 200
+        assert (status, len(answer["choices"])) == (200, 3)
+
+
+def test_no_request_goes_deeper_than_the_server_allows(model_of_one):
+    cases = [
+        ({}, {"2"}),  # the model's own depth is 4
+        ({"loops": 1}, {"1"}),
+        ({"loops": "auto", "exit_rule": "settled"}, {"1", "2"}),
+        ({"loops": 3}, "loops must be at most 2 on this server, got 3"),
+        ({"loops": 1024}, "loops must be at most 2 on this server"),
+        ({"loops": "auto", "max_loops": 3}, "loops must be at most 2 on this server"),
+        ({"loops": "auto", "min_loops": 3}, "min_loops must be at most max_loops (2)"),
+    ]
+    with served(model_of_one, max_loops=2) as address:
+        for depth, expected in cases:
+            status, _, answer = ask(address, "/v1/completions", {"prompt": "Who?", "max_tokens": 4, **depth})
+            if isinstance(expected, str):
+                assert (status, expected in answer["error"]["message"]) == (400, True), answer
+            else:
+                assert set(answer["usage"]["depth_histogram"]) <= expected, answer
+
+
+def test_large_answers_are_built_beside_the_event_loop(address, monkeypatch):
+    threads = []
+
+    def whole(*arguments, of_writer=Writer.whole):
+        threads.append(threading.current_thread().name)
+        return of_writer(*arguments)
+
+    monkeypatch.setattr(Writer, "whole", whole)
+    assert ask(address, "/v1/completions", {"prompt": "Who?", "max_tokens": 4, "logprobs": 20})[0] == 200
+    assert threads[0].startswith("asyncio_")  # of the loop's pool
 
 
 def test_a_grammar_that_costs_too_much_ends_its_own_answer(address, monkeypatch):
@@ -251,6 +291,57 @@ def test_a_text_that_cannot_fit_is_not_tokenized(address, monkeypatch):
     ):
         status, _, answer = ask(address, path, body)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_operations_on_one_session_are_whole(tiny_bundle, tmp_path, monkeypatch):
+    """Of many clients over one name; then a full disk, and what is no session."""
+    chat = [{"role": "user", "content": f"{QUESTION}{QUESTION}"}]
+    saved = {"name": "ana", "messages": chat}
+    operations = (
+        ("POST", "/v1/sessions", saved),
+        ("POST", "/v1/sessions/ana/restore", None),
+        ("DELETE", "/v1/sessions/ana", None),
+    )
+    found = set()
+    with served(MeltModel.load(tiny_bundle, device="cpu", capacity=512, slots=2), sessions=tmp_path) as address:
+        ask(address, CHATS, {"messages": chat, "max_tokens": 2})
+
+        def work(place):
+            for number in range(15):
+                method, path, body = operations[(place + number) % 3]
+                status, _, answer = ask(address, path, body, method=method)
+                found.add((status, (answer.get("error") or {}).get("code")))
+
+        threads = [threading.Thread(target=work, args=(place,)) for place in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found <= {(200, None), (404, "session_not_found"), (409, "session_unusable")}
+        assert {status for status, _ in found} >= {200, 404}
+
+        def full(*_):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("melt_runtime.execute.tensors.save_file", full)
+            status, _, answer = ask(address, "/v1/sessions", saved)
+            assert (status, answer["error"]["code"]) == (507, "storage_error")
+            assert answer["error"]["message"].endswith("No space left on device")
+            patch.setattr("pathlib.Path.unlink", lambda *_, **__: os.stat("/proc/self/mem/x"))
+            (tmp_path / "here.melt-session").write_text("")
+            assert ask(address, "/v1/sessions/here", method="DELETE")[0] == 507
+        (tmp_path / "folder.melt-session").mkdir()
+        os.mkfifo(tmp_path / "pipe.melt-session")
+        for name in ("folder", "pipe"):
+            status, _, answer = ask(address, "/v1/sessions", {**saved, "name": name})
+            assert (status, answer["error"]["code"]) == (409, "session_unusable")
+            assert str(tmp_path) not in answer["error"]["message"]
+            assert ask(address, f"/v1/sessions/{name}/restore", method="POST")[0] == 404
+        tmp_path.rename(tmp_path.with_name("moved"))
+        assert ask(address, "/v1/sessions", saved)[0] == 507
+        assert ask(address, "/v1/sessions")[2]["data"] == []
+        assert ask(address, "/v1/sessions/ana", method="DELETE")[0] == 404
 
 
 def test_too_many_are_told_to_come_back(model_of_one):
@@ -309,10 +400,21 @@ def test_a_key_is_needed_where_there_is_one(model_of_one):
 
 def test_other_names_and_kinds_of_bodies_are_refused(model_of_one):
     """A page whose name leads here, and a form that a page of anybody's may send."""
-    with served(model_of_one, hosts=("localhost", "127.0.0.1")) as address:
-        assert ask(address, "/health")[0] == 200
-        status, _, answer = ask(address, "/health", headers={"Host": "example.org:80"})
-        assert (status, answer["error"]["code"]) == (403, "unknown_host")
+    with served(model_of_one, hosts=("localhost", "mine.example")) as address:
+        for host in (
+            "localhost",
+            "LOCALHOST.:80",
+            "mine.example:1",
+            "127.0.0.1:9",
+            "10.1.2.3",
+            "[::1]:8080",
+            "[fe80::1]",
+        ):
+            assert ask(address, "/health", headers={"Host": host})[0] == 200, host
+        for host in ("example.org:80", "mine.example.evil.org", "", "127.0.0.1.evil.org", "0x7f.1", "[::1].evil.org"):
+            status, _, answer = ask(address, "/health", headers={"Host": host})
+            assert (status, answer["error"]["code"]) == (403, "unknown_host"), host
+            assert "mine" not in answer["error"]["message"]
         for kind in ("text/plain", "application/x-www-form-urlencoded"):
             status, _, answer = ask(address, "/v1/completions", LONG, {"Content-Type": kind})
             assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
@@ -355,6 +457,8 @@ def test_other_pages_may_not_ask_unless_they_are_listed(model_of_one):
         (["--no-key"], {"MELT_API_KEY": KEY}, "--no-key must be left out where a key is given"),
         (["--port", "70000"], {}, "--port must be at most 65535"),
         (["--slots", "0"], {}, "--slots must be at least 1"),
+        (["--most-loops", "1025"], {}, "--most-loops must be at most 1024"),
+        (["--no-key", "--host", "0.0.0.0", "--allow-host", "*"], {}, "--allow-host must be a name"),
         (["--timeout", "0"], {}, "--timeout must be above 0"),
         (["--api-key-file", "/nowhere"], {}, "No such file"),
         (["--capacity", "100000"], {}, "capacity must be at most 4096"),
@@ -446,6 +550,10 @@ def test_who_still_waits_when_a_server_ends_is_told_so(tiny_bundle):
             assert (status, answer["error"]["code"]) == (503, "cancelled")
 
 
-@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
-def test_a_server_answers_to_its_own_address(host, name):
-    assert name in _names(host)
+def test_a_server_without_a_key_answers_to_its_own_names_only():
+    machine = socket.gethostname().lower()
+    assert _names("127.0.0.1") == ("localhost",)
+    assert set(_names("0.0.0.0", ["Melt.Example."])) >= {"localhost", "melt.example", machine}
+    assert "box.example" in _names("box.example")
+    with pytest.raises(ValueError, match="--allow-host must be a name without port, got 'x:80'"):
+        _names("0.0.0.0", ["x:80"])

@@ -2,16 +2,28 @@
 
 import asyncio
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
 
+import numpy as np
 import pytest
 
-from melt_runtime import AsyncMeltModel, BusyError, CancelledError, GenerationConfig, MeltModel, QueueError, RunError
-from melt_runtime.reply import Part
+from melt_runtime import (
+    AsyncMeltModel,
+    BusyError,
+    CancelledError,
+    GenerationConfig,
+    MeltModel,
+    QueueError,
+    RunError,
+    SavedError,
+)
+from melt_runtime.reply import Part, Submission
 
 PROMPTS = [[(7 * place + start) % 650 for place in range(9 + start)] for start in range(12)]
 SAID = GenerationConfig(max_new_tokens=8, temperature=0.0)
@@ -94,11 +106,161 @@ def test_more_than_may_wait_are_refused(model, alone):
         held = [service.submit(prompt, LONG) for prompt in PROMPTS[:3]]
         wait_until(lambda: service.load.running == 3)
         waiting = [service.submit(prompt, SAID) for prompt in PROMPTS[3:5]]
-        with pytest.raises(QueueError, match="2 requests wait already, as many as may"):
+        with pytest.raises(QueueError, match=r"queue full \(2 requests waiting\)"):
             service.submit(PROMPTS[5], SAID)
         for reply in held:
             reply.cancel()
         assert [reply.wait().token_ids for reply in waiting] == alone[3:5]
+
+
+def test_requests_submitted_together_leave_slots_to_others(model, alone):
+    """They enter one by one while others wait, never fill all slots, and count as one in the queue."""
+    with model.new_service(queue=1) as service:
+        gate = threading.Event()
+        service.submit(PROMPTS[0], LONG, on_part=lambda _: gate.wait())  # holds the thread until all are there
+        wait_until(lambda: service.load.running == 1)
+
+        def together(count):
+            requests = [service.prepare(service.encode(PROMPTS[number]), SAID) for number in range(count)]
+            return service.submit_all([Submission(request) for request in requests])
+
+        first, second = together(6), together(2)
+        last = service.submit(PROMPTS[3], SAID)
+        assert service.load.waiting == 9
+        with pytest.raises(QueueError, match="queue full"):
+            together(2)
+        gate.set()
+        replies = [*first, *second, last]
+        assert [reply.wait().token_ids for reply in replies] == [*alone[:6], *alone[:2], alone[3]]
+        begun = sorted(replies, key=lambda reply: reply.started_at)
+        assert begun[:3] == [first[0], second[0], last]
+    with model.new_service() as service:
+        requests = [service.prepare(service.encode(PROMPTS[number]), LONG) for number in range(4)]
+        held = service.submit_all([Submission(request) for request in requests])
+        wait_until(lambda: service.load.running == 2)
+        assert service.submit(PROMPTS[5], SAID).wait().token_ids == alone[5]
+        assert (service.load.running, service.load.waiting) == (2, 2)
+        held[2].cancel()  # it waits, and never had a slot
+        with pytest.raises(CancelledError):
+            held[2].wait()
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), -1, "1", [], True, np.datetime64("nat")])
+def test_odd_seconds_are_refused(service, alone, seconds):
+    reply = service.submit(PROMPTS[0], SAID)
+    with pytest.raises(ValueError, match="seconds must be"):
+        reply.wait(seconds)
+    for long in (float("inf"), 1e300, 10**400, None, np.float32(60)):
+        assert reply.wait(long).token_ids == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda service: service.submit(PROMPTS[0], {"loops": 2}), "config must be a GenerationConfig"),
+        (lambda service: service.submit(PROMPTS[0], None), "config must be a GenerationConfig"),
+        (lambda service: service.submit(PROMPTS[0], SAID, raw=2), "raw must be True or False"),
+        (lambda service: service.submit(PROMPTS[0], SAID, on_part=3), "on_part must be callable"),
+        (lambda service: service.submit(PROMPTS[0], SAID, on_end="x"), "on_end must be callable"),
+        (lambda service: service.submit(iter(PROMPTS[0]), SAID), "prompt must be"),
+        (lambda service: service.save(PROMPTS[0], None), "path must be the path of a file"),
+        (lambda service: service.save(PROMPTS[0], "\0"), "path must be a path without null"),
+        (lambda service: service.save(PROMPTS[0], "/dev/null"), "path must be a file that may be replaced"),
+        (lambda service: service.save(PROMPTS[0], "/nowhere/x"), "path must lie in a folder that exists"),
+        (lambda service: service.restore(3), "path must be the path of a file"),
+        (lambda service: service.close(float("nan")), "seconds must be"),
+    ],
+)
+def test_odd_arguments_are_refused(service, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(service)
+    assert service.load.waiting == 0
+
+
+def test_a_forked_child_is_refused_and_never_waits(service, tmp_path):
+    """The service's thread does not run in it, and its locks may be taken for ever."""
+    reply = service.submit(PROMPTS[0], LONG)
+    ended = service.submit(PROMPTS[1], SAID)
+    ended.wait()
+    calls = [
+        lambda: service.submit(PROMPTS[0], SAID),
+        lambda: service.save(PROMPTS[0], tmp_path / "x"),
+        lambda: service.restore(tmp_path / "x"),
+        lambda: service.load,
+        reply.wait,
+    ]
+    with service._changed:  # as a pass of the service may hold it
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            refused = 0
+            for call in calls:
+                try:
+                    call()
+                except QueueError as error:
+                    refused += "forked" in str(error)
+            reply.cancel()
+            service.close()
+            os._exit(0 if (refused, len(ended.wait().token_ids), service.is_open) == (len(calls), 8, False) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    reply.cancel()
+
+
+def test_a_callback_does_not_wait_for_its_own_service(service, tmp_path):
+    errors = []
+
+    def on_part(_):
+        try:
+            service.save(PROMPTS[0], tmp_path / "x")
+        except BusyError as error:
+            errors.append(str(error))
+
+    service.submit(PROMPTS[0], SAID, on_part=on_part).wait()
+    assert errors
+    assert all("cannot wait for the service" in error for error in errors)
+
+
+def test_work_that_panics_ends_no_service(service, tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def fails(*_):
+        raise PanicException("of a library")
+
+    monkeypatch.setattr("melt_runtime.execute.saved.load_slot", fails)
+    with pytest.raises(RunError, match="PanicException: of a library"):
+        service.restore(tmp_path / "x")
+    assert service.is_open
+
+
+def spelled(codec, text):
+    """Tokens of a text, a character each: never those that the tokenizer would choose."""
+    return [codec.tokenizer.token_to_id(letter.replace(" ", "\u0120")) for letter in f" {text}"]
+
+
+@pytest.mark.parametrize("answer", ["Ana reports", "Ana", "Ana reports to Ben."])
+def test_a_conversation_whose_answer_tokenizes_otherwise_is_saved(model, service, tmp_path, answer):
+    drawn = spelled(model.codec, answer)
+
+    def draw(ids, logits):
+        return np.where(np.arange(len(logits)) == drawn[len(ids)], np.float32(0), np.float32(-np.inf))
+
+    chat = [{"role": "user", "content": "Who reports to whom? " * 3}]
+    asked = model.codec.encode(model.codec.render(chat))
+    config = GenerationConfig(max_new_tokens=len(drawn), stop_ids=(), logits_processors=(draw,))
+    result = service.submit(chat, config).wait()
+    assert result.text == answer
+    chat.append({"role": "assistant", "content": answer})
+    again = model.codec.encode(model.codec.render([*chat, {"role": "user", "content": "Why?"}]))
+    assert again[len(asked) :][: len(drawn)] != drawn
+    for _ in range(2):
+        saved = service.save(chat, tmp_path / "talk")
+        assert len(asked) <= saved < len(asked) + len(drawn)
+        assert service.restore(tmp_path / "talk") == saved
+    other = [{"role": "user", "content": "Who reports to whom? " * 2}]
+    for stranger in (other, [*other, chat[1]], [{"role": "user", "content": "Never asked"}]):
+        with pytest.raises(SavedError, match="no slot that is free holds this conversation"):
+            service.save(stranger, tmp_path / "talk")
 
 
 def test_what_cannot_be_answered_is_refused_before_it_waits(service):
@@ -203,7 +365,7 @@ def test_a_conversation_that_comes_back_finds_its_slot(service):
         service.submit([*range(start, start + 70), *one.token_ids, 1, 2], SAID).wait()
         for start, one in reversed([*zip((0, 100, 200), first, strict=True)])
     ]
-    chunk = service._desk.plan.chunk
+    chunk = service.desk.plan.chunk
     assert [one.cached_tokens for one in again] == [70 // chunk * chunk] * 3
     assert chunk <= 70
 

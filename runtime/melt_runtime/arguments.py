@@ -129,6 +129,20 @@ def path_of(name: str, value: object, what: str = "a folder") -> Path:
     return Path(text)
 
 
+def output_file(name: str, value: object) -> Path:
+    """``value`` as the path of a file that may be written, or replaced where it exists.
+
+    Raises:
+        ValueError: no path, one in no folder, or a folder, a link or a device.
+    """
+    path = path_of(name, value, "a file")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise ValueError(f"{name} must be a file that may be replaced, got {shown(str(path))}: it is something else")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} must lie in a folder that exists, got {shown(str(path))}: make it first")
+    return path
+
+
 def function_or_none(name: str, value: object) -> None:
     """Refuses what can be neither called nor left out.
 

@@ -125,7 +125,8 @@ class MeltModel:
         check_bundle(folder, manifest, cache, progress)
         codec = TextCodec.read(folder)
         check_vocabulary(codec, manifest.model)
-        defaults = read_defaults(folder, manifest.model, plan.cache_sets)
+        # Whoever names the loops of the caches may name those of each answer, too.
+        defaults = read_defaults(folder, manifest.model, plan.cache_sets if loops is None else None)
         sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache, progress)
         return cls(manifest, provider, sessions, codec, defaults, plan)
 

@@ -1,11 +1,13 @@
 """An answer in the making, as whoever asked a service for it sees it."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from melt_runtime.errors import without_frames
+from melt_runtime.arguments import real_number
+from melt_runtime.errors import QueueError, without_frames
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
@@ -28,6 +30,33 @@ class Part:
     logprobs: tuple[TokenLogprob, ...]
 
 
+@dataclass(frozen=True)
+class Submission:
+    """One of several requests that are submitted together.
+
+    Attributes:
+        request: checked prompt and settings, from ``Service.prepare``.
+        on_part: called with what comes, pass by pass.
+        on_end: called once, when ``result`` or ``error`` is there.
+    """
+
+    request: Request
+    on_part: Callable[[Part], None] | None = None
+    on_end: Callable[["Reply"], None] | None = None
+
+
+def require_process(process: int) -> None:
+    """Refuses a forked child, in which the service's thread does not run and its locks may stay taken for ever.
+
+    Raises:
+        QueueError: this process is another than ``process``.
+    """
+    if os.getpid() != process:
+        raise QueueError(
+            "this process was forked from the one in which the service runs: load a model and make a service in it"
+        )
+
+
 class Reply:
     """An answer in the making.
 
@@ -41,35 +70,45 @@ class Reply:
         started_at: the same when a slot was free; None before.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        on_part: Callable[[Part], None] | None,
-        on_end: Callable[["Reply"], None] | None,
-        wake: Callable[[], None],
-    ):
+    def __init__(self, submission: Submission, group: object, wake: Callable[[], None]):
         self.result: GenerationResult | None = None
         self.error: Exception | None = None
         self.queued_at = time.monotonic()
         self.started_at: float | None = None
-        self._request = request
-        self._on_part, self._on_end, self._wake = on_part, on_end, wake
+        self._request = submission.request
+        self._group = group  # what was asked for together
+        self._process = os.getpid()
+        self._on_part, self._on_end, self._wake = submission.on_part, submission.on_end, wake
         self._told = 0
         self._is_cancelled = False
         self._ended = threading.Event()
 
     def cancel(self) -> None:
-        """Ends it before the next pass, with ``CancelledError``, from any thread; not where it has ended."""
-        self._is_cancelled = True
-        self._wake()
+        """Ends it before the next pass, with ``CancelledError``, from any thread; not where it has ended.
+
+        In a forked child of the service's process it does nothing.
+        """
+        if os.getpid() == self._process:
+            self._is_cancelled = True
+            self._wake()
 
     def wait(self, seconds: float | None = None) -> GenerationResult:
         """The whole answer, once it is there.
 
+        Args:
+            seconds: time limit, at least 0; None: no limit.
+
         Raises:
             TimeoutError: not within ``seconds``; it goes on.
+            ValueError: ``seconds`` outside its rule.
+            QueueError: this process was forked from the service's before the answer was there.
             Exception: what ended it before its end, ``CancelledError`` where that was ``cancel``.
         """
+        if seconds is not None:
+            seconds = real_number("seconds", seconds, "at least 0", lambda value: value >= 0)
+            seconds = min(seconds, threading.TIMEOUT_MAX)
+        if not self._ended.is_set():
+            require_process(self._process)
         if not self._ended.wait(seconds):
             raise TimeoutError(f"the answer is not there after {seconds} s")
         if self.error is not None:

@@ -1,29 +1,32 @@
 """Requests from any thread over the slots of one state: a thread of its own steps the batch, pass by pass.
 
-Requests wait in the order in which they came and enter as slots become free, at any pass; one that is cancelled leaves
-its slot before the next pass. Their prompts go in chunks between the passes of those that decode.
+Requests enter as slots become free, at any pass, in the order in which they came. Of requests that were submitted
+together, one enters at a time while others wait, and one slot is left for others; a cancelled request leaves its slot
+before the next pass. Prompts go in chunks between the passes of those that decode.
 """
 
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from melt_runtime.arguments import real_number, whole_number
+from melt_runtime.arguments import function_or_none, instance, output_file, path_of, real_number, whole_number
+from melt_runtime.conversations import Conversations
 from melt_runtime.engine import Engine, Job
-from melt_runtime.errors import CancelledError, QueueError, RunError, SavedError
-from melt_runtime.reply import Part, Reply
+from melt_runtime.errors import BusyError, CancelledError, QueueError, RunError
+from melt_runtime.reply import Part, Reply, Submission, require_process
 from melt_runtime.request.generation_config import GenerationConfig
-from melt_runtime.request.prompts import Desk, EncodedPrompt, Prompt
+from melt_runtime.request.prompts import Desk, EncodedPrompt, Prompt, as_chat
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
-from melt_runtime.schedule.depth import Depth
+from melt_runtime.waiting import Waiting
 
 QUEUE = 128
 """Requests that may wait for a slot, where nobody says."""
@@ -38,7 +41,7 @@ class Load:
         slots: of the state.
         running: requests that have one.
         waiting: requests that wait for one.
-        queue: most that may.
+        queue: maximum number of waiting requests; those submitted together count as one.
         passes: runs of the loop graph since the service began.
     """
 
@@ -73,13 +76,15 @@ class Service:
         """
         self._queue = whole_number("queue", queue, 1, _MOST_QUEUE)
         self._engine, self.desk, self._slots = engine, desk, engine.executor.slots
-        self._waiting: deque[Reply] = deque()
+        self._waiting = Waiting()
         self._work: deque[tuple[Callable[[], int], Future[int]]] = deque()
         self._running: dict[Job, Reply] = {}
         self._changed = threading.Condition()
         self._is_closing = False
         self._deadline = 0.0
         self._passes_before = engine.passes
+        self._process = os.getpid()
+        self._conversations = Conversations(engine, desk.identity)
         held = threading.Event()
         refused: list[Exception] = []
 
@@ -107,61 +112,89 @@ class Service:
         return not self._is_closing and self._thread.is_alive()
 
     @property
-    def most(self) -> int:
-        """Requests that it can have at once, running and waiting."""
-        return self._queue + len(self._slots)
-
-    @property
     def load(self) -> Load:
-        """How busy it is now."""
+        """How busy it is now; in a forked child of the service's process a ``QueueError``."""
+        require_process(self._process)
         with self._changed:
-            return Load(
-                len(self._slots),
-                len(self._running),
-                len(self._waiting),
-                self._queue,
-                self._engine.passes - self._passes_before,
-            )
+            passes = self._engine.passes - self._passes_before
+            return Load(len(self._slots), len(self._running), len(self._waiting), self._queue, passes)
 
     def submit(
         self,
-        prompt: Prompt | EncodedPrompt,
+        prompt: Prompt,
         config: GenerationConfig,
         raw: bool = False,
         on_part: Callable[[Part], None] | None = None,
         on_end: Callable[[Reply], None] | None = None,
-        defaults: GenerationConfig | None = None,
     ) -> Reply:
-        """Takes a request; from any thread.
+        """Submits a request; from any thread.
 
         Args:
             prompt: as for ``MeltModel.generate``.
-            config: what it does not say, the bundle says.
+            config: generation options; unset fields take the bundle's defaults.
             raw: give a string to the model as it is.
             on_part: called with what comes, pass by pass.
             on_end: called once, when ``result`` or ``error`` is there.
+
+        Raises:
+            QueueError: the queue is full, the service is closing, or this process was forked from the service's.
+            TokenError, CapacityError, ValueError: as for ``MeltModel.generate``.
+        """
+        with self._open(queues=True):
+            pass  # before the work on its prompt
+        request = self.prepare(self.encode(prompt, raw), config)
+        return self.submit_all([Submission(request, on_part, on_end)])[0]
+
+    def encode(self, prompt: Prompt, raw: bool = False) -> EncodedPrompt:
+        """A prompt's token ids, as ``submit`` takes it.
+
+        Raises:
+            TokenError, CapacityError, ValueError: as for ``MeltModel.generate``.
+        """
+        instance("raw", raw, bool, "True or False")
+        return self.desk.read(prompt, raw)
+
+    def prepare(
+        self, prompt: EncodedPrompt, config: GenerationConfig, defaults: GenerationConfig | None = None
+    ) -> Request:
+        """A checked request, to be submitted with others.
+
+        Args:
+            prompt: from ``encode``; several requests may share it.
+            config: generation options.
             defaults: for fields that ``config`` does not have; the bundle has the others.
 
         Raises:
-            QueueError: as many requests wait as may, or the service is closing.
-            TokenError, CapacityError, ValueError: as for ``MeltModel.generate``.
+            CapacityError, ValueError: as for ``submit``.
         """
-        with self._changed:
-            self._require_room()
-        encoded = self.desk.read(prompt, raw)
-        request = Request(encoded, self.desk.settle(config, len(encoded.ids), defaults), self.desk.codec)
-        reply = Reply(request, on_part, on_end, self._notify)
-        with self._changed:
-            self._require_room()
-            self._waiting.append(reply)
+        instance("config", config, GenerationConfig, "a GenerationConfig")
+        return Request(prompt, self.desk.settle(config, len(prompt.ids), defaults), self.desk.codec)
+
+    def submit_all(self, submissions: Sequence[Submission]) -> list[Reply]:
+        """Submits requests together, all or none; from any thread. They count as one in the queue, and share the slots.
+
+        Raises:
+            QueueError: the queue is full, the service is closing, or this process was forked from the service's.
+            ValueError: a callback that cannot be called.
+        """
+        for one in submissions:
+            function_or_none("on_part", one.on_part)
+            function_or_none("on_end", one.on_end)
+        group = object()
+        replies = [Reply(one, group, self._notify) for one in submissions]
+        with self._open(queues=True):
+            self._waiting.add(replies)
             self._changed.notify()
-        return reply
+        return replies
 
     def save(self, prompt: Prompt, path: Path, raw: bool = False) -> int:
         """Writes what a free slot holds of a conversation to a file, in one step; from any thread, between two passes.
 
+        An answer's text may become other tokens than those that were drawn: what the slot holds is saved up to there,
+        which is what a request that goes on with the conversation can use.
+
         Args:
-            prompt: the conversation so far, as for ``submit``; a slot counts that holds nothing else.
+            prompt: the conversation so far, as for ``submit``, with or without its last answer.
             path: the file; one that exists is replaced.
             raw: as for ``submit``.
 
@@ -169,24 +202,19 @@ class Service:
             Cached tokens that were written.
 
         Raises:
-            SavedError: no slot holds any of it, or only ones that are at work.
+            SavedError: no slot holds it, or only ones that are at work.
             OSError: the file cannot be written.
-            QueueError: the service is closing.
+            QueueError: the service is closing, or this process was forked from the service's.
+            BusyError: called from a callback of the service.
+            TokenError, CapacityError, ValueError: as for ``submit``; or ``path`` is none that may be written.
         """
-        ids = self.desk.read(prompt, raw).ids
-
-        def run() -> int:
-            held = [slot for slot in self._slots if self._slots.is_free(slot) and slot.length]
-            held = [slot for slot in held if slot.ids[: slot.length] == ids[: slot.length]]
-            if not held:
-                raise SavedError("no slot that is free holds this conversation: let it be answered first")
-            slot = max(held, key=lambda slot: slot.length)
-            from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
-
-            save_slot(path, self._engine.executor.state, slot, self.desk.identity, {})
-            return slot.length
-
-        return self._between_passes(run)
+        file = output_file("path", path)
+        conversations = [self.encode(prompt, raw).ids]
+        chat = as_chat(prompt, raw)
+        if chat is not None and len(chat) > 1 and chat[-1].get("role") == "assistant":
+            # What was answered last. Some templates show an answer otherwise than they ask for it.
+            conversations.append(self.encode(chat[:-1]).ids)
+        return self._between_passes(lambda: self._conversations.save(conversations, file))
 
     def restore(self, path: Path) -> int:
         """Reads such a file into a free slot, whose next requests then need not compute it; from any thread.
@@ -197,29 +225,19 @@ class Service:
         Raises:
             SavedError: no such file, one of another model or KV cache, or a damaged one.
             CapacityError: more tokens than a slot has room for.
-            QueueError: every slot is at work, or the service is closing.
+            QueueError: every slot is at work, the service is closing, or this process was forked from the service's.
+            BusyError: called from a callback of the service.
+            ValueError: ``path`` is no path.
         """
-
-        def run() -> int:
-            from melt_runtime.execute.saved import load_slot
-
-            if not self._slots.free:
-                raise QueueError("every slot is at work: ask again later")
-            slot = self._slots.acquire_for((), Depth.fixed(1))
-            try:
-                load_slot(path, self._engine.executor.state, slot, self.desk.identity, dict[str, Any])
-                return slot.length
-            finally:
-                self._slots.release(slot)
-
-        return self._between_passes(run)
+        file = path_of("path", path, "a file")
+        return self._between_passes(lambda: self._conversations.restore(file))
 
     def _between_passes(self, work: Callable[[], int]) -> int:
-        """What ``work`` gives, run by the service's own thread, whose state is nobody else's to touch."""
+        """What ``work`` gives, run by the service's own thread, which alone may touch the state."""
+        if threading.current_thread() is self._thread:
+            raise BusyError("a callback of the service cannot wait for the service: call it from another thread")
         done: Future[int] = Future()
-        with self._changed:
-            if self._is_closing:
-                raise QueueError("the service is closing: it takes no more requests")
+        with self._open(queues=False):
             self._work.append((work, done))
             self._changed.notify()
         return done.result()
@@ -233,16 +251,20 @@ class Service:
                 work, done = self._work.popleft()
             try:
                 done.set_result(work())
-            except Exception as error:
-                done.set_exception(error)
+            except BaseException as error:  # whoever waits for it must be told, of a panic of a library too
+                done.set_exception(_as_exception(error))
 
     def close(self, seconds: float = 0.0) -> None:
         """Takes no more requests, gives those that it has ``seconds`` to end, cancels what is left, and ends.
+
+        In a forked child of the service's process it does nothing.
 
         Raises:
             ValueError: ``seconds`` is no number of at least 0.
         """
         seconds = real_number("seconds", seconds, "at least 0", lambda value: value >= 0)
+        if os.getpid() != self._process:
+            return
         with self._changed:
             if not self._is_closing:
                 self._is_closing = True
@@ -251,11 +273,20 @@ class Service:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _require_room(self) -> None:
-        if self._is_closing:
-            raise QueueError("the service is closing: it takes no more requests")
-        if len(self._waiting) + len(self._running) >= self.most:
-            raise QueueError(f"{self._queue} requests wait already, as many as may: ask again later")
+    @contextmanager
+    def _open(self, queues: bool) -> Iterator[None]:
+        """Holds the lock of a service that accepts work; ``queues``: a request, for which the queue must have room.
+
+        Raises:
+            QueueError: it does not, or there is none.
+        """
+        require_process(self._process)
+        with self._changed:
+            if self._is_closing:
+                raise QueueError("the service is closing: it accepts no new requests")
+            if queues and self._waiting.submissions >= self._queue + len(self._slots) - len(self._running):
+                raise QueueError(f"queue full ({self._queue} requests waiting); retry later")
+            yield
 
     def __enter__(self) -> Self:
         """The service itself."""
@@ -309,12 +340,12 @@ class Service:
             self._leave(job, result, job.error)
 
     def _admit(self) -> None:
-        """Gives free slots to those that wait, in their order."""
+        """Gives free slots to requests that wait."""
         while self._slots.free:
             with self._changed:
-                if not self._waiting:
-                    return
-                reply = self._waiting.popleft()
+                reply = self._waiting.take(self._running.values(), len(self._slots))
+            if reply is None:
+                return
             request = reply._request
             slot = self._slots.acquire_for(request.prompt, request.settings.depth)
             reply.started_at = time.monotonic()
@@ -328,9 +359,7 @@ class Service:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            gone = [reply for reply in self._waiting if reply._is_cancelled]
-            for reply in gone:
-                self._waiting.remove(reply)
+            gone = self._waiting.take_cancelled()
             jobs = [job for job, reply in self._running.items() if reply._is_cancelled]
         for reply in gone:
             reply._end(None, _cancelled())
@@ -341,8 +370,7 @@ class Service:
         """Takes no more requests, and ends those that it has."""
         with self._changed:
             self._is_closing = True
-            gone, work = [*self._waiting], [*self._work]
-            self._waiting.clear()
+            gone, work = self._waiting.take_all(), [*self._work]
             self._work.clear()
         for _, done in work:
             done.set_exception(error)
@@ -355,6 +383,7 @@ class Service:
         """Ends a job's request; its slot is free, and what its cache holds may serve the next one."""
         self._engine.drop(job)
         self._slots.release(job.slot)
+        self._conversations.note(job)
         with self._changed:
             reply = self._running.pop(job)
         reply._end(result, error)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Unpack, cast
 
-from melt_runtime.arguments import function_or_none, instance, path_of, shown
+from melt_runtime.arguments import function_or_none, instance, output_file, path_of
 from melt_runtime.engine import Engine
 from melt_runtime.execute.slots import Slot
 from melt_runtime.hold import Hold
@@ -121,11 +121,7 @@ class Session:
             OSError: the file cannot be written.
             ValueError: ``path`` is no path, lies in no folder, or is a folder, a link or a device.
         """
-        file = path_of("path", path, "a file")
-        if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
-            raise ValueError(f"path must be a file that may be replaced, got {shown(str(path))}: it is something else")
-        if not file.parent.is_dir():
-            raise ValueError(f"path must lie in a folder that exists, got {shown(str(path))}: make it first")
+        file = output_file("path", path)
         from melt_runtime.execute.saved import save_slot  # here: what reads it takes longer to import than all else
 
         more = {"messages": self.messages, "holds_raw": self._holds_raw}

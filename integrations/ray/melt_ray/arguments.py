@@ -33,7 +33,7 @@ class ServeArgs(BaseModel):
         capacity: tokens of a slot; default: as in ``melt serve``.
         kv_cache: how keys and values are stored.
         chunk: prompt tokens processed in parallel; default: as in training.
-        most_loops: deepest that a request may ask for, of a LoopLM.
+        most_loops: largest depth that a request may ask for; None: of a LoopLM as trained, of MELT any.
         most_bytes: of a body.
         answer_seconds: that an answer may take.
         fingerprint: of the bundle, where the node that builds the application has none; ``melt-ray fingerprint`` prints

@@ -55,6 +55,7 @@ class Engine:
             sessions=args.sessions,
             most_bytes=args.most_bytes,
             answer_seconds=args.answer_seconds,
+            max_loops=args.most_loops,
         )
         self._app = make_app(model, options)
         self._lifespan = LifespanOn(Config(self._app.asgi, lifespan="on", log_config=None))

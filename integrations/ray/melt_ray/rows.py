@@ -1,19 +1,20 @@
 """Rows of prompts in JSONL and Parquet files: counted once, then read range by range on any node. Knows nothing of Ray.
 
-A row is named by its file and its number in it, from 0; of JSONL every line is a row.
+A row is named by its file and its number in it, from 0. Of JSONL every line is a row, less blank ones; a byte order
+mark at the beginning is passed over: as ``melt batch`` reads such files.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from melt_runtime.arguments import shown
-from melt_runtime.cli.json_lines import one_line, parse_object, read_lines
+from melt_runtime.cli.json_lines import BOM, one_line, parse_object, read_lines
 
 SUFFIXES = (".jsonl", ".parquet")
 _SEARCHED = 1000
@@ -124,15 +125,15 @@ def read_rows(rows: RowRange, column: str) -> Iterator[object]:
 
 def _count_lines(path: Path, column: str, size: int) -> tuple[int, list[tuple[int, int]]]:
     starts: list[tuple[int, int]] = []
-    rows, offset, found, first = 0, 0, False, b""
+    rows, found, first = 0, False, b""
     with path.open("rb") as file:
-        for number, line in read_lines(file, str(path)):
+        for start, line in _lines(file, str(path)):
             if rows % size == 0:
-                starts.append((rows, offset))
-            if not found and number <= _SEARCHED:
+                starts.append((rows, start))
+            if not found and rows < _SEARCHED:
                 first = first or line
                 found = not isinstance(_value(line, column), ValueError)
-            rows, offset = rows + 1, offset + len(line)
+            rows += 1
     if rows and not found:
         raise ValueError(
             f"{path} has no column {column!r} in its first {min(rows, _SEARCHED)} rows, the first is {shown(first)}: "
@@ -153,8 +154,22 @@ def _count_parquet(path: Path, column: str, size: int) -> tuple[int, list[tuple[
 def _read_lines(rows: RowRange, column: str) -> Iterator[object]:
     with open(rows.path, "rb") as file:
         file.seek(rows.offset)
-        for _, line in read_lines(file, rows.path):
+        for _, line in _lines(file, rows.path):
             yield _value(line, column)
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+    """Lines that are rows, from where the file stands on, each with the bytes before it.
+
+    Raises:
+        ValueError: a line is too long to be one.
+    """
+    offset = file.tell()
+    for _, line in read_lines(file, path):
+        text = line.removeprefix(BOM) if offset == 0 else line
+        if text.strip():
+            yield offset, text
+        offset += len(line)
 
 
 def _read_parquet(rows: RowRange, column: str) -> Iterator[object]:

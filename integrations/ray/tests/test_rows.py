@@ -9,6 +9,8 @@ import pytest
 from melt_ray.parts import begin_run, part_path, read_part, write_part
 from melt_ray.rows import RowRange, count_rows, files_of, read_rows
 from melt_ray.settings import BatchSettings
+from melt_runtime import GenerationConfig
+from melt_runtime.cli.batch_prompts import read_prompts
 
 
 def ranges(path, size, column="prompt"):
@@ -39,11 +41,26 @@ def test_bad_lines_are_rows_with_an_error(tmp_path):
     path.write_bytes(b'{"prompt": "x"}\n\n{nonsense\n[1]\n{"other": 1}\n\xff\n{"prompt": null}\n')
     (rows,) = ranges(path, 100)
     values = list(read_rows(rows, "prompt"))
-    assert len(values) == rows.stop == 7
+    assert len(values) == rows.stop == 6
     assert values[0] == "x"
-    assert all(isinstance(value, ValueError) for value in values[1:6])
-    assert "no field 'prompt'" in str(values[4])
-    assert values[6] is None
+    assert all(isinstance(value, ValueError) for value in values[1:5])
+    assert "no field 'prompt'" in str(values[3])
+    assert values[5] is None
+
+
+def test_lines_are_read_as_melt_batch_reads_them(tmp_path):
+    """A byte order mark, blank lines, also at the ends, Windows' line ends."""
+    path = tmp_path / "a.jsonl"
+    lines = [b"\xef\xbb\xbf", b" ", *(b'{"id": %d, "prompt": "%d"}' % (number, number) for number in range(3)), b"\t"]
+    path.write_bytes(lines[0] + b"\r\n\r\n".join(lines[1:]) + b"\n\n")
+    with path.open("rb") as file:
+        expected = [line.prompt for line in read_prompts(file, "a", GenerationConfig())]
+    for size in (1, 2, 9):
+        assert [value for one in ranges(path, size) for value in read_rows(one, "prompt")] == expected
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}')
+    assert list(read_rows(*ranges(path, 1), "prompt")) == ["x"]
+    path.write_bytes(b"\n \n")
+    assert ranges(path, 4) == []
 
 
 def test_an_empty_file_has_no_rows(tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, BinaryIO, cast
 
 from melt_runtime.arguments import shown
-from melt_runtime.cli.json_lines import Faults, Id, parse_object, read_lines, require_id
+from melt_runtime.cli.json_lines import BOM, Faults, Id, parse_object, read_lines, require_id
 from melt_runtime.errors import TokenError
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.text.codec import Message
@@ -15,7 +15,6 @@ SETTINGS = tuple(field.name for field in fields(GenerationConfig) if field.name 
 """Fields of a line that say how its prompt is to be continued."""
 
 _FIELDS = ("id", "prompt", "messages", *SETTINGS)
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def read_prompts(file: BinaryIO, name: str, settings: GenerationConfig) -> list[
     faults = Faults(name)
     for number, line in read_lines(file, name):
         if number == 1:
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(BOM)
         if not line.strip():
             continue
         try:

@@ -10,7 +10,8 @@ from melt_runtime.arguments import is_whole, shown
 
 Id = str | int
 """What a line is called; 1 and "1" are two."""
-
+BOM = b"\xef\xbb\xbf"
+"""Byte order mark with which some editors begin a file in UTF-8."""
 _MOST_BYTES = 1 << 24  # of one line: a file without any is refused before it fills the memory
 _SHOWN_FAULTS = 8
 _MOST_SHOWN = 600  # characters of one

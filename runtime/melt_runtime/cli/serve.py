@@ -3,20 +3,22 @@
 import argparse
 import ipaddress
 import os
+import re
+import socket
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from melt_runtime.arguments import real_number, whole_number
-from melt_runtime.cli.options import add_bundle, add_sizes, load_model, loops_option, most_loops
+from melt_runtime.bundle.contract import MAX_LOOPS
+from melt_runtime.cli.options import add_bundle, add_sizes, load_model
 from melt_runtime.memory.plan import MAX_BATCH
-from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.service import QUEUE
 
 KEY_VARIABLE = "MELT_API_KEY"
 _SLOTS = 8
 _SHORTEST_KEY = 16
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _EPILOG = f"""\
 examples:
   melt serve build/melt-tiny
@@ -46,6 +48,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--port", type=int, default=8080, help="to listen on; 0: a free one (default: %(default)s)")
     network.add_argument("--api-key-file", type=Path, metavar="FILE", help="with the key that requests must show")
     network.add_argument("--no-key", action="store_true", help="let everybody ask who can reach the address")
+    network.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which clients may ask for a server without a key, beside localhost, addresses and this machine's "
+        "name; may be given again (default: none)",
+    )
     network.add_argument(
         "--cors-origin",
         action="append",
@@ -84,9 +94,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: one per physical core)")
     machine.add_argument(
         "--most-loops",
-        type=loops_option,
+        type=int,
         metavar="N",
-        help="deepest that a request may ask for, of a LoopLM, which has a cache for each (default: as trained)",
+        help="largest depth that a request may ask for; a LoopLM has a cache for each loop (default: for a LoopLM as "
+        "trained, for MELT any)",
     )
     add_sizes(machine, "of each slot: prompt and answer together")
     parser.set_defaults(cuda_graphs=False)
@@ -109,13 +120,16 @@ def run(args: argparse.Namespace) -> None:
     whole_number("--queue", args.queue, 1, 1 << 20)
     for name in ("timeout", "drain"):
         real_number(f"--{name}", getattr(args, name), "above 0, at most a day", lambda value: 0 < value <= 86400)
-    GenerationConfig(loops=args.most_loops)
+    if args.most_loops is not None:
+        whole_number("--most-loops", args.most_loops, 1, MAX_LOOPS)
     if args.sessions is not None and not args.sessions.is_dir():
         raise ValueError(f"--sessions must be a folder that exists, got {str(args.sessions)!r}: make it first")
+    hosts = _names(args.host, args.allow_host) if key is None else None
     from melt_runtime.serve.app import ServeOptions, make_app  # here: other commands do without the framework
+    from melt_runtime.serve.connections import ConnectionLimits
     from melt_runtime.serve.listening import listen
 
-    model = load_model(args, quiet=False, loops=most_loops({"loops": args.most_loops}), slots=args.slots)
+    model = load_model(args, quiet=False, loops=args.most_loops, slots=args.slots)
     model.codec.parse_special = args.parse_special
     options = ServeOptions(
         name=args.name or args.bundle.resolve().name,
@@ -124,11 +138,13 @@ def run(args: argparse.Namespace) -> None:
         queue=args.queue,
         sessions=args.sessions,
         answer_seconds=args.timeout,
-        hosts=_names(args.host) if key is None and _is_loopback(args.host) else None,
+        max_loops=args.most_loops,
+        hosts=hosts,
     )
     who = "requests with the key" if key else "everybody who can reach it"
     print(f"slots: {args.slots}, then {args.queue} may wait; for {who}", file=sys.stderr)
-    listen(make_app(model, options), args.host, args.port, args.drain)
+    limits = ConnectionLimits.for_process(args.slots + args.queue, args.timeout)
+    listen(make_app(model, options), args.host, args.port, args.drain, limits)
 
 
 def read_key(file: Path | None, variable: str | None) -> bytes | None:
@@ -164,10 +180,20 @@ def require_key(host: str, key: bytes | None, no_key: bool) -> None:
         )
 
 
-def _names(host: str) -> tuple[str, ...]:
-    """By which a server of this machine alone may be asked for."""
-    own = f"[{host}]" if ":" in host else host
-    return tuple(dict.fromkeys((*_LOOPBACK_NAMES, own)))
+def _names(host: str, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names that requests to a server without a key may have in their header ``Host``, beside addresses.
+
+    Raises:
+        ValueError: one of ``more`` is no name of a host.
+    """
+    for name in more:
+        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,253})", name):
+            raise ValueError(f"--allow-host must be a name without port, got {name!r}")
+    names = ["localhost", *(name.lower().removesuffix(".") for name in more)]
+    if not _is_loopback(host):
+        machine = socket.gethostname().lower()
+        names += [host.lower().removesuffix("."), machine, f"{machine}.local"]
+    return tuple(dict.fromkeys(names))
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,24 +13,25 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from annotated_types import Interval
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from melt_files import replace_file
 from melt_runtime.bundle.contract import MAX_LOOPS, Depth
 from melt_runtime.errors import CapacityError, SavedError
 from melt_runtime.execute.slots import Slot, Snapshot
+from melt_runtime.execute.tensors import TensorFile, write_tensors
 from melt_runtime.memory.buffers import Buffer, State
 
 _FORMAT = "melt sequence 1"
-_IDS, _DEPTHS = "ids", "depths"
+_IDS, _DEPTHS, _OURS = "ids", "depths", "melt"
 _LENGTH: TypeAdapter[int] = TypeAdapter(Annotated[int, Interval(ge=0, le=1 << 26)])
 _DEPTH: TypeAdapter[int | None] = TypeAdapter(Depth | None)
 
 T = TypeVar("T")
 
 
-def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping[str, Any]) -> None:
+def save_slot(
+    path: Path, state: State, slot: Slot, identity: str, more: Mapping[str, Any], tokens: int | None = None
+) -> None:
     """Writes a sequence in one step: the file is the old one or the whole new one.
 
     Args:
@@ -39,11 +40,15 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
         slot: whose it is.
         identity: tells the model from every other.
         more: what else shall be kept, for JSON.
+        tokens: number of cached tokens to write; None: the whole sequence.
 
     Raises:
         OSError: the file cannot be written.
     """
     snapshot, length = slot.snapshot(), slot.length
+    if tokens is not None and tokens < length:
+        snapshot = Snapshot(snapshot.ids[:tokens], snapshot.depths[:tokens], snapshot.caches)
+        length = tokens
     depths = snapshot.depths.astype(np.int16)
     if slot.depth is not None:  # tokens of an earlier, deeper turn are saved with the caches that are still used
         depths = np.clip(depths, -slot.depth, slot.depth)
@@ -52,7 +57,7 @@ def save_slot(path: Path, state: State, slot: Slot, identity: str, more: Mapping
         tensors[name] = np.ascontiguousarray(buffer.values()[slot.number, :, :length])
     header = {**_about(state, identity), "length": length, "depth": slot.depth, "more": more}
     header["sha256"] = _digest(header, tensors)
-    replace_file(path, lambda new: save_file(tensors, new, {"melt": json.dumps(header)}))
+    replace_file(path, lambda new: write_tensors(new, tensors, {_OURS: json.dumps(header)}))
 
 
 def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]) -> T:
@@ -73,8 +78,8 @@ def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]
         CapacityError: more tokens than the state has rows, or loops than a LoopLM has caches. The slot is unchanged.
     """
     try:
-        with safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {}).get("melt", "{}"))
+        with TensorFile(path) as file:
+            header = json.loads(file.metadata.get(_OURS, "{}"))
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise SavedError(f"{path} is no saved session of this version")
             other = [name for name, value in _about(state, identity).items() if header.get(name) != value]
@@ -84,20 +89,27 @@ def load_slot(path: Path, state: State, slot: Slot, identity: str, more: type[T]
             length = _LENGTH.validate_python(header.get("length"), strict=True)
             depth = _DEPTH.validate_python(header.get("depth"), strict=True)
             _require_fit(path, state, length, depth)
-            tensors = {name: file.get_tensor(name) for name in (_IDS, _DEPTHS, *(n for n, _ in _rows(state, depth)))}
+            rows = _rows(state, depth)
+            shape = (state.plan.cache_shape[1], length, state.plan.cache_shape[3])
+            capacity = state.plan.capacity
+            expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+                _IDS: (np.dtype(np.int64), (capacity + 1,)),
+                _DEPTHS: (np.dtype(np.int16), (capacity,)),
+            }
+            expected |= {name: (np.dtype(buffer.dtype), shape) for name, buffer in rows}
+            # Nothing is read of a file that holds more than the slot can take.
+            file.require(expected, {_IDS, _DEPTHS})
+            tensors = {name: file.read(name) for name in expected}
             if header.get("sha256") != _digest(header, tensors):
                 raise SavedError(f"{path} is damaged: its content is not what was saved")
             snapshot = _snapshot(path, state, tensors[_IDS], tensors[_DEPTHS], length, depth)
-            rows = [(buffer, tensors[name]) for name, buffer in _rows(state, depth)]
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedError(f"{path} cannot be read as a saved session: {error}") from error
-    shape = (state.plan.cache_shape[1], length, state.plan.cache_shape[3])
-    for buffer, values in rows:
-        if values.shape != shape or values.dtype != buffer.dtype:
-            raise SavedError(f"{path} is damaged: rows of {list(values.shape)} {values.dtype}, not {list(shape)}")
-    for buffer, values in rows:
+    except MemoryError as error:
+        raise SavedError(f"{path} cannot be read as a saved session: not enough memory") from error
+    for name, buffer in rows:
         with buffer.on_host() as host:
-            host[slot.number, :, :length] = values
+            host[slot.number, :, :length] = tensors[name]
     slot.take(snapshot, length)
     return kept
 

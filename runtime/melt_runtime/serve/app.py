@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from melt_runtime.errors import MeltError
 from melt_runtime.model import MeltModel
@@ -24,7 +25,7 @@ from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import asks_of, messages_of, needs_grammar
 from melt_runtime.serve.compiling import Compiler
 from melt_runtime.serve.errors import Fault, FaultError, FieldError, about, fault_of, fault_of_form
-from melt_runtime.serve.following import Choices, submit
+from melt_runtime.serve.following import MAX_TOKEN_LOOPS, Choices, RequestLimits, submit
 from melt_runtime.serve.forms import (
     ChatRequest,
     CompletionRequest,
@@ -55,8 +56,9 @@ class ServeOptions:
         most_bytes: of a body.
         body_seconds: that it may take to come.
         answer_seconds: that an answer may take, waiting included.
-        hosts: names by which the server may be asked for; None: any. Without a key, a page of another name that leads
-            here must not ask.
+        max_loops: largest depth that a request may ask for; None: what the model can run.
+        hosts: names that the header ``Host`` may have beside addresses; None: any. Without a key, a page of another
+            name that was made to lead here must not ask.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ServeOptions:
     most_bytes: int = 4 << 20
     body_seconds: float = 30.0
     answer_seconds: float = 3600.0
+    max_loops: int | None = None
     hosts: tuple[str, ...] | None = None
 
 
@@ -158,6 +161,8 @@ class _Server:
         self._model, self._options, self._codec = model, options, model.codec
         self._created = int(time.time())
         self._compiler = Compiler(model)
+        trained = model.session.plan.capacity * model.manifest.model.trained_loops
+        self._limits = RequestLimits(options.answer_seconds, max(MAX_TOKEN_LOOPS, trained), options.max_loops)
         self._sessions = SessionFiles(options.sessions)
 
     def open(self) -> None:
@@ -235,28 +240,23 @@ class _Server:
 
     def save_session(self, form: SessionRequest) -> dict[str, Any]:
         """``POST /v1/sessions``: writes what is cached of a conversation; its size is the same at every depth."""
-        path = self._sessions.path(form.name)
-        try:
+        with about(form):
+            messages = messages_of(form.messages)
+        with self._sessions.one(form.name, exists=False) as path:
             with about(form):
-                tokens = self.service.save(messages_of(form.messages), path)
+                tokens = self.service.save(messages, path)
             return {**self._sessions.describe(path), "cached_tokens": tokens}
-        except OSError as error:
-            message = f"the session cannot be kept: {error.strerror or type(error).__name__}"
-            raise FaultError(Fault(507, message, "server_error", code="storage_error")) from error
 
     def restore_session(self, name: str) -> dict[str, Any]:
         """``POST /v1/sessions/{name}/restore``: what goes on from it finds it in the cache."""
-        path = self._sessions.existing(name)
-        try:
+        with self._sessions.one(name, exists=True) as path:
             tokens = self.service.restore(path)
-        except MeltError as error:  # its message names the file, whose place is nobody's business
-            fault = fault_of(error)
-            raise FaultError(replace(fault, message=fault.message.replace(str(path), name))) from error
-        return {**self._sessions.describe(path), "cached_tokens": tokens}
+            return {**self._sessions.describe(path), "cached_tokens": tokens}
 
     def delete_session(self, name: str) -> dict[str, Any]:
         """``DELETE /v1/sessions/{name}``."""
-        self._sessions.existing(name).unlink(missing_ok=True)
+        with self._sessions.one(name, exists=True) as path:
+            path.unlink()
         return {"id": name, "object": "session", "deleted": True}
 
     async def health(self) -> Response:
@@ -282,37 +282,25 @@ class _Server:
             else:
                 asks = await asyncio.to_thread(asks_of, form, self.service.desk, self._compiler.compile)
             writer.contexts = [ask.prompt.ids if ask.prompt.continues else () for ask in asks]
-            choices = await submit(self.service, asks)
+            choices = await submit(self.service, asks, self._limits, self._metrics.count)
         prompts = len(asks) // form.n
         if form.stream:
             writer.with_usage = form.stream_options is not None and form.stream_options.include_usage
-            events = self._events(choices, writer, prompts, form)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _EventStream(choices, self._events(choices, writer, prompts, form))
         results: dict[int, GenerationResult] = {}
         gone = asyncio.ensure_future(_wait_until_gone(request))
         gone.add_done_callback(lambda _: choices.cancel())
         try:
             with about(form):
-                async with aclosing(self._follow(choices)) as following:
+                async with aclosing(choices.follow()) as following:
                     async for index, came in following:
                         if isinstance(came, GenerationResult):
                             results[index] = came
         finally:
             gone.cancel()
-        return JSONResponse(writer.whole([results[index] for index in range(len(results))], prompts))
-
-    async def _follow(self, choices: Choices) -> AsyncGenerator[tuple[int, Part | GenerationResult], None]:
-        """As ``Choices.follow``, counted."""
-        first: dict[int, float] = {}
-        try:
-            async with aclosing(choices.follow(self._options.answer_seconds)) as following:
-                async for index, came in following:
-                    if isinstance(came, Part) and came.token_ids:
-                        first.setdefault(index, time.monotonic())
-                    yield index, came
-        finally:
-            for index, reply in enumerate(choices.replies):
-                self._metrics.count(reply, first.get(index), time.monotonic())
+        ordered = [results[index] for index in range(len(results))]
+        # In a thread: with log probabilities it may be megabytes, and the event loop serves everyone.
+        return await asyncio.to_thread(lambda: JSONResponse(writer.whole(ordered, prompts)))
 
     async def _events(
         self, choices: Choices, writer: Writer, prompts: int, form: Generation
@@ -323,7 +311,7 @@ class _Server:
             if writer.is_chat:
                 for index in range(len(choices.replies)):
                     yield _event(writer.first(index))
-            async with aclosing(self._follow(choices)) as following:
+            async with aclosing(choices.follow()) as following:
                 async for index, came in following:
                     if isinstance(came, Part):
                         yield _event(writer.part(index, came))
@@ -337,6 +325,21 @@ class _Server:
             yield _event(fault_of(error, form).body)
         else:
             yield b"data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Events of one stream, whose answers end with it: also where the client goes away before the first event."""
+
+    def __init__(self, choices: Choices, events: AsyncGenerator[bytes, None]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._choices = choices
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._choices.cancel()
 
 
 async def _wait_until_gone(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -37,7 +38,7 @@ class Guard:
         Args:
             app: the application.
             key: what a request must show; None: nothing.
-            hosts: names by which it may be asked for; None: any.
+            hosts: names that the header ``Host`` may have beside addresses; None: any.
             most_bytes: of a body.
             seconds: that it may take to come.
             count: told of every response, by the path of its endpoint, ``none`` where there is no such, and status.
@@ -91,9 +92,10 @@ class Guard:
             if not hmac.compare_digest(shown.strip(), self._key) or scheme.lower() != b"bearer":
                 message = "an API key is needed: send the header 'Authorization: Bearer KEY' with the server's key"
                 return Fault(401, message, "authentication_error", code="invalid_api_key")
-        name = headers.get(b"host", b"").decode("latin-1").lower()
-        if self._hosts is not None and re.sub(r":\d+$", "", name) not in self._hosts:
-            return Fault(403, f"the server must be asked for as {', '.join(self._hosts)}", code="unknown_host")
+        if self._hosts is not None and not _is_known(headers.get(b"host", b"").decode("latin-1"), self._hosts):
+            # Names that are known are not listed: a page whose name was made to lead here could read them.
+            message = "the header Host must be an address, localhost or a name that --allow-host lists"
+            return Fault(403, message, code="unknown_host")
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if scope["method"] == "POST" and kind != b"application/json":
             # Of other kinds a page of anybody's could send one without being allowed to.
@@ -118,3 +120,18 @@ class Guard:
             if not message.get("more_body", False):
                 break
         return b"".join(parts)
+
+
+def _is_known(host: str, names: tuple[str, ...]) -> bool:
+    """Whether a header ``Host`` is an address or one of ``names``.
+
+    An address is no name that somebody's DNS could lead here.
+    """
+    name = re.sub(r":\d*$", "", host.strip().lower()).removesuffix(".")
+    if name in names:
+        return True
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
+    except ValueError:
+        return False
+    return True

@@ -1,34 +1,68 @@
 """Runs the application under uvicorn until the process is told to end."""
 
 import asyncio
+import errno
 import socket
 import sys
-from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 
 from melt_runtime.serve.app import Application
+from melt_runtime.serve.connections import Connection, ConnectionLimits, Connections, RareLog
 
 _BACKLOG = 1024
+_ACCEPTED_AT_ONCE = 16
+"""Connections taken in one turn of the event loop: a few turns pass before one too many is closed."""
 _LAST_SECONDS = 5
 """For connections, once every answer has ended."""
+_NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class _Server(uvicorn.Server):
-    """Ends answers before connections, so that whoever still waits is told so."""
+class Server(uvicorn.Server):
+    """Serves an application within limits on connections; at the end, answers end before connections do."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[float], None], seconds: float):
+    def __init__(self, app: Application, limits: ConnectionLimits, drain_seconds: float):
+        config = uvicorn.Config(
+            app.asgi,
+            # Whatever else is installed: the limits are kept by these, and no other protocol takes a connection over.
+            loop="asyncio",
+            http=cast(Any, partial(Connection, Connections(limits))),
+            ws="none",
+            # A warning is what any client can cause, with any malformed request.
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            backlog=_ACCEPTED_AT_ONCE,
+            timeout_graceful_shutdown=_LAST_SECONDS,
+        )
         super().__init__(config)
-        self._drain, self._seconds = drain, seconds
+        self._drain, self._seconds = app.drain, drain_seconds
+        self._log = RareLog()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins."""
+        asyncio.get_running_loop().set_exception_handler(self._report)
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # asyncio took its own number per turn for the system's queue as well
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends."""
         await asyncio.to_thread(self._drain, self._seconds)
         await super().shutdown(sockets)
 
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in _NO_RESOURCES:
+            self._log(f"no connection can be accepted at the moment: {error.strerror}")
+        else:
+            loop.default_exception_handler(context)
 
-def listen(app: Application, host: str, port: int, drain_seconds: float) -> None:
-    """Serves until SIGTERM or SIGINT: then no request more is taken, and answers under way get their time.
+
+def listen(app: Application, host: str, port: int, drain_seconds: float, limits: ConnectionLimits) -> None:
+    """Serves until SIGTERM or SIGINT: then no new request is accepted, and answers under way get their time.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -43,11 +77,4 @@ def listen(app: Application, host: str, port: int, drain_seconds: float) -> None
             raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
         name = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"listening on http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-        config = uvicorn.Config(
-            app.asgi,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_LAST_SECONDS,
-        )
-        _Server(config, app.drain, drain_seconds).run(sockets=[listener])
+        Server(app, limits, drain_seconds).run(sockets=[listener])

@@ -1,5 +1,6 @@
 """What ``/metrics`` says, in the form of Prometheus."""
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -50,8 +51,8 @@ class Metrics:
             "melt_answer_seconds", "From asking to the last token.", registry=registry, buckets=_SECONDS
         )
 
-    def count(self, reply: Reply, first_token_at: float | None, ended_at: float) -> None:
-        """Counts one answer; the times are those of ``time.monotonic()``."""
+    def count(self, reply: Reply, first_token_at: float | None) -> None:
+        """Counts one answer that has ended; ``first_token_at`` is of ``time.monotonic()``."""
         result: GenerationResult | None = reply.result
         failed = "CancelledError" if reply.error is None else type(reply.error).__name__
         self._answers.labels(failed if result is None else result.finish_reason).inc()
@@ -63,7 +64,7 @@ class Metrics:
         self._cached.inc(result.cached_tokens)
         self._tokens.inc(len(result.token_ids))
         self._loops.inc(sum(result.loops_per_token))
-        self._whole.observe(ended_at - reply.queued_at)
+        self._whole.observe(time.monotonic() - reply.queued_at)
 
     def text(self) -> bytes:
         """The whole, as it is sent."""
