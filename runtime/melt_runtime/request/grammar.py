@@ -28,7 +28,7 @@ from melt_runtime.request.grammar_host import (
 )
 from melt_runtime.request.grammar_lark import prepare_lark
 from melt_runtime.request.grammar_tokens import token_bytes
-from melt_runtime.request.json_schema import SPACES, UNSUPPORTED, prepare_schema
+from melt_runtime.request.json_schema import JSON_OPTIONS, UNSUPPORTED, prepare_schema
 from melt_runtime.text.codec import TextCodec
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
@@ -55,7 +55,7 @@ _MAX_FAILURES = 256
 __all__ = [
     "GRAMMARS",
     "MAX_BYTES",
-    "SPACES",
+    "JSON_OPTIONS",
     "Grammar",
     "GrammarError",
     "GrammarKind",
@@ -108,7 +108,7 @@ class Grammars:
             raise GrammarError(f"grammars cannot use this bundle's tokenizer: {error}") from error
         added = codec.tokenizer.get_added_tokens_decoder()
         self._markers = {form.content: token for token, form in added.items() if not form.special}
-        setup = Setup(tokens, special_ids, stop_ids, _LIMITS, SPACES, _MAX_MEMORY_BYTES)
+        setup = Setup(tokens, special_ids, stop_ids, _LIMITS, JSON_OPTIONS, _MAX_MEMORY_BYTES)
         self._vocab_size = vocab_size
         self._host = GrammarHost(setup)
         self._lock = threading.Lock()

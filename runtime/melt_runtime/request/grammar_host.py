@@ -41,7 +41,7 @@ class Setup:
         special_ids: tokens that are not text.
         stop_ids: tokens that end an answer.
         limits: llguidance's limits on one grammar.
-        spaces: how JSON is written.
+        json_options: llguidance's options of JSON schemas.
         memory_bytes: memory that one grammar may use.
         wall_seconds: time limit of one message.
     """
@@ -50,7 +50,7 @@ class Setup:
     special_ids: list[int]
     stop_ids: list[int]
     limits: dict[str, Any]
-    spaces: dict[str, Any]
+    json_options: dict[str, Any]
     memory_bytes: int
     wall_seconds: float = _WALL_SECONDS
 

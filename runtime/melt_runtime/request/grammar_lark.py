@@ -5,10 +5,9 @@ from collections.abc import Mapping
 
 MAX_DEPTH = 500
 """Maximum number of rules and terminals, each inside the one before: the compiler calls itself for each."""
-_TEXT = re.compile(
-    r"""(?P<comment>(?:\#|//)[^\n]*)|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/""",
-)
-_DEFINITION = re.compile(r"^[ \t]*[!?_]*([A-Za-z][\w-]*)[^\n:|]*:(?!:)", re.MULTILINE)
+# Every quantifier is possessive and no end is required, so that a hostile source costs time in proportion to its size.
+_TEXT = re.compile(r"""(?:\#|//)[^\n]*+|"(?:\\.|[^"\\\n])*+"?|/(?:\\.|[^/\\\n])++/?""")
+_DEFINITION = re.compile(r"^[ \t]*+[!?_]*+([A-Za-z][\w-]*+)[^\n:|]*+:(?!:)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _TOKEN = re.compile(r"<[^<>\s\[\]]+>")
 
@@ -41,7 +40,7 @@ def _references(bare: str) -> dict[str, list[str]]:
     """The names that each definition mentions."""
     matches = [*_DEFINITION.finditer(bare)]
     ends = [match.start() for match in matches[1:]] + [len(bare)]
-    return {match[1]: _NAME.findall(bare[match.end() : end]) for match, end in zip(matches, ends, strict=True)}
+    return {match[1]: _NAME.findall(bare[match.end() : end]) for match, end in zip(matches, ends, strict=False)}
 
 
 def _depth(references: Mapping[str, list[str]]) -> int:

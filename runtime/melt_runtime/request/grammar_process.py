@@ -100,7 +100,7 @@ class _Compiler:
 
     def _grammar(self, matcher: Any, name: str, kind: str, source: str) -> dict[str, Any]:
         if kind == "json_schema":
-            made = json.loads(matcher.grammar_from_json_schema(source, self._setup["spaces"]))
+            made = json.loads(matcher.grammar_from_json_schema(source, self._setup["json_options"]))
             return {**made["grammars"][0], "name": name}
         if kind == "regex":
             return {**json.loads(matcher.grammar_from_regex(source))["grammars"][0], "name": name}

@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as models have read most of it: a small one that may write spaces for ever does so."""
+JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,
+}
+"""llguidance's options. JSON comes on one line, as models have read most of it: a small one that may write spaces for
+ever does so. ``oneOf`` is ``anyOf``, which is the same where no value fits two branches."""
 FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 """Formats of strings that are enforced; all others are annotations."""
 _UNENFORCED = frozenset(
@@ -41,9 +47,9 @@ _CONSTRAINTS = frozenset(
     }
 )
 _MAX_BOUND = 2**63 - 1
-_MAX_DEPTH = 100
+_MAX_DEPTH, _MAX_COMPARISONS = 100, 20_000
 _MAX_DIGITS = 15
-_LOOKS = re.compile(r"(\(\?<?[=!]|\\[bB1-9]|\\k<)|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_LOOKS = re.compile(r"(\(\?<?[=!]|\\[bB1-9]|\\k<)|\\.|\[(?:\\.|[^\]\\])*+\]?", re.DOTALL)
 """In its group: what a regular expression may hold that cannot be enforced."""
 _NEVER = {"enum": list[Any]()}
 UNSUPPORTED = ("patternProperty regexes", "min/maxProperties only supported")
@@ -59,8 +65,7 @@ class _Rounded(float):
 def prepare_schema(source: str, strict: bool = False, is_coarse: bool = False) -> str:
     """JSON of a schema that llguidance enforces as far as it can.
 
-    ``format`` is an annotation unless it is one of ``FORMATS``; ``nullable`` (OpenAPI 3.0) allows null; ``oneOf`` is
-    enforced as ``anyOf`` where its branches exclude each other.
+    ``format`` is an annotation unless it is one of ``FORMATS``; ``nullable`` (OpenAPI 3.0) allows null.
 
     Args:
         source: JSON of the schema.
@@ -73,18 +78,19 @@ def prepare_schema(source: str, strict: bool = False, is_coarse: bool = False) -
     """
     try:
         root = json.loads(source, parse_float=_number)
+        if isinstance(root, bool):
+            root = {} if root else dict(_NEVER)
+        if not isinstance(root, dict):
+            raise ValueError("a schema must be an object, true or false")
+        walk = _Walk(root, is_coarse)
+        walk.visit(root)
+        made = json.dumps(root, allow_nan=False)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if isinstance(root, bool):
-        root = {} if root else dict(_NEVER)
-    if not isinstance(root, dict):
-        raise ValueError("a schema must be an object, true or false")
-    walk = _Walk(root, is_coarse)
-    walk.visit(root, "")
     if strict and walk.faults:
         names = ", ".join(dict.fromkeys(walk.faults))
         raise ValueError(f"with strict it must leave out what cannot be enforced: {names}")
-    return json.dumps(root, allow_nan=False)
+    return made
 
 
 class _Walk:
@@ -97,26 +103,33 @@ class _Walk:
     def __init__(self, root: dict[str, Any], is_coarse: bool):
         self._root, self._is_coarse = root, is_coarse
         self._seen: set[int] = set()
+        self._comparisons = 0
         self.faults: list[str] = []
 
-    def visit(self, node: Any, path: str) -> None:
-        """Changes a schema and those in it."""
-        if isinstance(node, bool) or id(node) in self._seen:
-            return
-        if not isinstance(node, dict):
-            raise ValueError(f"{path or 'it'} must be a schema: an object, true or false")
-        if path.count(".") > _MAX_DEPTH:
-            raise ValueError(f"it must be nested at most {_MAX_DEPTH} deep")
-        self._seen.add(id(node))
+    def visit(self, root: Any) -> None:
+        """Changes a schema, those in it, and those that they refer to."""
+        todo: list[tuple[Any, str, int]] = [(root, "", 0)]
+        while todo:
+            node, path, depth = todo.pop()
+            if isinstance(node, bool) or id(node) in self._seen:
+                continue
+            if not isinstance(node, dict):
+                raise ValueError(f"{path or 'it'} must be a schema: an object, true or false")
+            if depth > _MAX_DEPTH:
+                raise ValueError(f"it must be nested at most {_MAX_DEPTH} deep")
+            self._seen.add(id(node))
+            inner = [(schema, place, depth + 1) for place, schema in self._inner(node, path)]
+            if isinstance(node.get("$ref"), str):
+                inner.append((self._target(node["$ref"]), node["$ref"], 0))
+            todo += reversed(inner)
+            self._change(node, f"{path}." if path else "")
+
+    def _change(self, node: dict[str, Any], prefix: str) -> None:
         for key in [*node]:
-            self._keyword(node, key, f"{path}.{key}" if path else key)
-        for place, inner in self._inner(node, path):
-            self.visit(inner, place)
-        if isinstance(node.get("$ref"), str):
-            self.visit(self._target(node["$ref"]), node["$ref"])
-        if "oneOf" in node:
-            self._choose(node, f"{path}.oneOf" if path else "oneOf")
-        self._count(node, f"{path}." if path else "")
+            self._keyword(node, key, prefix + key)
+        if isinstance(node.get("oneOf"), list) and not self._is_exclusive(node["oneOf"]):
+            self.faults.append(f"{prefix}oneOf")
+        self._count(node, prefix)
         if node.pop("nullable", None) is True:
             _allow_null(node)
 
@@ -164,8 +177,8 @@ class _Walk:
 
     def _count(self, node: dict[str, Any], prefix: str) -> None:
         """Leaves bounds on the number of properties out where some of those that are named may be missing."""
-        properties, required = node.get("properties"), node.get("required", ())
-        if not isinstance(properties, dict) or not isinstance(required, list | tuple) or {*properties} <= {*required}:
+        properties, required = node.get("properties"), _required(node)
+        if not isinstance(properties, dict) or {*properties} <= required:
             return
         least, most = node.get("minProperties"), node.get("maxProperties")
         is_closed = node.get("additionalProperties") is False and not node.get("patternProperties")
@@ -188,21 +201,15 @@ class _Walk:
             target = target.get(name, True) if isinstance(target, dict) else True
         return target
 
-    def _choose(self, node: dict[str, Any], path: str) -> None:
-        """Makes ``anyOf`` of ``oneOf``: the same where no value fits two branches."""
-        branches = node.pop("oneOf")
-        if not isinstance(branches, list):
-            raise ValueError(f"{path} must be a list")
+    def _is_exclusive(self, branches: list[Any]) -> bool:
+        """Whether no value plainly fits two of some schemas."""
         pairs = ((one, other) for place, one in enumerate(branches) for other in branches[:place])
-        if not all(self._excludes(one, other) for one, other in pairs):
-            self.faults.append(path)
-        if "anyOf" in node:
-            node["allOf"] = [*node.get("allOf", ()), {"anyOf": branches}]
-        else:
-            node["anyOf"] = branches
+        return all(self._excludes(one, other) for one, other in pairs)
 
-    def _excludes(self, one: Any, other: Any) -> bool:
-        """Whether two schemas plainly have no value in common."""
+    def _excludes(self, one: Any, other: Any, depth: int = 0) -> bool:
+        self._comparisons += 1
+        if depth > _MAX_DEPTH or self._comparisons > _MAX_COMPARISONS:
+            return False
         one, other = self._resolved(one), self._resolved(other)
         types, others = _types(one), _types(other)
         if types and others and not types & others:
@@ -210,12 +217,10 @@ class _Walk:
         values, theirs = _values(one), _values(other)
         if values is not None and theirs is not None and not values & theirs:
             return True
-        names = {*one.get("required", ())} & {*other.get("required", ())}
-        both = [(one.get("properties", {}).get(name), other.get("properties", {}).get(name)) for name in names]
-        is_object = types == others == {"object"}
-        return is_object and any(
-            mine is not None and its is not None and self._excludes(mine, its) for mine, its in both
-        )
+        if not types == others == {"object"}:
+            return False
+        pairs = [(_property(one, name), _property(other, name)) for name in _required(one) & _required(other)]
+        return any(self._excludes(mine, its, depth + 1) for mine, its in pairs if mine is not None and its is not None)
 
     def _resolved(self, schema: Any) -> dict[str, Any]:
         for _ in range(_MAX_DEPTH):
@@ -225,10 +230,20 @@ class _Walk:
         return schema if isinstance(schema, dict) else {}
 
 
+def _required(schema: dict[str, Any]) -> set[str]:
+    names = schema.get("required")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _property(schema: dict[str, Any], name: str) -> Any:
+    properties = schema.get("properties")
+    return properties.get(name) if isinstance(properties, dict) else None
+
+
 def _types(schema: dict[str, Any]) -> set[str]:
     """The types that a schema names, integers among numbers."""
-    named = schema.get("type", ())
-    types = {named} if isinstance(named, str) else {one for one in named if isinstance(one, str)}
+    named = schema.get("type")
+    types = {one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)}
     values = _values(schema)
     if not types and values is not None:
         types = {json.loads(value)[0] for value in values}
