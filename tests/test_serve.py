@@ -12,10 +12,12 @@ import openai
 import pydantic
 import pytest
 from live_server import CHAT, CHATS, address, ask, client, lone, model, served
+from tokenizers import AddedToken, Tokenizer
 
 from melt_runtime import MeltModel
 from melt_runtime.request.grammar import GrammarError, Grammars
 from melt_runtime.serve.tools import CallReader
+from melt_runtime.text.codec import CALL_MARKERS
 
 __all__ = ["address", "client", "lone", "model"]
 
@@ -468,6 +470,61 @@ class Boss(pydantic.BaseModel):
 
     name: Literal["Ana", "Ben"]
     levels: int = pydantic.Field(ge=0, le=99)
+
+
+@pytest.fixture(scope="module", params=["added", "special"])
+def with_markers(tiny_bundle, request):
+    """As ``with_tools``, where the markers of a call are tokens, in place of the last two; and the tokenizer."""
+    model = MeltModel.load(tiny_bundle, device="cpu", capacity=2048, slots=2)
+    form = json.loads(model.codec.tokenizer.to_str())
+    bpe, size = form["model"], len(form["model"]["vocab"])
+    bpe["merges"] = bpe["merges"][:-2]
+    words = {token: word for word, token in bpe["vocab"].items()} | dict(
+        zip((size - 2, size - 1), CALL_MARKERS, strict=True)
+    )
+    bpe["vocab"] = {word: token for token, word in words.items()}
+    tokenizer = Tokenizer.from_str(json.dumps(form))
+    markers = [AddedToken(name, special=request.param == "special", normalized=False) for name in CALL_MARKERS]
+    (tokenizer.add_special_tokens if request.param == "special" else tokenizer.add_tokens)(markers)
+    assert tokenizer.get_vocab_size() == size
+    model.codec.__init__(tokenizer, WITH_TOOLS)
+    with (
+        served(model) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client, tokenizer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [{}, {"decode": "wave", "lag": 1}, {"temperature": 1.0, "seed": 5}])
+def test_a_call_is_seen_whose_markers_are_tokens(with_markers, more, stream):
+    """Of a grammar, and of a model that writes them itself, whose other choice is an answer in JSON."""
+    client, tokenizer = with_markers
+    marker, brace = tokenizer.token_to_id("<tool_call>"), tokenizer.token_to_id("{")
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    body = {"model": "melt-tiny", "messages": CHAT, "tools": TOOLS, "max_tokens": 200, "n": 2, "extra_body": more}
+    for choice in (
+        {"tool_choice": "required"},
+        {"response_format": form, "logit_bias": {str(marker): 50}},
+        {"response_format": form, "logit_bias": {str(brace): 50}},
+    ):
+        answer = client.chat.completions.create(**body, **choice, stream=stream)
+        chunks = [chunk.model_dump() for chunk in (answer if stream else [answer])]
+        for index in (0, 1):
+            parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == index]
+            said = [part["delta" if stream else "message"] for part in parts]
+            content = "".join(part.get("content") or "" for part in said)
+            calls = [call["function"] for part in said for call in part.get("tool_calls") or ()]
+            if str(brace) in choice.get("logit_bias", {}):
+                assert parts[-1]["finish_reason"] == "stop"
+                assert json.loads(content)["name"] in ("Ana", "Ben")
+                assert calls == []
+            else:
+                assert parts[-1]["finish_reason"] == "tool_calls"
+                assert content == ""
+                (call,) = calls
+                assert call["name"] in ("boss", "team")
+                assert json.loads(call["arguments"])["person"] in ("Ana", "Ben")
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own type of `parsed`

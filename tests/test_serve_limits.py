@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import openai
 import pytest
@@ -38,6 +39,7 @@ from safetensors import SafetensorError
 from melt_runtime import MeltModel
 from melt_runtime.cli.main import main
 from melt_runtime.cli.serve import _names
+from melt_runtime.request.grammar import Grammars
 from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest
 
@@ -272,15 +274,37 @@ def test_large_answers_are_built_beside_the_event_loop(address, monkeypatch):
     assert threads[0].startswith("asyncio_")  # of the loop's pool
 
 
-def test_a_grammar_that_costs_too_much_ends_its_own_answer(address, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"decode": "wave", "lag": 1}, {"n": 2}])
+def test_a_grammar_that_costs_too_much_ends_its_own_answer(address, monkeypatch, more):
     monkeypatch.setattr("melt_runtime.request.grammar._MOST_SECONDS", 0.0)
     monkeypatch.setattr("melt_runtime.request.grammar._SECONDS_A_TOKEN", 0.0)
-    body = {"prompt": [5, 6], "max_tokens": 40, "grammar": {"type": "regex", "value": "[a-c]{3}[0-9]+x"}}
+    body = {"prompt": [5, 6], "max_tokens": 40, "grammar": {"type": "regex", "value": "[a-c]{3}[0-9]+x"}} | more
     status, _, answer = ask(address, "/v1/completions", body)
     assert status == 400
     assert "the grammar costs more than it may" in answer["error"]["message"]
     monkeypatch.undo()
     assert ask(address, "/v1/completions", body)[0] == 200
+
+
+def test_requests_without_a_grammar_wait_for_no_compilation(address, monkeypatch):
+    """Eight compilations that do not end, more than an event loop has threads; those that are too many get a 429."""
+    monkeypatch.setattr("melt_runtime.serve.compiling._MAX_WAITING", 8)
+    go_on = threading.Event()
+    compile_parts = Grammars.compile_parts
+
+    def wait(self, parts):
+        go_on.wait()
+        return compile_parts(self, parts)
+
+    monkeypatch.setattr(Grammars, "compile_parts", wait)
+    body = {"prompt": [5, 6], "max_tokens": 3, "grammar": {"type": "regex", "value": "[a-c]{3}[0-9]+x"}}
+    with ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(ask, address, "/v1/completions", body) for _ in range(9)]
+        refused = next(as_completed(answers)).result()  # the others wait
+        assert (refused[0], refused[2]["error"]["code"]) == (429, "queue_full")
+        assert ask(address, "/v1/completions", {"prompt": [5, 6], "max_tokens": 1})[0] == 200
+        go_on.set()
+        assert sorted(answer.result()[0] for answer in answers) == [200] * 8 + [429]
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(address, monkeypatch):

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from melt_runtime.request.grammar import GrammarPart
 from melt_runtime.serve.calls import Call, read_call
 from melt_runtime.serve.forms import Function, NamedTool, Tool
-from melt_runtime.text.codec import TextCodec
+from melt_runtime.text.codec import CALL_MARKERS, TextCodec
 from melt_runtime.text.stops import StopMatcher
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+OPEN, CLOSE = CALL_MARKERS
 
 
 class CallReader:

@@ -15,6 +15,8 @@ from melt_runtime.text.messages import check_messages, check_tools, require_text
 from melt_runtime.text.stops import StopMatcher
 from melt_runtime.text.templates import MAX_TEMPLATE_BYTES, ChatEnding, ChatTemplate
 
+CALL_MARKERS = ("<tool_call>", "</tool_call>")
+"""What stands around the call of a function in an answer. They are text, also where they are special tokens."""
 _CHARACTERS_PER_TOKEN = 64
 """Characters that a token may stand for where the tokenizer sets no bound: some 15 times as many as in most text."""
 _MORE_CHARACTERS = 1 << 16
@@ -56,7 +58,11 @@ class TextCodec:
         except BundleError as error:
             raise BundleError(f"{CHAT_TEMPLATE_NAME} is not a template: {error}") from error
         added = tokenizer.get_added_tokens_decoder()
-        self._specials = {token: form.content for token, form in added.items() if form.special and form.content}
+        self._specials = {
+            token: form.content
+            for token, form in added.items()
+            if form.special and form.content and form.content not in CALL_MARKERS
+        }
 
     @classmethod
     def read(cls, folder: Path) -> "TextCodec":

@@ -132,7 +132,7 @@ class StreamDecoder:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         with refusing(TokenError, "the tokenizer cannot decode its tokens"):
-            text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)  # those without text are left out
         return text
 
 
