@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,21 @@ def test_drafts_are_taken_back(plain, has_fork):
     own.close()
     with pytest.raises(GrammarError, match="the grammar cannot be followed"):
         processor([a], np.zeros(size, np.float32))
+
+
+@pytest.mark.parametrize("has_fork", [True, False], ids=["fork", "spawn"])
+def test_large_vocabularies_reach_their_process(plain, has_fork):
+    """Megabytes, more than a socket takes at once."""
+    setup = plain[0]._host._setup
+    words = [b"a%08d" % number for number in range(200_000)]
+    host = GrammarHost(replace(setup, tokens=[*setup.tokens, *words]), has_fork and hasattr(os, "fork"))
+    channel = host.open()
+    channel.ask({"seconds": 10, "parts": [("main", "regex", "a0+[1-3]")]})
+    _, _, mask = channel.ask({"seconds": 10, "answer": 0, "drop": 0, "add": [], "ended": []})
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[len(setup.tokens) :]
+    assert np.flatnonzero(bits).tolist() == [0, 1, 2, 3]
+    channel.close()
+    host.close()
 
 
 SLOW = json.dumps({"allOf": [{"type": "integer", "multipleOf": 97 + place} for place in range(4)]})

@@ -171,8 +171,8 @@ class GrammarHost:
             process = _run([str(theirs.fileno())], pass_fds=[theirs.fileno()])
         self._end = weakref.finalize(self, _close, (ours,), process)
         ours.settimeout(_START_SECONDS)
-        stream = ours.makefile("rwb", buffering=0)
-        self._require_started(stream, stream)
+        with ours.makefile("rb") as reader, ours.makefile("wb") as writer:
+            self._require_started(reader, writer)
         self._process, self._control = process, ours
 
     def _spawn(self) -> Channel:
