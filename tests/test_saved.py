@@ -281,6 +281,10 @@ def test_a_fork_goes_on_like_its_source(random_bundle, kind):
     assert [whole.ids, part.ids, slots.free] == [ids, ids[:16], 0]
     with pytest.raises(CapacityError, match="all 3 slots are taken: load with slots=4"):
         slots.fork(source)
+    for other in (0, None, load(random_bundle).new_runner().slots[0]):
+        for call in (slots.fork, slots.release, slots.is_free):
+            with pytest.raises(ValueError, match="a slot must be one of this state's 3"):
+                call(other)
     logits = [runner.prefill([7, 8], 4, sequence=slot.number).copy() for slot in (source, whole)]
     np.testing.assert_array_equal(*logits)
     runner.prefill(ids[16:], 4, sequence=part.number)

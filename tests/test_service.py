@@ -22,6 +22,7 @@ from melt_runtime import (
     QueueError,
     RunError,
     SavedError,
+    TokenError,
 )
 from melt_runtime.reply import Part, Submission
 
@@ -167,6 +168,11 @@ def test_odd_seconds_are_refused(service, alone, seconds):
         (lambda service: service.save(PROMPTS[0], "\0"), "path must be a path without null"),
         (lambda service: service.save(PROMPTS[0], "/dev/null"), "path must be a file that may be replaced"),
         (lambda service: service.save(PROMPTS[0], "/nowhere/x"), "path must lie in a folder that exists"),
+        (lambda service: service.prepare([5, 6], SAID), "prompt must be an EncodedPrompt"),
+        (lambda service: service.prepare(service.encode([5]), SAID, 3), "defaults must be a GenerationConfig or None"),
+        (lambda service: service.submit_all(5), "submissions must be a list of Submission"),
+        (lambda service: service.submit_all([5]), "submissions must be a list of Submission"),
+        (lambda service: Submission("Who?"), "request must be a Request"),
         (lambda service: service.restore(3), "path must be the path of a file"),
         (lambda service: service.close(float("nan")), "seconds must be"),
     ],
@@ -175,6 +181,14 @@ def test_odd_arguments_are_refused(service, call, message):
     with pytest.raises(ValueError, match=message):
         call(service)
     assert service.load.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"), [(5, "tools must be a list"), ("x", "tools must be"), ([1], r"tools\[0\]")]
+)
+def test_odd_tools_are_refused(model, tools, message):
+    with pytest.raises(TokenError, match=message):
+        model.codec.render([{"role": "user", "content": "Who?"}], tools)
 
 
 def test_a_forked_child_is_refused_and_never_waits(service, tmp_path):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from melt_runtime.arguments import real_number
+from melt_runtime.arguments import function_or_none, instance, real_number
 from melt_runtime.errors import QueueError, without_frames
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.request import Request
@@ -43,6 +43,16 @@ class Submission:
     request: Request
     on_part: Callable[[Part], None] | None = None
     on_end: Callable[["Reply"], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks them.
+
+        Raises:
+            ValueError: no request, or what cannot be called.
+        """
+        instance("request", self.request, Request, "a Request")
+        function_or_none("on_part", self.on_part)
+        function_or_none("on_end", self.on_end)
 
 
 def require_process(process: int) -> None:

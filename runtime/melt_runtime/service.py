@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Self
 
-from melt_runtime.arguments import function_or_none, instance, output_file, path_of, real_number, whole_number
+from melt_runtime.arguments import instance, output_file, path_of, real_number, whole_number
 from melt_runtime.conversations import Conversations
 from melt_runtime.engine import Engine, Job
 from melt_runtime.errors import BusyError, CancelledError, QueueError, RunError
@@ -167,7 +167,9 @@ class Service:
         Raises:
             CapacityError, ValueError: as for ``submit``.
         """
+        instance("prompt", prompt, EncodedPrompt, "an EncodedPrompt")
         instance("config", config, GenerationConfig, "a GenerationConfig")
+        instance("defaults", defaults, (GenerationConfig, NoneType), "a GenerationConfig or None")
         return Request(prompt, self.desk.settle(config, len(prompt.ids), defaults), self.desk.codec)
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Reply]:
@@ -175,11 +177,10 @@ class Service:
 
         Raises:
             QueueError: the queue is full, the service is closing, or this process was forked from the service's.
-            ValueError: a callback that cannot be called.
+            ValueError: ``submissions`` is no list of ``Submission``.
         """
-        for one in submissions:
-            function_or_none("on_part", one.on_part)
-            function_or_none("on_end", one.on_end)
+        for one in instance("submissions", submissions, (list, tuple), "a list of Submission"):
+            instance("submissions", one, Submission, "a list of Submission")
         group = object()
         replies = [Reply(one, group, self._notify) for one in submissions]
         with self._open(queues=True):

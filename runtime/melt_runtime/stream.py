@@ -8,7 +8,8 @@ from typing import Any, Self, TypeVar
 
 from melt_runtime.engine import Engine
 from melt_runtime.errors import BusyError, StreamError
-from melt_runtime.execute.slots import Slot, Snapshot
+from melt_runtime.execute.slots import Slot
+from melt_runtime.execute.snapshot import Snapshot
 from melt_runtime.hold import Hold
 from melt_runtime.progress import Progress
 from melt_runtime.request.request import Request

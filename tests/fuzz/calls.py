@@ -3,6 +3,7 @@
 After every call the next valid one answers as before, and a refused one changed nothing of a conversation.
 """
 
+import collections
 import itertools
 import os
 import random
@@ -37,6 +38,13 @@ _LOADS = ("device", "capacity", "chunk", "loops", "threads", "kv_cache", "cache"
 
 class Strange:
     """Nothing that anybody asks for."""
+
+
+class Hollow(list[int]):
+    """A list that is longer than what it holds."""
+
+    def __len__(self) -> int:
+        return 3
 
 
 _STRANGE: tuple[Callable[[], Any], ...] = (  # made anew for each call: some can be used once
@@ -74,6 +82,22 @@ _STRANGE: tuple[Callable[[], Any], ...] = (  # made anew for each call: some can
     lambda: [1] * 200,
     lambda: "word " * 500,
     lambda: Path("nowhere"),
+    lambda: Path("\0"),
+    lambda: "x" * 5000,
+    lambda: float("nan"),
+    lambda: float("inf"),
+    lambda: -float("inf"),
+    lambda: 1e300,
+    lambda: np.float64("nan"),
+    lambda: (number for number in (1, 2)),
+    lambda: ({"role": "user", "content": "Who?"} for _ in range(2)),
+    lambda: ({"role": "user", "content": "Who?"},),
+    lambda: {"role": "user", "content": "Who?"},
+    lambda: {0: {"role": "user", "content": "Who?"}},
+    lambda: collections.deque([{"role": "user", "content": "Who?"}]),
+    lambda: collections.UserList([{"role": "user", "content": "Who?"}]),
+    lambda: [{"role": "user", "content": "Who?"}, None],
+    lambda: Hollow(),
 )
 
 
@@ -234,7 +258,7 @@ class Calls:
             results = self.slots.generate_batch(prompts, **options)
             return ANSWERED if all(result.token_ids for result in results) else FINDING
         except BatchError as error:
-            sound = isinstance(prompts, list) and options == {"max_new_tokens": 3, "loops": 2}
+            sound = any(prompt is IDS for prompt in prompts) and options == {"max_new_tokens": 3, "loops": 2}
             return FINDING if sound and place not in error.results else REFUSED
 
     def _saved(self, chance: random.Random, tell: Tell) -> str:
@@ -295,7 +319,7 @@ class Calls:
         for name in ("observe", "progress"):
             if callable(more.get(name)):
                 del more[name]  # what it raises is its own
-        which = chance.randrange(9)
+        which = chance.randrange(13)
         tell(which, ids, loops, row, more)
         calls: tuple[Callable[[], object], ...] = (
             lambda: runner.prefill(ids, loops, **more),
@@ -307,6 +331,10 @@ class Calls:
             lambda: runner.prefill_and_draw(ids, loops),
             lambda: runner.decode_and_draw(row, loops),
             lambda: self.model.new_runner(row),
+            lambda: runner.slots.is_free(ids),
+            lambda: runner.slots.release(ids),
+            lambda: runner.slots.fork(ids, row),
+            lambda: runner.slots.fork(runner.slots[1], ids),
         )
         calls[which]()
         return ANSWERED
@@ -324,9 +352,55 @@ class Calls:
         return ANSWERED
 
     def _text(self, chance: random.Random, tell: Tell) -> str:
-        prompt, renders = odd_prompt(chance), chance.random() < 0.5
-        tell(prompt, renders)
-        (self.model.codec.render if renders else self.model.codec.encode)(prompt)
+        prompt, other, which = odd_prompt(chance), odd(chance), chance.randrange(6)
+        tell(prompt, other, which)
+        codec, sound = self.model.codec, [{"role": "user", "content": "Who?"}]
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: codec.encode(prompt),
+            lambda: codec.render(prompt),
+            lambda: codec.render(other),
+            lambda: codec.render(sound, other),
+            lambda: codec.encode_chat(prompt, max_tokens=CAPACITY),
+            lambda: codec.encode_chat(sound, other, max_tokens=CAPACITY),
+        )
+        calls[which]()
+        return ANSWERED
+
+    def _service(self, chance: random.Random, tell: Tell) -> str:
+        """Odd calls of a service; afterwards a sound request is answered, and nothing waits."""
+        prompt, value, which = odd_prompt(chance), odd(chance), chance.randrange(12)
+        config = odd(chance) if chance.random() < 0.3 else GenerationConfig(max_new_tokens=3, loops=2)
+        tell(which, prompt, config, value)
+        if chance.random() < 0.2:
+            self.slots.new_service(value).close()
+            return ANSWERED
+        with self.slots.new_service() as service:
+            sound = GenerationConfig(max_new_tokens=3, loops=2)
+            reply = service.submit(IDS, sound)
+            calls: tuple[Callable[[], object], ...] = (
+                lambda: service.submit(prompt, config).wait(),
+                lambda: service.submit(prompt, config, value).wait(),
+                lambda: service.submit(IDS, sound, on_part=value).wait(),
+                lambda: service.submit(IDS, sound, on_end=value).wait(),
+                lambda: service.encode(prompt, value),
+                lambda: service.prepare(value, sound),
+                lambda: service.prepare(service.encode(IDS), config, value),
+                lambda: service.submit_all(value),
+                lambda: service.save(prompt, Path("kept")),
+                lambda: service.save(IDS, value),
+                lambda: service.restore(value),
+                lambda: service.close(value if is_whole(value) or isinstance(value, float) else repr(value)),
+            )
+            try:
+                if callable(value) and which in (2, 3):
+                    return REFUSED  # what it raises is its own
+                calls[which]()
+                reply.wait(value)
+            except (OSError, TimeoutError):
+                pass
+            finally:
+                if service.is_open and service.submit(IDS, sound).wait(60).token_ids != reply.wait(60).token_ids:
+                    raise AssertionError("another answer of the service")
         return ANSWERED
 
     def _cache(self, chance: random.Random, tell: Tell) -> str:
@@ -375,6 +449,7 @@ KINDS = (
     *("batch",) * 3,
     *("saved",) * 2,
     *("load",) * 3,
+    *("service",) * 3,
     *("config", "text", "cache", "plan", "manifest"),
 )
 """Kinds of calls, each a method, as often as each comes."""

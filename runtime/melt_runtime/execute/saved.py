@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from melt_files import replace_file
 from melt_runtime.bundle.contract import MAX_LOOPS, Depth
 from melt_runtime.errors import CapacityError, SavedError
-from melt_runtime.execute.slots import Slot, Snapshot
+from melt_runtime.execute.slots import Slot
+from melt_runtime.execute.snapshot import Snapshot
 from melt_runtime.execute.tensors import TensorFile, write_tensors
 from melt_runtime.memory.buffers import Buffer, State
 

@@ -4,33 +4,19 @@ Which of them a prompt may keep, ``reuse.py`` says. Knows no text.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from melt_runtime.arguments import whole_number
+from melt_runtime.arguments import shown, whole_number
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.errors import CapacityError
 from melt_runtime.execute.reuse import count_reusable, count_shared
+from melt_runtime.execute.snapshot import Snapshot
 from melt_runtime.memory.buffers import State
 from melt_runtime.memory.plan import Array, StatePlan, stored_type
 from melt_runtime.schedule.depth import Depth
 from melt_runtime.schedule.span import Span
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A sequence at one moment.
-
-    Attributes:
-        ids: its tokens.
-        depths: of those that were run, as ``Slot.depths``; [n] int16.
-        caches: of a LoopLM, how many hold them.
-    """
-
-    ids: list[int]
-    depths: Array
-    caches: int
 
 
 class Slot:
@@ -308,8 +294,8 @@ class Slots:
         return sum(self._free)
 
     def is_free(self, slot: Slot) -> bool:
-        """Whether a slot has no owner."""
-        return self._free[slot.number]
+        """Whether a slot has no owner; ``ValueError`` for what is no slot of this state."""
+        return self._free[self._own(slot).number]
 
     def acquire(self) -> Slot:
         """The lowest free slot, which keeps passes short; what it holds may be kept as ``Slot.reusable`` says.
@@ -344,6 +330,11 @@ class Slots:
         best = min(free, key=lambda slot: (-kept(slot), age.get(slot.number, 0), slot.number))
         return self._take(best.number)
 
+    def _own(self, slot: Slot) -> Slot:
+        if not any(slot is own for own in self._slots):
+            raise ValueError(f"a slot must be one of this state's {len(self._slots)}, got {shown(slot)}")
+        return slot
+
     def _take(self, number: int) -> Slot:
         self._free[number] = False
         self._released = [other for other in self._released if other != number]
@@ -351,8 +342,8 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         """Ends the ownership of ``slot``: what was in flight is dropped, what its cache holds stays until it is used
-        again."""
-        slot.truncate(slot.length)
+        again. ``ValueError`` for what is no slot of this state."""
+        self._own(slot).truncate(slot.length)
         if not self._free[slot.number]:
             self._released.append(slot.number)
         self._free[slot.number] = True
@@ -371,8 +362,9 @@ class Slots:
 
         Raises:
             CapacityError: every slot has an owner.
-            ValueError: ``tokens`` outside its rule, or in the middle of a chunk.
+            ValueError: ``source`` is no slot of this state; ``tokens`` outside its rule, or in the middle of a chunk.
         """
+        self._own(source)
         tokens = source.length if tokens is None else tokens
         whole_number("tokens", tokens, 0, source.length, " (the sequence's length)")
         if 0 < tokens < source.length and not source.depths[tokens]:

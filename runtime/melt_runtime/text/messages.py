@@ -38,11 +38,14 @@ def check_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     """A copy of plain values of functions that may be called, as OpenAI writes them.
 
     Raises:
-        TokenError: a value that JSON does not have, or text that is none.
+        TokenError: no list of objects, a value that JSON does not have, or text that is none.
     """
-    checked = [_plain(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-    assert all(isinstance(tool, dict) for tool in checked)
-    return checked
+    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
+        raise TokenError(f"tools must be a list of functions, got {type(tools).__name__}")
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise TokenError(f"tools[{number}] must be an object with type and function, got {_got(tool)}")
+    return [_plain(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
 
 
 def require_text(text: str, place: str) -> str:
