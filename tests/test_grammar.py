@@ -15,6 +15,7 @@ import pytest
 from conftest import MELT_TINY
 from tokenizers_of_kinds import KINDS
 
+from melt_runtime.errors import QueueError
 from melt_runtime.request import grammar as module
 from melt_runtime.request.grammar import GrammarError, GrammarPart, Grammars
 from melt_runtime.request.grammar_host import GrammarHost
@@ -184,6 +185,24 @@ def test_a_grammar_that_costs_too_much_ends_alone(plain, monkeypatch):
         grammars.compile("json_schema", SLOW)
     assert grammars.compile("regex", "[ab]+") is other
     assert allowed(processor, [], size) == before
+
+
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_grammar(plain, monkeypatch):
+    """Nor kept as one."""
+
+    def fail(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    grammars = Grammars(TextCodec(plain[1], None), plain[1].get_vocab_size(), [plain[1].token_to_id("<|end|>")])
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(QueueError, match=r"cannot be started \(\[Errno 24\] Too many open files\); retry later"):
+        grammars.compile("regex", "[ab]+")
+    monkeypatch.undo()
+    assert accepts(plain, grammars.compile("regex", "[ab]+"), "ab")
+    os.kill(grammars._host._process.pid, signal.SIGKILL)  # it is started again
+    grammars._host._process.wait()
+    assert accepts(plain, grammars.compile("regex", "[bc]+"), "bc")
+    grammars.close()
 
 
 def test_rules_are_chained_so_deep_and_no_deeper():

@@ -18,7 +18,9 @@ from melt_runtime.arguments import one_of
 from melt_runtime.errors import QueueError
 from melt_runtime.memory.plan import Array
 from melt_runtime.request.grammar_host import (
+    BUSY,
     FAILED,
+    MASK,
     REFUSED,
     Channel,
     GrammarError,
@@ -134,6 +136,9 @@ class Grammars:
 
     def compile_parts(self, parts: Sequence[GrammarPart]) -> "Grammar":
         """As ``compile``: a grammar, and those that it refers to."""
+        size = sum(len(part.source.encode("utf-8", "replace")) for part in parts)
+        if size > MAX_BYTES:
+            raise GrammarError(f"a grammar may have {MAX_BYTES} bytes, got {size}")
         try:
             return self._get(tuple(self._prepared(part) for part in parts))
         except GrammarError as error:
@@ -154,9 +159,6 @@ class Grammars:
     def _prepared(self, part: GrammarPart, is_coarse: bool = False) -> GrammarPart:
         """A part as it is compiled."""
         one_of("grammar", part.kind, GRAMMARS)
-        size = len(part.source.encode("utf-8", "replace"))
-        if size > MAX_BYTES:
-            raise GrammarError(f"a grammar may have {MAX_BYTES} bytes, got {size}")
         source = part.source
         try:
             if part.kind == "json_schema":
@@ -230,8 +232,11 @@ class Grammars:
     def _compile_within(self, parts: tuple[GrammarPart, ...], seconds: float) -> Channel:
         channel = self._host.open()
         reply, _, content = channel.ask({"seconds": seconds, "parts": [part[:3] for part in parts]})
-        if reply == FAILED:
+        if reply != MASK:
             channel.close()
+        if reply == BUSY:
+            raise QueueError("no process is left for another grammar; retry later")
+        if reply == FAILED:
             raise GrammarError(f"the {parts[0].kind} cannot be compiled: {_short(content)}")
         return channel
 

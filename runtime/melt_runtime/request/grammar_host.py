@@ -10,12 +10,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from melt_runtime.errors import QueueError
 from melt_runtime.request import grammar_process
-from melt_runtime.request.grammar_process import FAILED, REFUSED, SINGLE, receive, send, unpack_reply
+from melt_runtime.request.grammar_process import BUSY, FAILED, MASK, REFUSED, SINGLE, receive, send, unpack_reply
 
 HAS_FORK = hasattr(os, "fork") and hasattr(socket, "send_fds")
 _WALL_SECONDS = 20.0
@@ -129,13 +131,14 @@ class GrammarHost:
         """A process of its own for one grammar.
 
         Raises:
-            GrammarError: it cannot be started.
+            GrammarError: llguidance refuses the vocabulary.
+            QueueError: it cannot be started now, for want of descriptors, memory or time.
         """
         try:
             with self._lock:
                 return self._fork() if self._has_fork else self._spawn()
         except OSError as error:
-            raise GrammarError(f"grammars need a process of their own, which cannot be started: {error}") from error
+            raise QueueError(f"the process of a grammar cannot be started ({error}); retry later") from error
 
     def close(self) -> None:
         """Ends the process that forks; those of grammars end with their channels."""
@@ -167,12 +170,15 @@ class GrammarHost:
         if self._end is not None:
             self._end()
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = _run([str(theirs.fileno())], pass_fds=[theirs.fileno()])
-        self._end = weakref.finalize(self, _close, (ours,), process)
-        ours.settimeout(_START_SECONDS)
-        with ours.makefile("rb") as reader, ours.makefile("wb") as writer:
-            self._require_started(reader, writer)
+        with ExitStack() as failing:
+            failing.enter_context(ours)
+            with theirs:
+                process = _run([str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            self._end = weakref.finalize(self, _close, (ours,), process)
+            ours.settimeout(_START_SECONDS)
+            with ours.makefile("rb") as reader, ours.makefile("wb") as writer:
+                self._require_started(reader, writer)
+            failing.pop_all()
         self._process, self._control = process, ours
 
     def _spawn(self) -> Channel:
@@ -192,7 +198,7 @@ class GrammarHost:
         send(writer, self._setup.message)
         payload = receive(reader)
         if payload is None:
-            raise GrammarError("the process of grammars ended while it loaded the vocabulary")
+            raise OSError("it ended while it loaded the vocabulary")
         kind, _, content = unpack_reply(payload)
         if kind == FAILED:
             raise GrammarError(f"llguidance cannot use this bundle's tokenizer: {content.decode()}")
@@ -220,4 +226,4 @@ def _close(streams: Sequence[Any], process: subprocess.Popen[bytes] | None) -> N
         process.wait()
 
 
-__all__ = ["FAILED", "REFUSED", "Channel", "GrammarError", "GrammarHost", "ProcessEndedError", "Setup"]
+__all__ = ["BUSY", "FAILED", "MASK", "REFUSED", "Channel", "GrammarError", "GrammarHost", "ProcessEndedError", "Setup"]

@@ -17,8 +17,8 @@ import sys
 import time
 from typing import IO, Any
 
-MASK, REFUSED, FAILED = 0, 1, 2
-"""Kinds of replies: a mask; a token that the grammar does not allow; an error, with its text."""
+MASK, REFUSED, FAILED, BUSY = 0, 1, 2, 3
+"""Kinds of replies: a mask; a token that the grammar does not allow; an error, with its text; no process is left."""
 SINGLE = "--single"
 """Argument: serve one grammar over the standard streams."""
 _LENGTH, _REPLY = struct.Struct("<I"), struct.Struct("<Bd")
@@ -206,14 +206,19 @@ def _serve_forks(control: socket.socket) -> None:
         message, sockets, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             return
-        if os.fork() == 0:
+        channel = socket.socket(fileno=sockets[0])
+        try:
+            is_fork = os.fork() == 0
+        except OSError:
+            channel.sendall(_LENGTH.pack(_REPLY.size) + _REPLY.pack(BUSY, 0.0))
+            is_fork = False
+        if is_fork:
             try:
                 control.close()
-                channel = socket.socket(fileno=sockets[0])
                 _serve(compiler, setup, channel.makefile("rb"), channel.makefile("wb"))
             finally:
                 os._exit(0)  # the server sees the end of the stream, whatever it was
-        os.close(sockets[0])
+        channel.close()
 
 
 def _main() -> None:
