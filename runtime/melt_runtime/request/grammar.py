@@ -42,8 +42,10 @@ _LIMITS = {"initial_lexer_fuel": 1_000_000, "max_grammar_size": 200_000, "max_le
 """Limits on compiling, in llguidance's own units."""
 _MAX_MEMORY_BYTES = 512 << 20
 _QUICK_SECONDS, _COMPILE_SECONDS = 0.25, 2.0
-"""Processor time for compiling. Nearly all grammars need milliseconds; one that needs more is compiled alone, and the
-others do not wait for it."""
+"""Processor time for compiling. Nearly all grammars need milliseconds; those that need more are compiled one by one,
+and the others do not wait for them."""
+_MAX_SLOW = 8
+"""Maximum number of those, waiting or compiled."""
 _STEP_SECONDS = 1.0
 """Processor time for the mask of one token."""
 _MOST_SECONDS, _SECONDS_A_TOKEN = 1.0, 0.02
@@ -114,7 +116,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._host = GrammarHost(setup)
         self._lock = threading.Lock()
-        self._quick, self._slow = threading.Semaphore(2), threading.Semaphore(1)
+        self._quick, self._slow = threading.Semaphore(2), threading.Lock()
+        self._slow_places = threading.Semaphore(_MAX_SLOW)
         self._cached: OrderedDict[tuple[GrammarPart, ...], Grammar] = OrderedDict()
         self._failures: OrderedDict[tuple[GrammarPart, ...], str] = OrderedDict()
         self._compiling: dict[tuple[GrammarPart, ...], threading.Lock] = {}
@@ -130,7 +133,7 @@ class Grammars:
 
         Raises:
             GrammarError: it is too large, not a grammar, or needs more time or memory than it may.
-            QueueError: too many grammars are in use, or one that takes long is being compiled.
+            QueueError: too many grammars are in use, or take long to compile.
         """
         return self.compile_parts([GrammarPart("main", kind, source), *parts])
 
@@ -212,22 +215,23 @@ class Grammars:
         return grammar
 
     def _try_compile(self, parts: tuple[GrammarPart, ...]) -> Channel:
-        """The process of a compiled grammar: with little time, then, if it needs more, alone with more."""
+        """The process of a compiled grammar: with little time, then, if it needs more, with more."""
         try:
             with self._quick:
                 return self._compile_within(parts, _QUICK_SECONDS)
         except ProcessEndedError:
-            if not self._slow.acquire(blocking=False):
-                raise QueueError("another grammar that takes long is being compiled; retry later") from None
+            if not self._slow_places.acquire(blocking=False):
+                raise QueueError(f"{_MAX_SLOW} grammars that take long are to be compiled; retry later") from None
         try:
-            return self._compile_within(parts, _COMPILE_SECONDS)
+            with self._slow:
+                return self._compile_within(parts, _COMPILE_SECONDS)
         except ProcessEndedError:
             raise GrammarError(
                 f"the {parts[0].kind} cannot be compiled within {_COMPILE_SECONDS:g} s and "
                 f"{_MAX_MEMORY_BYTES >> 20} MB, or crashes the compiler: make it smaller, or less nested"
             ) from None
         finally:
-            self._slow.release()
+            self._slow_places.release()
 
     def _compile_within(self, parts: tuple[GrammarPart, ...], seconds: float) -> Channel:
         channel = self._host.open()

@@ -11,7 +11,7 @@ from melt_runtime.model import MeltModel
 from melt_runtime.request.grammar import Grammar, GrammarPart, Grammars
 
 _T = TypeVar("_T")
-_THREADS, _MAX_WAITING = 4, 128
+_THREADS, _MAX_WAITING = 16, 128
 
 
 class Compiler:
