@@ -123,6 +123,12 @@ def environment(name: str, *requirements: str) -> Path:
     return venv / "bin"
 
 
+def new_user(home: Path) -> dict[str, str]:
+    """Variables of a user who set none for telemetry, whose home folder is new: telemetry would make it."""
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI")
+    return {**{name: value for name, value in os.environ.items() if name not in unset}, "HOME": str(home)}
+
+
 def run_folder(factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of a run share."""
     folder = factory.getbasetemp()

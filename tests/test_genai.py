@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import MELT_TINY, environment, random_model, save_checkpoint
+from conftest import MELT_TINY, environment, new_user, random_model, save_checkpoint
 from tolerances import assert_greedy
 
 from melt_export import ExportError, ExportOptions, cli, genai
@@ -61,7 +61,10 @@ def with_config(folder: Path, copy: Path, values: dict) -> Path:
 def run_genai(python: Path, folder: Path) -> list[int]:
     """What GenAI itself answers to the golden prompt, 200 tokens at most."""
     run = [python, Path(__file__).parent / "genai_worker.py", folder, json.dumps(GOLDEN["prompt"])]
-    return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    home = folder.parent / "home"
+    answer = json.loads(subprocess.run(run, check=True, capture_output=True, text=True, env=new_user(home)).stdout)
+    assert not home.exists()  # no telemetry
+    return answer
 
 
 @pytest.mark.parametrize("gate_kind", ["elementwise", "mean"])

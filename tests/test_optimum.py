@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from conftest import MELT_TINY, ROOT, environment, random_model, save_checkpoint
+from conftest import MELT_TINY, ROOT, environment, new_user, random_model, save_checkpoint
 from tokenizers import Tokenizer
 from tolerances import assert_greedy
 
@@ -63,13 +63,15 @@ def command(checkpoint: Path, options: tuple[str, ...], out: Path) -> list[str |
 
 
 def export(optimum: Path, checkpoint: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([optimum / "optimum-cli", *command(checkpoint, options, out)], capture_output=True, text=True)
+    run = [optimum / "optimum-cli", *command(checkpoint, options, out)]
+    return subprocess.run(run, capture_output=True, text=True, env=new_user(out.parent / "home"))
 
 
 def generate(optimum: Path, folder: Path, prompts: list[list[int]], new_tokens: int) -> dict:
     worker = Path(__file__).parent / "optimum_worker.py"
     run = [optimum / "python", worker, folder, json.dumps(prompts), str(new_tokens)]
-    return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    user = new_user(folder.parent / "home")
+    return json.loads(subprocess.run(run, check=True, capture_output=True, text=True, env=user).stdout)
 
 
 @pytest.mark.parametrize(("loops", "options"), [(4, ()), (1, ("--model-kwargs", '{"loops": 1}'))])
@@ -88,6 +90,7 @@ def test_optimum_gives_our_tokens(loops, options, optimum, tmp_path):
     )
     assert got["loops"] == loops
     assert got["ours"] == []
+    assert not (tmp_path / "home").exists()  # no telemetry
     assert "`model_kwargs` are not used by the model: ['loops']" in got["error"]
     graph = onnx.load(tmp_path / "out" / "model.onnx")
     assert {entry.key: entry.value for entry in graph.metadata_props}["melt.loops"] == str(loops)
