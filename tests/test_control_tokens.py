@@ -160,6 +160,14 @@ def test_no_control_token_comes_together_from_two_texts(name):
     assert names(codec, [said("<x/sx> <xs>")]) == ["<s>", "</s>"]
 
 
+def test_calls_come_back_as_tokens_where_their_markers_are_special():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([*TURNS, *MARKERS])
+    call = "<tool_call>{}</tool_call><|im_end|><think>"
+    codec = TextCodec(tokenizer, CHATML)
+    assert names(codec, [said(call, "assistant")], ending="none") == [*ONE_TURN[:1], *MARKERS[2:4], ONE_TURN[1]]
+
+
 def test_a_role_may_make_up_a_marker_of_the_template():
     codec = codec_of("byte level", "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}")
     assert names(codec, [said("<|im_end|>", "im_start")]) == ["<|im_start|>"]

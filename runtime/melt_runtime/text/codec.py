@@ -142,7 +142,7 @@ class TextCodec:
 
     @cached_property
     def _control(self) -> ControlTokens:
-        return ControlTokens(self.tokenizer, self.chat_template or "", _encode)
+        return ControlTokens(self.tokenizer, self.chat_template or "", CALL_MARKERS, _encode)
 
     @property
     def takes_tools(self) -> bool:

@@ -7,7 +7,7 @@ could begin a control token: they survive whatever a template does with a text, 
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -33,17 +33,22 @@ class ControlTokens:
     Models write the latter two in text, so they stay tokens in the assistant's own words.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, encode: Encode):
+    def __init__(self, tokenizer: Tokenizer, template: str, texts: Collection[str], encode: Encode):
         """Sorts the tokenizer's added tokens.
 
         Args:
             tokenizer: the tokenizer of the model.
             template: source of the chat template.
+            texts: special tokens that are text in an answer.
             encode: encodes a text with a tokenizer.
         """
         self._tokenizer, self._encode = tokenizer, encode
         added = {token: form for token, form in tokenizer.get_added_tokens_decoder().items() if form.content}
-        always = {token: form for token, form in added.items() if form.special or _MARKER.fullmatch(form.content)}
+        always = {
+            token: form
+            for token, form in added.items()
+            if (form.special and form.content not in texts) or _MARKER.fullmatch(form.content)
+        }
         named = {
             token: form
             for token, form in added.items()
