@@ -7,17 +7,36 @@ transformers reads the file; the checkpoint is then like any other. Needs the pa
 import argparse
 import importlib.util
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from melt_files import require_absent, staged
 from melt_models.checkpoint import WEIGHTS_NAME
 from melt_models.errors import CheckpointError
 from melt_models.families import FAMILIES
+from melt_models.forms import shown
+
+_HEAD_SIZES = ("attention.key_length", "attention.value_length")
+_IDLE = frozenset({"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"})
+"""Keys that change no number, alone or because what they belong to is refused."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),
+    **dict.fromkeys(("rope.scaling.attn_factor", "logit_scale", "embedding_scale", "residual_scale"), (1,)),
+    **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window", "pooling_type"), (0,)),
+    "attention.causal": (True,),
+}
+"""Keys with the values that say what is computed anyway."""
+_LAYER = "attn_norm|ffn_norm|attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
+_TENSOR = re.compile(rf"(token_embd|output|output_norm|blk\.\d+\.({_LAYER}))\.weight")
 
 
 def gguf_to_checkpoint(file: Path, out: Path) -> None:
@@ -28,7 +47,8 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         out: folder to make; it must not exist.
 
     Raises:
-        CheckpointError: no such file, not GGUF, another family, packages that are missing, or ``out`` exists.
+        CheckpointError: no such file, not GGUF, another family, keys or tensors that may change what is computed and
+            are not read, packages that are missing, or ``out`` exists.
     """
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -43,6 +63,8 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if config.model_type not in FAMILIES:
         raise CheckpointError(f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
+    if faults := _unread(file, config.model_type, config.head_dim):
+        raise CheckpointError(f"{file} cannot be unpacked:", faults)
     try:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)
@@ -57,6 +79,38 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
+
+
+def _unread(file: Path, architecture: str, head_dim: int) -> list[str]:
+    """What a file says or holds that transformers passes over without a word, though it changes what is computed.
+
+    Args:
+        file: a GGUF file that transformers can read.
+        architecture: its own, the first part of its keys.
+        head_dim: size of a head as transformers reads it.
+    """
+    from gguf import GGUFReader  # an extra of its own
+
+    reader, faults = GGUFReader(file), []
+    for key, field in reader.fields.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name == key or GGUF_CONFIG_MAPPING[architecture].get(name) is not None or name in _IDLE:
+            continue
+        value = field.contents()
+        neutral = (head_dim,) if name in _HEAD_SIZES else _NEUTRAL.get(name, ())
+        if not any(value == each for each in neutral):
+            faults.append(f"{key} must be {_rule(neutral)}, got {shown(value)}: it may change what the model computes")
+    faults += [
+        f"tensor {tensor.name} {list(map(int, reversed(tensor.shape)))} is none of the model's: rotary scaling, biases "
+        "and experts are not implemented"
+        for tensor in reader.tensors
+        if not _TENSOR.fullmatch(tensor.name)
+    ]
+    return faults
+
+
+def _rule(neutral: Sequence[Any]) -> str:
+    return " or ".join(map(shown, neutral)) or "absent"
 
 
 def main(argv: list[str] | None = None) -> int:
