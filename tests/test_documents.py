@@ -104,6 +104,7 @@ NOT_RUN = {
     "sudo apt install g++ pkg-config libonnxruntime-dev nlohmann-json3-dev": _CPP,
     "c++ -std=c++17 -O2 generate.cpp -o generate $(pkg-config --cflags --libs libonnxruntime nlohmann_json)": _CPP,
     "./generate ../../build/melt-tiny 4 20 1 56 3": _CPP,
+    "export RAY_USAGE_STATS_ENABLED=0": "sets a variable of the shell",
     "benchmarks/peers/install.sh": _PEERS,
     "python benchmarks/peers/compare.py --rounds 7": _PEERS,
     "python benchmarks/serving.py build/bench/melt-1.6b-4-int8 build/bench/melt-1.6b-4-int4 --requests 2 "

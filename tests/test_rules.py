@@ -40,7 +40,7 @@ ALLOWED = {
     "melt_layers": {"torch", "melt_layers"},
     "melt_models": {
         *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "tqdm"),
-        *("datasets", "pyarrow", "matplotlib", "pydantic", "pydantic_core", "typing_extensions"),
+        *("datasets", "gguf", "pyarrow", "matplotlib", "pydantic", "pydantic_core", "typing_extensions"),
         *("melt_files", "melt_plots", "melt_layers", "melt_models"),
     },
     "melt_export": {

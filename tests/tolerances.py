@@ -20,6 +20,8 @@ GOLDEN_LOGITS = Tolerance(2e-4, 1e-4)
 """Logits of melt-tiny, of which 1.4e-5 was met on any processor: closer than random weights, whose loops amplify."""
 TORCH = Tolerance(1e-4, 1e-6)
 """One computation in torch, written in two ways: a few units of float32's last place, more where a sum is long."""
+CALIBRATED = Tolerance(0.1, 1e-6)
+"""Scales of KV caches, from products whose rounding is the processor's own: two steps of the clippings tried."""
 CUDA_TYPES = Tolerance(8e-2, 1e-3)
 """Logits of bfloat16, or of integers with float16 activations, on CUDA beside float32 on a CPU."""
 CAPTURED = Tolerance(1e-2, 1e-3)

@@ -56,6 +56,9 @@ class Service:
     """Answers requests until it is closed; meanwhile the model's own session is at work.
 
     A pass that ONNX Runtime could not run ends the requests that were in it; the service goes on.
+
+    Attributes:
+        desk: checks and encodes prompts, from any thread.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Service:
             ValueError: ``queue`` outside its rule.
         """
         self._queue = whole_number("queue", queue, 1, _MOST_QUEUE)
-        self._engine, self._desk, self._slots = engine, desk, engine.executor.slots
+        self._engine, self.desk, self._slots = engine, desk, engine.executor.slots
         self._waiting = Waiting()
         self._work: deque[tuple[Callable[[], int], Future[int]]] = deque()
         self._running: dict[Job, Reply] = {}
@@ -102,11 +105,6 @@ class Service:
         held.wait()
         if refused:
             raise refused[0]
-
-    @property
-    def desk(self) -> Desk:
-        """Checks and encodes prompts, from any thread."""
-        return self._desk
 
     @property
     def is_open(self) -> bool:
@@ -154,7 +152,7 @@ class Service:
             TokenError, CapacityError, ValueError: as for ``MeltModel.generate``.
         """
         instance("raw", raw, bool, "True or False")
-        return self._desk.read(prompt, raw)
+        return self.desk.read(prompt, raw)
 
     def prepare(
         self, prompt: EncodedPrompt, config: GenerationConfig, defaults: GenerationConfig | None = None
@@ -172,7 +170,7 @@ class Service:
         instance("prompt", prompt, EncodedPrompt, "an EncodedPrompt")
         instance("config", config, GenerationConfig, "a GenerationConfig")
         instance("defaults", defaults, (GenerationConfig, NoneType), "a GenerationConfig or None")
-        return Request(prompt, self._desk.settle(config, len(prompt.ids), defaults), self._desk.codec)
+        return Request(prompt, self.desk.settle(config, len(prompt.ids), defaults), self.desk.codec)
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Reply]:
         """Submits requests together, all or none; from any thread. They count as one in the queue, and share the slots.
