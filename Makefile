@@ -12,7 +12,7 @@ NVIDIA ?= $(if $(shell command -v nvidia-smi 2>/dev/null)$(wildcard /proc/driver
 TORCH_INDEX ?= $(if $(NVIDIA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 LOCK := -c constraints.txt $(if $(NVIDIA),-c constraints-cuda.txt)
 
-.PHONY: demo demo-bundle demo-code demo-smollm2 test test-newest test-large test-cuda test-ray fuzz soak kills check lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
+.PHONY: demo demo-bundle demo-code demo-smollm2 test test-newest test-lowest test-large test-cuda test-ray fuzz soak kills check audit lock bench setup melt-tiny melt-code melt-code-teacher train-smoke clean
 
 ## demo: export the shipped model to ONNX, then answer one question with 1, 2, 3 and 4 loops, as deep as needed, in a wave
 demo: $(VENV)/ready
@@ -85,6 +85,16 @@ test-newest:
 	$(call install,$(NEWEST),-c constraints-torch.txt)
 	$(NEWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
+## test-lowest: the suite on the lowest versions of the runtime's and the server's packages that pyproject.toml allows
+LOWEST := build/lowest
+test-lowest: build/lock/bin/uv
+	rm -rf $(LOWEST)
+	{ $(PYTHON) tests/lowest.py && cat constraints-torch.txt; } > build/lowest-direct.txt
+	build/lock/bin/uv pip compile --quiet --no-config --python-version 3.11 --no-annotate --no-header \
+		--extra cpu --extra cuda --extra dev -c build/lowest-direct.txt --output-file build/lowest.txt pyproject.toml
+	$(call install,$(LOWEST),-c build/lowest.txt)
+	$(LOWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+
 ## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
 test-large: $(VENV)/ready
 	$(BIN)/pytest -m large
@@ -125,6 +135,14 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+## audit: known vulnerabilities of the locked packages, asked of osv.dev
+audit: build/audit/bin/pip-audit
+	build/audit/bin/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip -r constraints.txt
+
+build/audit/bin/pip-audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 
 ## bench: speed and memory at the size of MELT-1.6B and Ouro-1.4B, random weights (about 10 minutes on 2 cores, 8 GB of disk)
 bench: $(VENV)/ready
@@ -169,13 +187,16 @@ train-smoke: $(VENV)/ready
 ## lock: find the newest release of every package again, for Linux, macOS and Windows, from Python 3.11 on
 # Metadata only: nothing is downloaded but uv. The libraries that torch with CUDA asks for have a file of their own.
 CUDA_LIBRARIES := ^(cuda|nvidia|triton)
-lock:
-	test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
+lock: build/lock/bin/uv
 	build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
 		--no-annotate --no-header --extra cpu --extra cuda --extra dev -c constraints-torch.txt \
 		--output-file build/lock/all.txt pyproject.toml
 	{ echo "# Made by: make lock"; grep -vE '$(CUDA_LIBRARIES)' build/lock/all.txt; } > constraints.txt
 	{ echo "# Made by: make lock"; grep -E '$(CUDA_LIBRARIES)' build/lock/all.txt; } > constraints-cuda.txt
+
+build/lock/bin/uv:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 
 setup: $(VENV)/ready
 
