@@ -10,7 +10,7 @@ import socket
 import threading
 
 import pytest
-from live_server import JSON, LONG, ask, running, served, wait_until
+from live_server import JSON, LONG, ask, read_metrics, running, served, wait_until
 
 from melt_runtime import CancelledError, GenerationConfig, MeltModel
 from melt_runtime.request.prompts import EncodedPrompt
@@ -63,6 +63,51 @@ def test_a_connection_without_headers_is_closed(model, begin):
             if begin and begin != HEALTH:
                 with contextlib.suppress(ConnectionError):
                     silent.sendall(b"x")
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize("head", [CHUNKED + b"Content-Type: application/json\r\n\r\n", CHUNKED + b"\r\n"])
+def test_a_body_that_is_no_http_is_refused_without_a_word_in_the_log(model, capfd, head):
+    """Also where the request itself was refused already, which needs no key."""
+    with served(model, key=b"a-key-of-enough-length") as address, connect(address) as client:
+        client.sendall(head + b"ZZZ\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while more := client.recv(4096):
+                answer += more
+        assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))
+        assert ask(address, "/health")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_body_of_too_many_chunks_is_refused(model):
+    """Each costs the event loop time, however small it is."""
+    head = CHUNKED + b"Content-Type: application/json\r\n\r\n"
+    end = b'11\r\n"prompt": [5, 6]}\r\n0\r\n\r\n'
+    for chunks, status in ((16_382, b"200"), (16_384, b"400")):
+        with served(model, answer_seconds=60.0) as address, connect(address) as client:
+            client.sendall(head + b"1\r\n{\r\n" + b"1\r\n \r\n" * chunks + end)
+            assert client.recv(4096).startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize("ahead", [HEALTH, b"x" * 70_000])
+def test_a_client_that_sent_more_and_went_away_is_noticed(model, ahead):
+    """One request behind another that is answered; and more than is kept, where nobody needs to go away."""
+    with served(model) as address:
+        client = connect(address)
+        body = json.dumps({**LONG, "loops": 512}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        wait_until(lambda: running(address) == 1)
+        client.sendall(ahead)
+        if ahead == HEALTH:
+            ask(address, "/health")  # it was read
+            client.close()
+        wait_until(lambda: any(name.startswith("melt_answers_total") for name in read_metrics(address)))
+        assert read_metrics(address)['melt_answers_total{end="CancelledError"}'] == 1
+        client.close()
 
 
 def test_silent_connections_give_way_to_new_ones(model, capfd):
@@ -275,9 +320,9 @@ def test_a_client_gone_before_its_first_event_is_cancelled_and_counted(model, st
         async with app_running(app):
             with contextlib.suppress(Exception):
                 await app.asgi(scope, receive, send)
-            while (health := json.loads(await get("/health")))["running"] + health["waiting"]:
+            while "melt_answers_total{" not in (text := await get("/metrics")):  # counted once its slot is free
                 await asyncio.sleep(0.001)
-            return await get("/metrics")
+            return text
 
     assert 'melt_answers_total{end="CancelledError"} 1.0' in asyncio.run(main())
 

@@ -13,6 +13,7 @@ from asyncio import TimerHandle, Transport
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if sys.platform != "win32":
@@ -23,6 +24,11 @@ _RESERVED = 128
 """Descriptors for files, and for connections that are accepted and not counted yet."""
 _LEAST = 8
 _LOG_SECONDS = 60.0
+_MAX_PIECES = 1 << 14
+"""Maximum number of pieces (chunks, or what comes at a time) of a body: each costs the event loop microseconds."""
+_MAX_AHEAD = 1 << 16
+"""Maximum number of bytes that a client may send while its request is answered. They are read so that the client's
+end is seen."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,27 @@ class Connections:
             self._by_address.pop(connection.address, None)
 
 
+class _Parser(h11.Connection):
+    """Refuses bodies of too many pieces."""
+
+    _pieces = 0
+
+    def next_event(self) -> Any:
+        """As h11's.
+
+        Raises:
+            RemoteProtocolError: the body has too many pieces.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._pieces += 1
+            if self._pieces > _MAX_PIECES:
+                raise h11.RemoteProtocolError("too many pieces")
+        elif isinstance(event, h11.Request):
+            self._pieces = 0
+        return event
+
+
 class Connection(H11Protocol):
     """A connection that is closed where its client sends no headers, or reads nothing, in time.
 
@@ -126,7 +153,9 @@ class Connection(H11Protocol):
 
     def __init__(self, connections: Connections, **options: Any):
         super().__init__(**options)
+        self.conn = _Parser(h11.SERVER)
         self.address = ""
+        self._ahead = 0
         self._connections, self._limits = connections, connections.limits
         self._timer: TimerHandle | None = None
         self._stall_timer: TimerHandle | None = None
@@ -156,11 +185,30 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Reads what came. Only whole headers end the wait for them: a byte now and then does not."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         super().data_received(data)
         self._watch()
+        if not is_answering or self.transport.is_closing():
+            return
+        self._ahead += len(data)
+        if self._ahead > _MAX_AHEAD:
+            self.transport.abort()
+        else:
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP; an answer under way ends, and says nothing more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         """Waits for the next request."""
+        self._ahead = 0
         self._expect_headers()  # before a request that is there already begins
         self._connections.touch(self)
         super().on_response_complete()
