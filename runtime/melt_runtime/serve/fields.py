@@ -4,6 +4,7 @@ The tables name fields of OpenAI, vLLM, llama.cpp and the tools around them that
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
@@ -11,6 +12,8 @@ from pydantic_core import CoreSchema
 
 _EMPTY: tuple[object, ...] = ("", [], {})
 _NULL = {"type": "null"}
+_MAX_REFUSED = 8
+"""Unknown fields of one object that are told to pydantic, and so to the client: each costs microseconds."""
 
 
 class Form(BaseModel):
@@ -33,16 +36,31 @@ class Form(BaseModel):
     def _leave_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if not cls._asks_for_nothing(name, value)}
+        known, kept, refused = cls._known(), {}, 0
+        for name, value in values.items():
+            if cls._asks_for_nothing(name, value):
+                continue
+            if name not in known:
+                refused += 1
+                if refused > _MAX_REFUSED:
+                    continue  # the object is refused anyway
+            kept[name] = value
+        return kept
 
     @classmethod
     def _asks_for_nothing(cls, name: str, value: object) -> bool:
         if value is None or (name in cls.neutral and _is_one_of(value, cls.neutral[name])):
             return True
-        known = {field.alias or key: field for key, field in cls.model_fields.items()}
+        known = cls._known()
         if name in known:
-            return cls.empty_is_absent and not known[name].is_required() and value in _EMPTY
+            return cls.empty_is_absent and not known[name] and value in _EMPTY
         return name in cls.changes_nothing or (name not in cls.neutral and (value is False or value in _EMPTY))
+
+    @classmethod
+    @cache  # a body may hold thousands of forms
+    def _known(cls) -> Mapping[str, bool]:
+        """The names of the fields, and whether each is required."""
+        return {field.alias or key: field.is_required() for key, field in cls.model_fields.items()}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

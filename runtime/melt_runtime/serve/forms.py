@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from melt_runtime.request.grammar import GrammarKind
 from melt_runtime.schedule.depth import ExitRule
 from melt_runtime.serve.calls import parse_arguments
+from melt_runtime.serve.counting import MAX_VALUES, count_values
 from melt_runtime.serve.fields import CHANGES_NOTHING, MESSAGE_CHANGES_NOTHING, NEUTRAL, Form
 from melt_runtime.text.templates import ChatEnding
 
@@ -19,6 +20,7 @@ MOST_CHOICES = 16
 MOST_MESSAGES = 10_000
 _MOST_STOPS = 16
 _MOST_STOP_IDS = 1024
+_MAX_BIASES = 4096
 Number = float | int
 
 
@@ -105,6 +107,30 @@ class ChatMessage(Form):
         return self
 
 
+def _require_few_values(messages: Any) -> Any:
+    """Refuses calls whose arguments, given as text, take long to read, all together."""
+    read = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    calls = [call for message in read for call in _list(message.get("tool_calls"))]
+    functions = [call.get("function") for call in calls if isinstance(call, dict)]
+    functions += [message.get("function_call") for message in read]
+    texts = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    count = sum(count_values(text) for text in texts if isinstance(text, str))
+    if count > MAX_VALUES:
+        raise ValueError(f"arguments of calls must have at most {MAX_VALUES} JSON values, got {count}")
+    return messages
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+Messages = Annotated[
+    list[ChatMessage],
+    Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+    BeforeValidator(_require_few_values),
+]
+
+
 class Function(Form):
     """A function that may be called; ``parameters`` is a JSON schema."""
 
@@ -166,8 +192,13 @@ class ResponseFormat(Form):
         return self
 
 
-def _without_nulls(values: Any) -> Any:
-    return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+def _few_without_nulls(values: Any) -> Any:
+    """Refuses too many before each of them is looked at."""
+    if not isinstance(values, dict):
+        return values
+    if len(values) > _MAX_BIASES:
+        raise ValueError(f"must have at most {_MAX_BIASES} members, got {len(values)}")
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class GrammarForm(Form):
@@ -197,7 +228,9 @@ class Generation(Form):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], BeforeValidator(_without_nulls), Field(max_length=4096)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Number], BeforeValidator(_few_without_nulls), Field(max_length=_MAX_BIASES)] | None
+    ) = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] | None = None
@@ -242,7 +275,7 @@ class _Ending(Form):
 class ChatRequest(Generation, _Ending):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[int | None, Field(description="-1: as many as fit")] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -312,14 +345,14 @@ class SessionRequest(Form):
     """Body of ``POST /v1/sessions``: the name, and the conversation so far, answers included."""
 
     name: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    messages: Messages
 
 
 class TokenizeRequest(_Ending):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
     text: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizeRequest":

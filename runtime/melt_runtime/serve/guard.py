@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from melt_runtime.serve.counting import MAX_PARTS, count_parts, may_exceed
 from melt_runtime.serve.errors import Fault
 from melt_runtime.serve.pages import PAGES
 
@@ -19,6 +20,10 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _OPEN = PAGES | {"/health"}
 """Paths that need no key: they say nothing of anybody's requests."""
+_HELD_BODIES = 64
+"""Maximum number of bodies of full size that are held at a time, also while they are answered."""
+_SMALL_BYTES = 1 << 16
+"""Size of bodies that are read however many large ones are held."""
 
 
 class Guard:
@@ -46,6 +51,7 @@ class Guard:
         self._count = count
         self._app, self._key, self._hosts = app, key, hosts
         self._most_bytes, self._seconds = most_bytes, seconds
+        self._held = 0  # bytes of all bodies
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers or refuses one request."""
@@ -59,31 +65,24 @@ class Guard:
             await send(message)
 
         fault = self._refuse(scope)
-        if fault is None:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    body = await self._read(receive)
-            except TimeoutError:
-                fault = Fault(408, f"the body must come within {self._seconds:g} s", code="body_timeout")
-            else:
-                if body is None:
+        body = bytearray()
+        try:
+            if fault is None:
+                try:
+                    async with asyncio.timeout(self._seconds):
+                        fault = await self._read(receive, body)
+                except TimeoutError:
+                    fault = Fault(408, f"the body must come within {self._seconds:g} s", code="body_timeout")
+                except ConnectionError:
                     return  # nobody waits for an answer
-                fault = self._too_large() if len(body) > self._most_bytes else None
-        if fault is not None:
-            # What is still on its way is not read.
-            headers = {**fault.headers, "Connection": "close"}
-            await JSONResponse(fault.body, fault.status, headers)(scope, receive, tell)
-            return
-        is_told = False
-
-        async def replay() -> Message:
-            nonlocal is_told
-            if is_told:
-                return await receive()
-            is_told = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replay, tell)
+            if fault is not None:
+                # What is still on its way is not read.
+                headers = {**fault.headers, "Connection": "close"}
+                await JSONResponse(fault.body, fault.status, headers)(scope, receive, tell)
+                return
+            await self._app(scope, _replay(bytes(body), receive), tell)
+        finally:
+            self._held -= len(body)
 
     def _refuse(self, scope: MutableMapping[str, Any]) -> Fault | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -108,18 +107,49 @@ class Guard:
     def _too_large(self) -> Fault:
         return Fault(413, f"the body must be at most {self._most_bytes} bytes", code="body_too_large")
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, one byte more than it may have at most, or None where the client went away."""
-        parts, size = [], 0
-        while size <= self._most_bytes:
+    async def _read(self, receive: Receive, body: bytearray) -> Fault | None:
+        """Reads a body into ``body``; why it is refused, or None.
+
+        Raises:
+            ConnectionError: the client went away.
+        """
+        while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
+                raise ConnectionError
+            part = message.get("body", b"")
+            body += part
+            self._held += len(part)
+            if len(body) > self._most_bytes:
+                return self._too_large()
+            if self._held > _HELD_BODIES * self._most_bytes and len(body) > _SMALL_BYTES:
+                return Fault(429, "too many large bodies at a time; retry later", "rate_limit_error", code="queue_full")
             if not message.get("more_body", False):
-                break
-        return b"".join(parts)
+                return await _refuse_parts(bytes(body))
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What an application receives whose body was read."""
+    is_told = False
+
+    async def replay() -> Message:
+        nonlocal is_told
+        if is_told:
+            return await receive()
+        is_told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _refuse_parts(body: bytes) -> Fault | None:
+    if not may_exceed(body):
+        return None
+    count = await asyncio.to_thread(count_parts, body)
+    if count <= MAX_PARTS:
+        return None
+    message = f"the body must have at most {MAX_PARTS} lists, objects and members of objects, got {count}: send less"
+    return Fault(413, message, code="body_too_large")
 
 
 def _is_known(host: str, names: tuple[str, ...]) -> bool:
