@@ -39,9 +39,10 @@ from safetensors import SafetensorError
 from melt_runtime import MeltModel
 from melt_runtime.cli.main import main
 from melt_runtime.cli.serve import _names
-from melt_runtime.request.grammar import Grammars
+from melt_runtime.request.grammar import GrammarError, Grammars
 from melt_runtime.serve.answers import Writer
-from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest
+from melt_runtime.serve.counting import count_parts
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, DetokenizeRequest, SessionRequest
 
 __all__ = ["address", "client", "lone", "model"]
 
@@ -237,6 +238,58 @@ def test_a_wrong_body_of_many_parts_is_refused_at_its_first_faults():
         assert raised.value.error_count() <= 4
 
 
+def test_an_object_of_many_unknown_fields_is_refused_at_its_first_ones():
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate({"prompt": [5], **{f"field{place}": 1 for place in range(9000)}})
+    assert raised.value.error_count() <= 8
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate({"prompt": [5], "logit_bias": {str(place): "a" for place in range(9000)}})
+    assert raised.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": [' + b",".join([b"{}"] * 65_536) + b"]}]}",
+        b'{"messages": [{"role": "user", "content": ' + b"[" * 65_536,
+        b'{"prompt": [5], ' + b",".join(b'"%d":1' % place for place in range(65_536)) + b"}",
+        json.dumps({"prompt": [[5]] * 65_536}).encode("utf-16"),
+    ],
+)
+def test_a_body_of_many_parts_is_not_parsed(model_of_one, monkeypatch, body):
+    """The event loop would read it while everybody waits."""
+    monkeypatch.setattr("starlette.requests.Request.json", None)
+    with served(model_of_one) as address:
+        status, _, answer = ask(address, TEXTS, body)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert "at most 65536 lists, objects and members of objects, got 655" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ['{"a": [1]}', '\\"{"', "\\\\{", '"', "\\", "\\n:é"])
+def test_what_stands_in_texts_is_no_part_of_a_body(text):
+    body = json.dumps({"a": text * 20_000, "b": [text, {}]}).encode()
+    assert count_parts(body) == 5
+    assert count_parts(json.dumps({text: {text: [1, 2]}}, ensure_ascii=False).encode()) == 5
+
+
+def test_arguments_of_many_values_are_not_read(monkeypatch):
+    """Together, as they are read together; in an argument that is a text they count little."""
+    monkeypatch.setattr("melt_runtime.serve.calls._DECODER", None)
+    arguments = json.dumps({"a": [1] * 30_000})
+    for message in (
+        {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"function_call": {"name": "f", "arguments": arguments}},
+    ):
+        for form in (ChatRequest, SessionRequest):
+            with pytest.raises(
+                ValidationError, match="arguments of calls must have at most 65536 JSON values, got 90006"
+            ):
+                form.model_validate({"name": "x", "messages": [{"role": "assistant", **message}] * 3})
+    monkeypatch.undo()
+    call = {"function": {"name": "f", "arguments": json.dumps({"text": "f({}, [1, 2])" * 20_000})}}
+    assert ChatRequest.model_validate({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+
+
 def test_a_request_of_many_answers_is_one_in_the_queue(model_of_one):
     with served(model_of_one, queue=1) as address:
         status, _, answer = ask(address, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 1})
@@ -305,6 +358,50 @@ def test_requests_without_a_grammar_wait_for_no_compilation(address, monkeypatch
         assert ask(address, "/v1/completions", {"prompt": [5, 6], "max_tokens": 1})[0] == 200
         go_on.set()
         assert sorted(answer.result()[0] for answer in answers) == [200] * 8 + [429]
+
+
+def test_a_grammar_whose_client_went_away_is_not_compiled(model_of_one, monkeypatch):
+    """One waits for a thread while another is compiled."""
+    monkeypatch.setattr("melt_runtime.serve.compiling._THREADS", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    compiled = []
+
+    def compile_parts(self, parts):
+        compiled.append(parts[0].source)
+        begun.set()
+        go_on.wait()
+        raise GrammarError("no grammar")
+
+    monkeypatch.setattr(Grammars, "compile_parts", compile_parts)
+    with served(model_of_one) as address, ThreadPoolExecutor(1) as pool:
+        body = {"prompt": [5, 6], "max_tokens": 3, "grammar": {"type": "regex", "value": "first"}}
+        first = pool.submit(ask, address, TEXTS, body)
+        begun.wait()
+        gone = http.client.HTTPConnection(address.removeprefix("http://"))
+        gone.request("POST", TEXTS, json.dumps({**body, "grammar": {"type": "regex", "value": "gone"}}), JSON)
+        gone.close()
+        left = 'melt_responses_total{path="/v1/completions",status="503"}'
+        wait_until(lambda: left in read_metrics(address))
+        go_on.set()
+        assert first.result()[0] == 400
+        assert ask(address, TEXTS, {**body, "grammar": {"type": "regex", "value": "last"}})[0] == 400
+    assert compiled == ["first", "last"]
+
+
+def test_large_bodies_leave_memory_to_small_ones(model_of_one, monkeypatch):
+    monkeypatch.setattr("melt_runtime.serve.guard._HELD_BODIES", 1)
+    large = {"prompt": "a" * 150_000}
+    with served(model_of_one, most_bytes=200_000) as address:
+        assert ask(address, TEXTS, large)[0] == 400  # too many characters
+        slow = http.client.HTTPConnection(address.removeprefix("http://"))
+        slow.putrequest("POST", TEXTS)
+        slow.putheader("Content-Type", "application/json")
+        slow.putheader("Content-Length", "190000")
+        slow.endheaders(b" " * 180_000)
+        wait_until(lambda: ask(address, TEXTS, large)[0] == 429)
+        assert ask(address, TEXTS, {"prompt": [5, 6], "max_tokens": 1})[0] == 200
+        slow.close()
+        wait_until(lambda: ask(address, TEXTS, large)[0] == 400)
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(address, monkeypatch):

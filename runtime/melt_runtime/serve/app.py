@@ -3,11 +3,11 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +41,8 @@ from melt_runtime.serve.reference import documented, reference_page
 from melt_runtime.serve.sessions import SessionFiles
 from melt_runtime.service import QUEUE, Service
 from melt_runtime.version import __version__
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,8 @@ class _Server:
             self._require_model(form.model)
         with about(form):
             if needs_grammar(form):  # which takes its time: other requests do not wait for it
-                asks = await self._compiler.run(lambda: asks_of(form, self.service.desk, self._compiler.compile))
+                work = self._compiler.run(lambda: asks_of(form, self.service.desk, self._compiler.compile))
+                asks = await _unless_gone(request, work)
             else:
                 asks = await asyncio.to_thread(asks_of, form, self.service.desk, self._compiler.compile)
             writer.contexts = [ask.prompt.ids if ask.prompt.continues else () for ask in asks]
@@ -340,6 +343,25 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._choices.cancel()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What ``work`` gives, which is left where the client of the request goes away.
+
+    Raises:
+        FaultError: it went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request))
+    gone.add_done_callback(lambda _: task.cancel())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not gone.done():
+            raise
+        raise FaultError(Fault(503, "the client went away", "server_error", code="cancelled")) from None
+    finally:
+        gone.cancel()
 
 
 async def _wait_until_gone(request: Request) -> None:
