@@ -16,6 +16,7 @@ from melt_export.formats import WeightFormat
 from melt_export.graphs import EmbedGraph, HeadGraph, LoopGraph
 from melt_export.merge import Store
 from melt_export.quantize import Rounding
+from melt_export.repeat import trace_layers
 from melt_export.sampling import GreedyGraph, SampleGraph
 from melt_models.checkpoint import empty_model
 from melt_models.configuration import MeltConfig
@@ -80,6 +81,17 @@ def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
         module: one of ``graph_modules`` or ``sampling_modules``.
         spec: the contract's inputs and outputs of this graph.
     """
+    if name in _LOOPS:
+        model = trace_layers(module, spec, lambda one_layer, its_spec: _trace(name, one_layer, its_spec))
+    else:
+        model = _trace(name, module, spec)
+    _name_dimensions(model.graph, spec)
+    _drop_unused_outputs(model.graph)
+    ClearMetadataAndDocStringPass()(model)  # the tracer notes source lines, with paths of this machine
+    return model
+
+
+def _trace(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
     used = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
     symbols = {symbol: torch.export.Dim(symbol) for symbol in used}
     examples = {t.name: _example(t) for t in spec.inputs}
@@ -99,9 +111,6 @@ def trace_graph(name: str, module: nn.Module, spec: GraphSpec) -> ir.Model:
             verbose=False,
         )
     assert program is not None
-    _name_dimensions(program.model.graph, spec)
-    _drop_unused_outputs(program.model.graph)
-    ClearMetadataAndDocStringPass()(program.model)  # the tracer notes source lines, with paths of this machine
     return program.model
 
 
