@@ -34,7 +34,7 @@ ALLOWED = {
             "annotated_types",
             "safetensors",
         ),
-        *("fastapi", "starlette", "uvicorn", "prometheus_client", "llguidance"),
+        *("fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "llguidance"),
         *("prompt_toolkit", "tqdm", "melt_files", "melt_plots", "melt_runtime"),
     },
     "melt_layers": {"torch", "melt_layers"},

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +24,7 @@ from melt_runtime.request.result import GenerationResult
 from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import asks_of, messages_of, needs_grammar
 from melt_runtime.serve.compiling import Compiler
+from melt_runtime.serve.departing import unless_gone, wait_until_gone
 from melt_runtime.serve.errors import Fault, FaultError, FieldError, about, fault_of, fault_of_form
 from melt_runtime.serve.following import MAX_TOKEN_LOOPS, Choices, RequestLimits, submit
 from melt_runtime.serve.forms import (
@@ -41,8 +42,6 @@ from melt_runtime.serve.reference import documented, reference_page
 from melt_runtime.serve.sessions import SessionFiles
 from melt_runtime.service import QUEUE, Service
 from melt_runtime.version import __version__
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ class _Server:
         with about(form):
             if needs_grammar(form):  # which takes its time: other requests do not wait for it
                 work = self._compiler.run(lambda: asks_of(form, self.service.desk, self._compiler.compile))
-                asks = await _unless_gone(request, work)
+                asks = await unless_gone(request, work)
             else:
                 asks = await asyncio.to_thread(asks_of, form, self.service.desk, self._compiler.compile)
             writer.contexts = [ask.prompt.ids if ask.prompt.continues else () for ask in asks]
@@ -291,7 +290,7 @@ class _Server:
             writer.with_usage = form.stream_options is not None and form.stream_options.include_usage
             return _EventStream(choices, self._events(choices, writer, prompts, form))
         results: dict[int, GenerationResult] = {}
-        gone = asyncio.ensure_future(_wait_until_gone(request))
+        gone = asyncio.ensure_future(wait_until_gone(request))
         gone.add_done_callback(lambda _: choices.cancel())
         try:
             with about(form):
@@ -343,31 +342,6 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._choices.cancel()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What ``work`` gives, which is left where the client of the request goes away.
-
-    Raises:
-        FaultError: it went away.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_until_gone(request))
-    gone.add_done_callback(lambda _: task.cancel())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if not gone.done():
-            raise
-        raise FaultError(Fault(503, "the client went away", "server_error", code="cancelled")) from None
-    finally:
-        gone.cancel()
-
-
-async def _wait_until_gone(request: Request) -> None:
-    """Until the client of a request, whose body was read, goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(values: dict[str, Any]) -> bytes:
