@@ -7,7 +7,6 @@ transformers reads the file; the checkpoint is then like any other. Needs the pa
 import argparse
 import importlib.util
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from melt_files import require_absent, staged
@@ -23,6 +22,7 @@ from melt_models.checkpoint import WEIGHTS_NAME
 from melt_models.errors import CheckpointError
 from melt_models.families import FAMILIES
 from melt_models.forms import shown
+from melt_models.gguf_splitting import set_splitting, splitting_faults
 
 _HEAD_SIZES = ("attention.key_length", "attention.value_length")
 _IDLE = frozenset({"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"})
@@ -35,8 +35,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
 }
 """Keys with the values that say what is computed anyway."""
-_LAYER = "attn_norm|ffn_norm|attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
-_TENSOR = re.compile(rf"(token_embd|output|output_norm|blk\.\d+\.({_LAYER}))\.weight")
+_LAYER = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_TOKENIZER = "tokenizer.ggml."
 
 
 def gguf_to_checkpoint(file: Path, out: Path) -> None:
@@ -48,7 +48,8 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
 
     Raises:
         CheckpointError: no such file, not GGUF, another family, keys or tensors that may change what is computed and
-            are not read, packages that are missing, or ``out`` exists.
+            are not read, tensors that are missing, a splitting of text that is unknown, packages that are missing, or
+            ``out`` exists.
     """
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -63,13 +64,15 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if config.model_type not in FAMILIES:
         raise CheckpointError(f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
-    if faults := _unread(file, config.model_type, config.head_dim):
+    faults, keys = _examine(file, config)
+    if faults:
         raise CheckpointError(f"{file} cannot be unpacked:", faults)
     try:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # a file that ends early, or a tokenizer that has no counterpart
         raise CheckpointError(f"{file} cannot be unpacked: {error}; fetch it again") from error
+    set_splitting(tokenizer, keys.get("pre"))
     tied = config.tie_word_embeddings
     tensors = {
         name: t.contiguous() for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")
@@ -81,32 +84,46 @@ def gguf_to_checkpoint(file: Path, out: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _unread(file: Path, architecture: str, head_dim: int) -> list[str]:
-    """What a file says or holds that transformers passes over without a word, though it changes what is computed.
+def _examine(file: Path, config: PreTrainedConfig) -> tuple[list[str], dict[str, Any]]:
+    """What transformers passes over without a word, though it changes what is computed.
 
     Args:
         file: a GGUF file that transformers can read.
-        architecture: its own, the first part of its keys.
-        head_dim: size of a head as transformers reads it.
+        config: its configuration as transformers reads it.
+
+    Returns:
+        What the file says or holds beyond the model, or lacks of it, a sentence each; and the keys of its tokenizer.
     """
     from gguf import GGUFReader  # an extra of its own
 
-    reader, faults = GGUFReader(file), []
+    reader, architecture, faults = GGUFReader(file), config.model_type, []
+    tokenizer = {}
     for key, field in reader.fields.items():
+        if key.startswith(_TOKENIZER) and len(field.data) == 1:  # no list
+            tokenizer[key.removeprefix(_TOKENIZER)] = field.contents()
         name = key.removeprefix(f"{architecture}.")
         if name == key or GGUF_CONFIG_MAPPING[architecture].get(name) is not None or name in _IDLE:
             continue
         value = field.contents()
-        neutral = (head_dim,) if name in _HEAD_SIZES else _NEUTRAL.get(name, ())
+        neutral = (config.head_dim,) if name in _HEAD_SIZES else _NEUTRAL.get(name, ())
         if not any(value == each for each in neutral):
             faults.append(f"{key} must be {_rule(neutral)}, got {shown(value)}: it may change what the model computes")
+    layers = (f"blk.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in _LAYER)
+    expected = dict.fromkeys(f"{name}.weight" for name in ("token_embd", "output_norm", *layers))
+    found = {tensor.name: list(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
     faults += [
-        f"tensor {tensor.name} {list(map(int, reversed(tensor.shape)))} is none of the model's: rotary scaling, biases "
-        "and experts are not implemented"
-        for tensor in reader.tensors
-        if not _TENSOR.fullmatch(tensor.name)
+        f"tensor {name} {shape} is none of the model's: rotary scaling, biases, experts and more layers than "
+        f"{architecture}.block_count are not implemented"
+        for name, shape in found.items()
+        if name not in {*expected, "output.weight"}
     ]
-    return faults
+    # transformers would fill them with random numbers.
+    faults += [
+        f"tensor {name} is missing: fetch the file again, all its parts in one"
+        for name in expected
+        if name not in found
+    ]
+    return faults + splitting_faults(tokenizer), tokenizer
 
 
 def _rule(neutral: Sequence[Any]) -> str:
