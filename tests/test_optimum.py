@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 from conftest import MELT_TINY, ROOT, environment, new_user, random_model, save_checkpoint
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tolerances import assert_greedy
 
@@ -117,12 +118,39 @@ def test_other_gates_and_norms_give_torchs_tokens(optimum, tmp_path):
     assert ", tolerance " in found
 
 
+def test_a_stored_head_counts_where_it_is_not_the_embedding(optimum, tmp_path):
+    """Although the configuration ties the two, as transformers 5 reads such files."""
+    model = random_model(gate_kind="mean", tie_word_embeddings=False)
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
+    values = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    done = export(optimum, checkpoint, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "newly initialized" not in done.stderr
+    ids = [7, 400, 31, 9, 9, 220, 5]
+    (tokens,) = generate(optimum, tmp_path / "out", [ids], 12)["alone"]
+    assert_greedy(model, ids, tokens, loops=4, chunk_size=len(ids))
+
+
 def test_what_a_plain_decoder_cannot_be_is_refused(optimum, tmp_path):
     looplm = save_checkpoint(random_model(gate_kind="none"), tmp_path / "looplm")
     odd = save_checkpoint(random_model(), tmp_path / "odd")
     values = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**values, "head_dim": "16", "rope_parameters": 5}))
+    more = save_checkpoint(random_model(), tmp_path / "more")
+    values = json.loads((more / "config.json").read_text()) | {"num_loops": 8, "rope_scaling": {"rope_type": "llama3"}}
+    (more / "config.json").write_text(json.dumps(values))
+    lacking = save_checkpoint(random_model(), tmp_path / "lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    gate = next(name for name in tensors if ".gate." in name)
+    save_file(
+        {name: tensors[name] for name in tensors if name != gate},
+        lacking / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     cases = (
+        (more, (), "num_loops is unknown, got 8: it may change what is computed; rope_scaling must be None"),
+        (lacking, (), f"missing {gate}"),
         (odd, (), "head_dim must be a whole number of at least 1, got '16'; rope_parameters must be an object"),
         (looplm, (), "a LoopLM with 4 loops needs one for each loop"),
         (MELT_TINY, ("--model-kwargs", '{"loops": 0}'), "loops must be a whole number of at least 1, got 0"),

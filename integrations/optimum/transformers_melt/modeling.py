@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from melt_layers import Frame, KeyValue, Layer, RMSNorm, run_loops
 
@@ -35,6 +36,14 @@ class MeltConfig(PretrainedConfig):
             for names, rule, holds in _RULES
             for name in names
             if not holds(getattr(self, name, None))
+        ]
+        plain = PretrainedConfig()
+        unknown = [name for name in values if name not in _FIELDS and not hasattr(plain, name) and name != "rope_theta"]
+        faults += [f"{name} is unknown, got {values[name]!r}: it may change what is computed" for name in unknown]
+        faults += [
+            f"{name} must be {wanted!r}, got {values[name]!r}: not implemented"
+            for name, wanted in {"hidden_act": "silu", "rope_scaling": None}.items()
+            if values.get(name, wanted) != wanted
         ]
         if faults:
             raise ValueError(f"config.json of a MELT checkpoint: {'; '.join(faults)}: save it with melt_models")
@@ -68,6 +77,16 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+_FIELDS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "total_ut_steps", "chunk_size"),
+        *("rms_norm_eps", "rope_parameters", "rope_scaling", "hidden_act", "initializer_range", "norm_placement"),
+        *("gate_kind", "gate_bias_init", "gate_ema", "early_exit_threshold", "exit_gate", "tie_word_embeddings"),
+        *("attn_implementation", "experts_implementation"),  # which transformers 5 writes
+    }
+)
 _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         (
@@ -80,8 +99,13 @@ _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("rms_norm_eps", "gate_ema"), "a number above 0", _is_positive),
     (
         ("rope_parameters",),
-        "an object with a rope_theta above 0",
-        lambda value: isinstance(value, dict) and _is_positive(value.get("rope_theta")),
+        "an object with a rope_theta above 0, and no rope_type but 'default'",
+        lambda value: (
+            isinstance(value, dict)
+            and _is_positive(value.get("rope_theta"))
+            and all(value.get(name) in (None, wanted) for name, wanted in _PLAIN_ROPE.items())
+            and not value.keys() - {"rope_theta", *_PLAIN_ROPE}
+        ),
     ),
     (("gate_kind", "norm_placement"), "a string", lambda value: isinstance(value, str)),
 )
@@ -111,6 +135,38 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = MeltBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> "MeltForCausalLM":
+        """As transformers 5 loads it: a stored head that is not the embedding counts, whatever the configuration says.
+
+        Raises:
+            ValueError: tensors are missing, or are none of the model's.
+        """
+        with_report = options.pop("output_loading_info", False)
+        if not isinstance(config, MeltConfig):
+            config = MeltConfig.from_pretrained(name_or_path if config is None else config, **options)
+        is_tied, config.tie_word_embeddings = config.tie_word_embeddings, False
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # the warning that a tied head is not stored; other tensors are told below
+        try:
+            model, report = super().from_pretrained(
+                name_or_path, *args, config=config, output_loading_info=True, **options
+            )
+        finally:
+            logging.set_verbosity(level)
+        head, embedding = model.lm_head, model.model.embed_tokens
+        missing = set(report["missing_keys"]) - ({"lm_head.weight"} if is_tied else set())
+        faults = [
+            *(f"missing {name}" for name in missing),
+            *(f"unexpected {name}" for name in report["unexpected_keys"]),
+        ]
+        if faults:
+            raise ValueError(f"{name_or_path} cannot be loaded: {', '.join(sorted(faults))}")
+        if is_tied and ("lm_head.weight" in report["missing_keys"] or torch.equal(head.weight, embedding.weight)):
+            head.weight, config.tie_word_embeddings = embedding.weight, True
+        model.config.tie_word_embeddings = config.tie_word_embeddings
+        return (model, report) if with_report else model
 
     def forward(
         self,
