@@ -245,7 +245,7 @@ def test_weights_that_transformers_would_read_in_their_place_are_named(tmp_path)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("num_loops", 4), ("n_loops", 2), ("mean_recurrence", 32), ("num_recurrent_layers", 1), ("loop_window", 64)),
+        *(("num_loops", 3), ("n_loops", 2), ("mean_recurrence", 32), ("num_recurrent_layers", 1), ("loop_window", 64)),
         *(("recurrent_depth", 8.0), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)),
         *(("logit_scale", 0.0625), ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("qk_norm", True)),
         *(("partial_rotary_factor", 0.5), ("pretraining_tp", 2), ("num_experts", 8), ("hidden_activation", "gelu")),
@@ -255,6 +255,9 @@ def test_weights_that_transformers_would_read_in_their_place_are_named(tmp_path)
             ("num_loops", True),
             ("alibi", 1),
             ("compression", {"a": 1}),
+            ("_num_loops", 4),
+            ("_remove_final_layer_norm", True),
+            ("scale_attn_weights", False),
         ),
     ],
 )
@@ -271,11 +274,34 @@ def test_loops_under_a_type_without_loops_are_refused():
         assert [fault.split(":")[0] + ":" + fault.split(":")[1] for fault in found] == faults
 
 
+@pytest.mark.parametrize("name", ["num_loops", "n_loops", "recurrent_depth"])
+def test_another_name_of_the_loops_contradicts_nothing(name):
+    for model_type, loops in (("ouro", OURO["total_ut_steps"]), ("llama", 1)):
+        for number in (1, loops, loops + 1):
+            values, faults = {**OURO, "model_type": model_type, "total_ut_steps": loops, name: number}, []
+            READERS[model_type](values, "config.json", faults)
+            wrong = f"config.json: {name} must be {loops}, got {number}"
+            assert [fault.split(":")[0] + ":" + fault.split(":")[1] for fault in faults] == [wrong] * (number != loops)
+
+
+def test_no_private_key_of_our_own_files_is_passed_over():
+    faults: list[str] = []
+    READERS["melt"]({"model_type": "melt", "_name_or_path": "x", "_num_loops": 4}, "config.json", faults)
+    assert faults == ["config.json: unknown configuration keys ['_num_loops']: remove them or correct their spelling"]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "ouro"])
 def test_keys_that_ask_for_nothing_pass(model_type):
     nothing = {
-        **{"num_loops": None, "attn_logit_softcapping": None, "qk_norm": False, "stop_layers": [], "note": ""},
-        **{"logit_scale": 1, "num_experts": 0, "n_loops": 1, "pretraining_tp": 1, "early_exit_threshold": 1.0},
+        **{
+            "recurrent_depth": OURO["total_ut_steps"] if model_type == "ouro" else 1,
+            "num_loops": None,
+            "attn_logit_softcapping": None,
+            "qk_norm": False,
+            "stop_layers": [],
+            "note": "",
+        },
+        **{"logit_scale": 1, "num_experts": 0, "pretraining_tp": 1, "early_exit_threshold": 1.0},
         **{"return_dict": True, "id2label": {"0": "A"}, "temperature": 0.7, "unsloth_version": "2024.9"},
         **{"_attn_implementation": "eager", "classifier_dropout": 0.1, "is_causal": True},
     }

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from melt_models.configuration_form import FIELDS
 from melt_models.forms import STRICT, fitting, shown
-from melt_models.keys import check_keys
+from melt_models.keys import SILENT, check_keys
 
 Values = Mapping[str, Any]
 Reader = Callable[[Values, str, list[str]], tuple[dict[str, Any], list[str]]]
@@ -64,7 +64,7 @@ CORRECT_OURO_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 def read_melt(values: Values, where: str, faults: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Our own files: every key must be known."""
     unknown = sorted({*values} - {*FIELDS, *_WRITTEN, "rope_theta", "rope_scaling"})
-    if unknown := [name for name in unknown if not name.startswith("_")]:
+    if unknown := [name for name in unknown if name not in SILENT or not name.startswith("_")]:
         faults.append(f"{where}: unknown configuration keys {shown(unknown)}: remove them or correct their spelling")
     rope = _rope(fitting(_CHECKED, values, where, faults), where, faults)
     ours = {name: values[name] for name in FIELDS if name in values}
@@ -120,7 +120,8 @@ def _common(
     if quantized := checked.get("quantization_config"):
         method = shown(quantized.get("quant_method"))
         faults.append(f"{where}: the weights are quantized ({method}): give the unquantized checkpoint")
-    notes = check_keys(values, {*_SAME, *_OPTIONAL, *_Checked.__annotations__, *own}, where, faults)
+    loops = values.get("total_ut_steps", 1) if "total_ut_steps" in own else 1
+    notes = check_keys(values, {*_SAME, *_OPTIONAL, *_Checked.__annotations__, *own}, where, faults, loops)
     ours = {name: values[name] for name in (*_SAME, *_OPTIONAL) if values.get(name) is not None}
     if ours.get("pad_token_id") == -1:
         del ours["pad_token_id"]

@@ -13,21 +13,29 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "early_exit_threshold"), (1.0,)),
     "pretraining_tp": (1,),
-    **dict.fromkeys(("total_ut_steps", "num_loops", "n_loops", "loops", "loop_count", "num_recurrences"), (1,)),
-    **dict.fromkeys(("mean_recurrence", "recurrent_depth", "recurrence_steps", "num_recurrent_steps"), (1,)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logit_scale", "logits_scaling"), (1,)),
     **dict.fromkeys(("embedding_scale", "residual_scale", "scale_emb", "scale_depth"), (1,)),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "num_nextn_predict_layers"), (0,)),
-    **dict.fromkeys(("is_causal", "causal", "use_rope"), (True,)),
+    **dict.fromkeys(("is_causal", "causal", "use_rope", "scale_attn_weights", "use_rms_norm", "pre_norm"), (True,)),
     "hidden_activation": ("silu",),
 }
 """Keys with the values that say what is computed here anyway; any other value is refused. Null is an absent key."""
+
+LOOPS = (
+    *("total_ut_steps", "num_loops", "n_loops", "loops", "loop_count", "num_recurrences"),
+    *("mean_recurrence", "recurrent_depth", "recurrence_steps", "num_recurrent_steps"),
+)
+"""Keys that name the number of loops; what they say must be what the model has."""
 
 SILENT = frozenset(
     {
         *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
         *("attention_dropout", "is_llama_config", "max_window_layers", "name_or_path", "transformers.js_config"),
         *("unk_token_id", "sep_token_id", "decoder_start_token_id", "quantization_config"),
+        # What transformers and its tools keep for themselves.
+        *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset"),
+        *("_attn_implementation_internal", "_experts_implementation", "_flash_attn_2_enabled", "_from_auto"),
+        *("_from_model_config", "_auto_class", "_num_labels", "_diffusers_version", "_pre_quantization_dtype"),
         # What PreTrainedConfig has and a forward pass for the next token does not read.
         *("attn_implementation", "experts_implementation", "output_attentions", "output_hidden_states", "return_dict"),
         *("output_scores", "return_dict_in_generate", "torchscript", "use_bfloat16", "tf_legacy_loss"),
@@ -50,7 +58,18 @@ NOTED = frozenset(
         *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
         *("begin_suppress_tokens", "exponential_decay_length_penalty", "generation_config"),
         # Where a checkpoint comes from, and how others run it.
-        *("author", "base_model", "comment", "dataset", "datasets", "date", "description", "language", "license"),
+        *(
+            "_comment",
+            "author",
+            "base_model",
+            "comment",
+            "dataset",
+            "datasets",
+            "date",
+            "description",
+            "language",
+            "license",
+        ),
         *("trained_by", "url", "version", "unsloth_fixed", "unsloth_version", "model_max_length"),
         *("max_sequence_length", "tokenizer_model_max_length", "use_flash_attn", "use_flash_attention"),
         *("use_flash_attention_2", "flash_attn", "pipeline_tag", "seed", "training_args"),
@@ -60,7 +79,9 @@ NOTED = frozenset(
 """Keys that change no number of a forward pass either, and are passed over with a note."""
 
 
-def check_keys(values: Mapping[str, Any], read: Collection[str], where: str, faults: list[str]) -> list[str]:
+def check_keys(
+    values: Mapping[str, Any], read: Collection[str], where: str, faults: list[str], loops: int = 1
+) -> list[str]:
     """Refuses every key that is not read and may change what is computed.
 
     Args:
@@ -68,19 +89,21 @@ def check_keys(values: Mapping[str, Any], read: Collection[str], where: str, fau
         read: keys that the family's reader takes or checks.
         where: the file's name in messages.
         faults: is added to.
+        loops: how many the model has.
 
     Returns:
         What was passed over, a sentence each.
     """
     passed, model_type = [], values.get("model_type")
+    fixed = {**dict.fromkeys(LOOPS, (loops,)), **FIXED}
     for name in sorted(values):
         value = values[name]
-        if name in read or name in SILENT or name.startswith("_"):
+        if name in read or name in SILENT:
             continue
-        if name in FIXED:
-            if value is not None and not any(value == fixed and _kind(value) is _kind(fixed) for fixed in FIXED[name]):
+        if name in fixed:
+            if value is not None and not any(value == each and _kind(value) is _kind(each) for each in fixed[name]):
                 faults.append(
-                    f"{where}: {name} must be {shown(FIXED[name][0])}, got {shown(value)}: the models here have "
+                    f"{where}: {name} must be {shown(fixed[name][0])}, got {shown(value)}: the models here have "
                     f"nothing else under model_type {shown(model_type)}"
                 )
         elif name in NOTED or _asks_nothing(value):
