@@ -119,7 +119,7 @@ def test_null_within_a_schema_stays():
         {"best_of": 1, "echo": False, "suffix": "", "functions": [], "function_call": "auto", "modalities": ["text"]},
         {"n": 1, "stream": False, "stop": "", "logit_bias": {}, "stream_options": {}, "grammar": "", "model": ""},
         {"seed": -1, "top_k": -1, "stop": [], "frequency_penalty": None, "audio": None, "prediction": None},
-        {"web_search_options": None, "reasoning_effort": None, "moderation": None, "anything": None},
+        {"web_search_options": None, "reasoning_effort": "none", "moderation": None, "anything": None},
         {"ignore_eos": False, "min_tokens": 0, "length_penalty": 1.0, "skip_special_tokens": True, "guided_json": None},
         {"use_beam_search": False, "include_stop_str_in_output": False, "request_id": "a", "priority": 3},
         {"spaces_between_special_tokens": True, "add_special_tokens": False, "bad_words": [], "echo": None},

@@ -96,6 +96,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # OpenAI
     "modalities": (["text"],),
     "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
     # vLLM and SGLang
     "min_tokens": (0,),
     "length_penalty": (1,),
