@@ -286,7 +286,9 @@ def test_another_name_of_the_loops_contradicts_nothing(name):
 
 def test_no_private_key_of_our_own_files_is_passed_over():
     faults: list[str] = []
-    READERS["melt"]({"model_type": "melt", "_name_or_path": "x", "_num_loops": 4}, "config.json", faults)
+    READERS["melt"](
+        {"model_type": "melt", "_name_or_path": "x", "_model_name_or_path": "y", "_num_loops": 4}, "config.json", faults
+    )
     assert faults == ["config.json: unknown configuration keys ['_num_loops']: remove them or correct their spelling"]
 
 

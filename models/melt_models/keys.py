@@ -33,8 +33,9 @@ SILENT = frozenset(
         *("attention_dropout", "is_llama_config", "max_window_layers", "name_or_path", "transformers.js_config"),
         *("unk_token_id", "sep_token_id", "decoder_start_token_id", "quantization_config"),
         # What transformers and its tools keep for themselves.
-        *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset"),
-        *("_attn_implementation_internal", "_experts_implementation", "_flash_attn_2_enabled", "_from_auto"),
+        *("_name_or_path", "_model_name_or_path", "_commit_hash", "_from_auto", "_flash_attn_2_enabled"),
+        *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+        "_experts_implementation",
         *("_from_model_config", "_auto_class", "_num_labels", "_diffusers_version", "_pre_quantization_dtype"),
         # What PreTrainedConfig has and a forward pass for the next token does not read.
         *("attn_implementation", "experts_implementation", "output_attentions", "output_hidden_states", "return_dict"),
@@ -58,18 +59,8 @@ NOTED = frozenset(
         *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
         *("begin_suppress_tokens", "exponential_decay_length_penalty", "generation_config"),
         # Where a checkpoint comes from, and how others run it.
-        *(
-            "_comment",
-            "author",
-            "base_model",
-            "comment",
-            "dataset",
-            "datasets",
-            "date",
-            "description",
-            "language",
-            "license",
-        ),
+        *("author", "base_model", "dataset", "datasets", "date", "description", "language", "license"),
+        *("comment", "_comment"),
         *("trained_by", "url", "version", "unsloth_fixed", "unsloth_version", "model_max_length"),
         *("max_sequence_length", "tokenizer_model_max_length", "use_flash_attn", "use_flash_attention"),
         *("use_flash_attention_2", "flash_attn", "pipeline_tag", "seed", "training_args"),
