@@ -149,3 +149,20 @@ def test_files_that_change_no_id_leave_the_tokenizer_as_it_is(tmp_path):
     settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|end|>", "chat_template": "{{ x }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert examine_tokenizer(tmp_path, 703, []) == (text, [])
+
+
+@pytest.mark.parametrize("settings", [{"legacy": False, "tokenizer_class": "LlamaTokenizer"}, None])
+def test_a_vocabulary_that_is_lost_when_it_is_written_anew_is_named(tmp_path, settings):
+    tokenizer = sentence_pieces("prepend")
+    if settings is None:
+        tokenizer.enable_padding()
+    write(tmp_path, tokenizer, **({} if settings is None else {"tokenizer_config": settings}))
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["▁h"] = values["model"]["vocab"]["b"]  # two tokens of one id
+    path.write_text(json.dumps(values))
+    faults: list[str] = []
+    assert examine_tokenizer(tmp_path, 600, faults) == ("", [])
+    assert faults == [
+        "tokenizer.json cannot be used: Token `▁h` out of vocabulary at line 1 column 1; fetch the file again"
+    ]
