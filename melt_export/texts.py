@@ -45,8 +45,8 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
         return made, notes
     if shared := _of_one_id(tokenizer.get_vocab(with_added_tokens=True)):
         faults.append(
-            f"{TOKENIZER_NAME}: tokens {shared[0]!r} and {shared[1]!r} share an id, and one would be lost where the file "
-            "is written anew: give each its own"
+            f"{TOKENIZER_NAME}: tokens {shared[0]!r} and {shared[1]!r} share an id, and one would be lost where "
+            "the file is written anew: give each its own"
         )
         return "", []
     return (made, notes) if _usable(made, faults) else ("", [])

@@ -163,6 +163,5 @@ def test_a_vocabulary_that_is_lost_when_it_is_written_anew_is_named(tmp_path, se
     path.write_text(json.dumps(values))
     faults: list[str] = []
     assert examine_tokenizer(tmp_path, 600, faults) == ("", [])
-    assert faults == [
-        "tokenizer.json cannot be used: Token `▁h` out of vocabulary at line 1 column 1; fetch the file again"
-    ]
+    (fault,) = faults
+    assert fault.startswith("tokenizer.json: tokens 'b' and '▁h' share an id")
