@@ -58,6 +58,8 @@ class ControlTokens:
         self._control = {**named, **always}
         self._always = _starts(form.content for form in always.values())
         self._any = _starts(form.content for form in self._control.values())
+        self._always_names = [form.content for form in always.values()]
+        self._names = [form.content for form in self._control.values()]
         self._first = {form.content[0] for form in self._control.values()}
         self._folds = tokenizer.normalizer is not None and any(form.normalized for form in self._control.values())
         self._apart: _Apart | None = None
@@ -81,7 +83,7 @@ class ControlTokens:
         letters = iter(range(_FIRST_STAND_IN, 0x10FFFE))
         taken = set(plain)
         stand_ins = {letter: next(chr(code) for code in letters if chr(code) not in taken) for letter in sorted(first)}
-        marks = _Marks(stand_ins, self._any, self._always)
+        marks = _Marks(stand_ins, *self._patterns(plain))
         marked = marks.render(plain, messages, tools, render)
         text = marks.removed(marked)
         if marked == text:
@@ -99,6 +101,22 @@ class ControlTokens:
             return set()
         normalize = self._tokenizer.normalizer.normalize_str
         return {letter for letter in set(plain) if self._first & set(normalize(letter))}
+
+    def _patterns(self, plain: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """The first characters of all control tokens, and of those that no model writes, as this text may spell them:
+        in capitals or with accents, where the normalizer takes them away."""
+        if not self._folds:
+            return self._any, self._always
+        normalize = self._tokenizer.normalizer.normalize_str
+        spellings: dict[str, str] = {}
+        for letter in sorted(set(plain)):
+            for made in set(normalize(letter)):
+                spellings[made] = spellings.get(made, "") + letter
+        dropped = "".join(letter for letter in sorted(set(plain)) if not normalize(letter))
+        return (
+            _folded_starts(self._names, normalize, spellings, dropped),
+            _folded_starts(self._always_names, normalize, spellings, dropped),
+        )
 
     def _forged(self, encoding: Encoding, marked: str, marks: "_Marks") -> Iterator[bool]:
         """Of each control token: whether it begins in a message."""
@@ -254,6 +272,29 @@ def _span(encoding: Encoding, place: int) -> tuple[int, int]:
 def _is_plain(text: str) -> bool:
     """Whether a text is of words and spaces, which tokenizers add to save tokens."""
     return all(letter.isalnum() or letter.isspace() for letter in text)
+
+
+def _folded_starts(
+    contents: Sequence[str], normalize: Callable[[str], str], spellings: Mapping[str, str], dropped: str
+) -> re.Pattern[str]:
+    """As ``_starts``, whatever letters the normalizer makes to those of a text.
+
+    Args:
+        contents: the texts.
+        normalize: the normalizer.
+        spellings: letters that become a letter, by that.
+        dropped: letters that become nothing.
+    """
+    between = f"[{re.escape(dropped)}]*" if dropped else ""
+    starts = []
+    for content in contents:
+        made = [normalize(letter) for letter in content]
+        letters = [
+            f"[{re.escape(''.join({letter, *each, *(x for y in each for x in spellings.get(y, ''))}))}]"
+            for letter, each in zip(content, made, strict=True)
+        ]
+        starts.append(f"{letters[0]}(?={between}{between.join(letters[1:])})")
+    return re.compile("|".join(starts) or r"(?!)")
 
 
 def _starts(contents: Any) -> re.Pattern[str]:
