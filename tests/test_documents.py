@@ -111,6 +111,10 @@ NOT_RUN = {
     "--clients 1,2,4,8,16 --json docs/data/serving.json": _FULL_SIZE,
     "python benchmarks/serving.py build/smollm2/int4-blocks-of-32-embedding-int8 --requests 2 --clients 1,8,32 "
     "--peer build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --json docs/data/serving-smollm2.json": _PEERS,
+    "python benchmarks/reuse.py build/smollm2/int4 --text benchmarks/texts/canal.txt --chunks 500 --rounds 3": _FULL_SIZE,
+    "python benchmarks/reuse.py build/melt-code-int8 --text runtime/melt_runtime/model.py --chunks 64 --rounds 3": (
+        _FULL_SIZE
+    ),
     "melt bench --shape melt-1.6b:4 --precision int8": _FULL_SIZE,
     "python benchmarks/passes.py build/peers/4-layers-of-2048-gated/melt-int8": _PEERS,
     "python benchmarks/passes.py build/peers/30-layers-of-576/melt-int4-alone --nodes 1": _PEERS,
