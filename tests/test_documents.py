@@ -111,7 +111,8 @@ NOT_RUN = {
     "--clients 1,2,4,8,16 --json docs/data/serving.json": _FULL_SIZE,
     "python benchmarks/serving.py build/smollm2/int4-blocks-of-32-embedding-int8 --requests 2 --clients 1,8,32 "
     "--peer build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --json docs/data/serving-smollm2.json": _PEERS,
-    "python benchmarks/reuse.py build/smollm2/int4 --text benchmarks/texts/canal.txt --chunks 500 --rounds 3": _FULL_SIZE,
+    "python benchmarks/reuse.py build/smollm2/int4-blocks-of-32-embedding-int8 --text benchmarks/texts/canal.txt "
+    "--chunks 500 --rounds 3": _FULL_SIZE,
     "python benchmarks/reuse.py build/melt-code-int8 --text runtime/melt_runtime/model.py --chunks 64 --rounds 3": (
         _FULL_SIZE
     ),
