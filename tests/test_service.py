@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -116,10 +117,12 @@ def test_more_than_may_wait_are_refused(model, alone):
 
 def test_requests_submitted_together_leave_slots_to_others(model, alone):
     """They enter one by one while others wait, never fill all slots, and count as one in the queue."""
-    with model.new_service(queue=1) as service:
-        gate = threading.Event()
-        service.submit(PROMPTS[0], LONG, on_part=lambda _: gate.wait())  # holds the thread until all are there
-        wait_until(lambda: service.load.running == 1)
+    held, gate = threading.Event(), threading.Event()
+    with model.new_service(queue=1) as service, ExitStack() as leaving:
+        leaving.callback(gate.set)  # a failure ends the service, too
+        # Holds the service's thread until all are there.
+        service.submit(PROMPTS[0], LONG, on_part=lambda _: held.set() or gate.wait())
+        wait_until(held.is_set)
 
         def together(count):
             requests = [service.prepare(service.encode(PROMPTS[number]), SAID) for number in range(count)]
