@@ -1,6 +1,7 @@
 """What reuse of a prompt's beginning saves, and what MELT's numbers lose where its chunks are made smaller for it.
 
-    python benchmarks/reuse.py build/smollm2-int4 --text benchmarks/texts/canal.txt --chunks 500
+    python benchmarks/reuse.py build/smollm2/int4-blocks-of-32-embedding-int8 \\
+        --text benchmarks/texts/canal.txt --chunks 500
     python benchmarks/reuse.py build/melt-code-int8 --text runtime/melt_runtime/model.py --chunks 64,32,16,8
 
 Turns: a prompt of ``--tokens`` tokens, then the same one again, a next turn behind its answer, and the same prompt with

@@ -26,10 +26,11 @@ def trace_layers(module: LoopGraph, spec: GraphSpec, trace: Callable[[nn.Module,
     """
     one_layer = GraphSpec(*(tuple(t for t in ts if _layer_of(t) in (None, 0)) for ts in (spec.inputs, spec.outputs)))
     traced: dict[str, ir.Model] = {}
+    models = []
     for layer_idx, layer in enumerate(module.layers):
         if (kind := _kind(layer)) not in traced:
             traced[kind] = trace(_alone(module, layer_idx), one_layer)
-    models = [traced[_kind(layer)] for layer in module.layers]
+        models.append(traced[kind])
     return ir.Model(
         _joined([model.graph for model in models], spec),
         ir_version=models[0].ir_version,

@@ -30,7 +30,8 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
     published = text
     if (tokenizer := _usable(text, faults)) is None:
         return "", []
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    highest = max(vocabulary.values(), default=-1)
     notes: list[str] = []
     if cut := [name for name in ("truncation", "padding") if getattr(tokenizer, name) is not None]:
         tokenizer.no_truncation()
@@ -43,7 +44,7 @@ def examine_tokenizer(folder: Path, vocab_size: int | None, faults: list[str]) -
     made = as_transformers(folder, text, vocab_size, faults, notes)
     if made == published:
         return made, notes
-    if shared := _of_one_id(tokenizer.get_vocab(with_added_tokens=True)):
+    if shared := _of_one_id(vocabulary):
         faults.append(
             f"{TOKENIZER_NAME}: tokens {shared[0]!r} and {shared[1]!r} share an id, and one would be lost where "
             "the file is written anew: give each its own"

@@ -17,7 +17,7 @@ def test_published_shape_traces_without_weights():
     gates = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
     assert parameters == pytest.approx(1.636e9, rel=PUBLISHED)  # arXiv 2605.07721
     assert gates == pytest.approx(0.2014e9, rel=PUBLISHED)
-    config = shape_config("melt-1.6b:6")  # every layer is traced alike, in a second of its own
+    config = shape_config("melt-1.6b:6")  # its layers are alike
     module = graph_modules(config, weight_formats(empty_model(config), "int4", {}), "float32")["loop"]
     spec = graph_specs(model_shape(config), "float32")["loop"]
     graph = trace_graph("loop", module, spec).graph

@@ -11,8 +11,8 @@ from melt_models import CheckpointError
 from melt_models.gguf import gguf_to_checkpoint
 
 
-def write_llama(file: Path, numbers: dict[str, float], tensors: tuple[str, ...] = ()) -> Path:
-    """A file of a small Llama's keys, with further ones, and of no tensors but those named."""
+def llama(file: Path, words: int) -> GGUFWriter:
+    """Writes a file; so far it says the sizes of a Llama of one layer."""
     writer = GGUFWriter(file, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -20,16 +20,27 @@ def write_llama(file: Path, numbers: dict[str, float], tensors: tuple[str, ...] 
     writer.add_feed_forward_length(64)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(16)
-    for key, value in numbers.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"llama.{key}", value)
-    for name in tensors:
-        writer.add_tensor(name, np.zeros(8, np.float32))
+    writer.add_vocab_size(words)
+    return writer
+
+
+def written(writer: GGUFWriter, file: Path) -> Path:
+    """Ends the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def write_llama(file: Path, numbers: dict[str, float], tensors: tuple[str, ...] = ()) -> Path:
+    """A file of a small Llama's keys, with further ones, and of no tensors but those named."""
+    writer = llama(file, 16)
+    for key, value in numbers.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"llama.{key}", value)
+    for name in tensors:
+        writer.add_tensor(name, np.zeros(8, np.float32))
+    return written(writer, file)
 
 
 def faults_of(file: Path, out: Path) -> str:
@@ -79,14 +90,7 @@ LAYER = {
 
 def write_whole(file: Path, splitting: str | None, left_out: str = "", more: str = "", kind: str = "gpt2") -> Path:
     """A whole file of one layer, with a tokenizer that has merged digits; ``more`` is a key of it that is false."""
-    writer = GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(WORDS))
+    writer = llama(file, len(WORDS))
     writer.add_tokenizer_model(kind)
     writer.add_token_list(WORDS)
     writer.add_token_merges(["1 2", "12 3", "123 4"])
@@ -98,11 +102,7 @@ def write_whole(file: Path, splitting: str | None, left_out: str = "", more: str
     for name, shape in shapes.items():
         if name != left_out:
             writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    return written(writer, file)
 
 
 @pytest.mark.parametrize("name", ["token_embd", "output_norm", "blk.0.attn_q", "blk.0.ffn_down"])

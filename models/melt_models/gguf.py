@@ -110,12 +110,13 @@ def _examine(file: Path, config: PreTrainedConfig) -> tuple[list[str], dict[str,
             faults.append(f"{key} must be {_rule(neutral)}, got {shown(value)}: it may change what the model computes")
     layers = (f"blk.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in _LAYER)
     expected = dict.fromkeys(f"{name}.weight" for name in ("token_embd", "output_norm", *layers))
+    known = {*expected, "output.weight"}
     found = {tensor.name: list(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
     faults += [
         f"tensor {name} {shape} is none of the model's: rotary scaling, biases, experts and more layers than "
         f"{architecture}.block_count are not implemented"
         for name, shape in found.items()
-        if name not in {*expected, "output.weight"}
+        if name not in known
     ]
     # transformers would fill them with random numbers.
     faults += [

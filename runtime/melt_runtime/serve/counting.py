@@ -7,12 +7,12 @@ MAX_VALUES = 1 << 16
 _PARTS, _VALUES = (b"[", b"{", b":"), (b"[", b"{", b":", b",")
 
 
-def may_exceed(body: bytes) -> bool:
+def may_exceed(body: bytes | bytearray) -> bool:
     """Whether a body may have more than ``MAX_PARTS``; fast, since what stands in its texts is counted as well."""
     return _count(body, _PARTS) > MAX_PARTS
 
 
-def count_parts(body: bytes) -> int:
+def count_parts(body: bytes | bytearray) -> int:
     """Number of lists, objects and members of objects of a JSON text; as large or larger where it is not UTF-8."""
     # A zero byte is of UTF-16 or UTF-32, in which texts end elsewhere.
     return _count(body if b"\0" in body else _outside_texts(body), _PARTS)
@@ -25,9 +25,9 @@ def count_values(text: str) -> int:
     return count if count <= MAX_VALUES else _count(_outside_texts(body), _VALUES)
 
 
-def _outside_texts(body: bytes) -> bytes:
+def _outside_texts(body: bytes | bytearray) -> bytes:
     return b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
 
 
-def _count(body: bytes, signs: tuple[bytes, ...]) -> int:
+def _count(body: bytes | bytearray, signs: tuple[bytes, ...]) -> int:
     return sum(map(body.count, signs))

@@ -125,7 +125,7 @@ class Guard:
             if self._held > _HELD_BODIES * self._most_bytes and len(body) > _SMALL_BYTES:
                 return Fault(429, "too many large bodies at a time; retry later", "rate_limit_error", code="queue_full")
             if not message.get("more_body", False):
-                return await _refuse_parts(bytes(body))
+                return await _refuse_parts(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -142,7 +142,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse_parts(body: bytes) -> Fault | None:
+async def _refuse_parts(body: bytearray) -> Fault | None:
     if not may_exceed(body):
         return None
     count = await asyncio.to_thread(count_parts, body)

@@ -59,7 +59,6 @@ class ControlTokens:
         self._always = _starts(form.content for form in always.values())
         self._any = _starts(form.content for form in self._control.values())
         self._always_names = [form.content for form in always.values()]
-        self._names = [form.content for form in self._control.values()]
         self._first = {form.content[0] for form in self._control.values()}
         self._folds = tokenizer.normalizer is not None and any(form.normalized for form in self._control.values())
         self._apart: _Apart | None = None
@@ -79,11 +78,12 @@ class ControlTokens:
             tools: checked tools.
             render: renders messages and tools.
         """
-        first = self._first | self._folding(plain)
+        made = self._made(plain)
+        first = self._first | {letter for letter, text in made.items() if self._first & set(text)}
         letters = iter(range(_FIRST_STAND_IN, 0x10FFFE))
         taken = set(plain)
         stand_ins = {letter: next(chr(code) for code in letters if chr(code) not in taken) for letter in sorted(first)}
-        marks = _Marks(stand_ins, *self._patterns(plain))
+        marks = _Marks(stand_ins, *self._patterns(made))
         marked = marks.render(plain, messages, tools, render)
         text = marks.removed(marked)
         if marked == text:
@@ -95,26 +95,26 @@ class ControlTokens:
             self._apart = _Apart(self._tokenizer, self._added, self._control)
         return self._apart.encode(marked, marks, self._encode)
 
-    def _folding(self, plain: str) -> set[str]:
-        """Characters that the tokenizer's normalizer makes to the first of a control token, as it does to capitals."""
+    def _made(self, plain: str) -> dict[str, str]:
+        """What the normalizer makes of each character of a text, where it may make a control token of a text."""
         if not self._folds:
-            return set()
+            return {}
         normalize = self._tokenizer.normalizer.normalize_str
-        return {letter for letter in set(plain) if self._first & set(normalize(letter))}
+        return {letter: normalize(letter) for letter in sorted(set(plain))}
 
-    def _patterns(self, plain: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """The first characters of all control tokens, and of those that no model writes, as this text may spell them:
-        in capitals or with accents, where the normalizer takes them away."""
+    def _patterns(self, made: Mapping[str, str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """The first characters of all control tokens, and of those that no model writes, as a text of the letters
+        in ``made`` may spell them: in capitals or with accents, where the normalizer takes them away."""
         if not self._folds:
             return self._any, self._always
         normalize = self._tokenizer.normalizer.normalize_str
         spellings: dict[str, str] = {}
-        for letter in sorted(set(plain)):
-            for made in set(normalize(letter)):
-                spellings[made] = spellings.get(made, "") + letter
-        dropped = "".join(letter for letter in sorted(set(plain)) if not normalize(letter))
+        for letter, text in made.items():
+            for each in set(text):
+                spellings[each] = spellings.get(each, "") + letter
+        dropped = "".join(letter for letter, text in made.items() if not text)
         return (
-            _folded_starts(self._names, normalize, spellings, dropped),
+            _folded_starts([form.content for form in self._control.values()], normalize, spellings, dropped),
             _folded_starts(self._always_names, normalize, spellings, dropped),
         )
 
