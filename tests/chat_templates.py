@@ -28,6 +28,8 @@ CONVERSATIONS = {
     "late system": [_said("user", "one"), _said("assistant", "two"), _said("system", "x"), _said("user", "y")],
     "assistant first": [_said("assistant", "hi"), _said("user", "two")],
     "thoughts": [_said("user", "a"), _said("assistant", "<think>\nhm\n</think>\n\nb"), _said("user", "c")],
+    "thoughts at the end": [_said("user", "a"), _said("assistant", "<think>\nhm\n</think>\n\nb")],
+    "thoughts alone": [_said("user", "a"), _said("assistant", "<think>\nhm")],
     "reasoning": [_said("user", "a"), _said("assistant", "b", reasoning_content="because", thinking=None)],
     "thinking": [_said("user", "a"), _said("assistant", "b", thinking="because"), _said("user", "c")],
     "tools": [

@@ -123,6 +123,24 @@ def test_tokens_have_their_own_bytes(client, stream):
             assert name in special or name.startswith("bytes:") or text[offset:].startswith(name)
 
 
+@pytest.mark.parametrize(("start", "length"), [(6, 2), (3, 9), (0, 3), (1, 1)])
+def test_offsets_stay_within_a_text_that_a_stop_ends(client, start, length):
+    """The stop string may be of several tokens, which a stream knows only when it is whole."""
+    said = {"model": "melt-tiny", "prompt": "Ana reports", "temperature": 0, "max_tokens": 12, "logprobs": 1}
+    whole = client.completions.create(**said).choices[0]
+    stop = whole.text[start : start + length]
+    answer = client.completions.create(**said, stop=stop).choices[0]
+    parts = [part.choices[0] for part in client.completions.create(**said, stop=stop, stream=True)]
+    found = [part.logprobs for part in parts if part.logprobs]
+    text = "".join(part.text for part in parts)
+    assert text == answer.text == whole.text[: whole.text.index(stop)]
+    offsets = [offset for part in found for offset in part.text_offset]
+    assert offsets == answer.logprobs.text_offset
+    assert [name for part in found for name in part.tokens] == answer.logprobs.tokens
+    expected = whole.logprobs.text_offset[: len(offsets)]
+    assert offsets == [min(offset, len(text)) for offset in expected]
+
+
 def test_a_completion_continues_its_prompt(client, model):
     """Word by word: the first token keeps the space in front of it."""
     prompt, whole = "Ana reports to Ben. Ben works for Cleo. Cleo", ""
@@ -238,6 +256,20 @@ def test_a_json_schema_holds(client, more):
     assert values["name"] in ("Ana", "Ben")
     assert 0 <= values["levels"] <= 99
     assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#/$defs/none"}, {"allOf": [{"type": "string"}, {"type": "number"}]}])
+def test_a_schema_that_cannot_hold_is_named(address, schema):
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    status, _, answer = ask(address, CHATS, {"messages": CHAT, "response_format": form})
+    assert (status, answer["error"]["param"]) == (400, "response_format.json_schema.schema")
+
+
+def test_every_endpoint_with_a_body_takes_the_models_name(address):
+    for path, body in (("/tokenize", {"text": "a"}), ("/detokenize", {"tokens": [5]})):
+        assert ask(address, path, {"model": "melt-tiny", **body})[0] == 200
+        status, _, answer = ask(address, path, {"model": "other", **body})
+        assert (status, answer["error"]["param"]) == (404, "model")
 
 
 def test_grammars_by_regular_expression_and_lark(address):

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from typing import get_type_hints
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,14 @@ from melt_runtime.request.result import GenerationResult, Timings
 from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import messages_of
 from melt_runtime.serve.errors import fault_of_form
-from melt_runtime.serve.forms import ChatRequest, CompletionRequest, SessionRequest, TokenizeRequest
+from melt_runtime.serve.forms import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    SessionRequest,
+    TextPart,
+    TokenizeRequest,
+)
 from melt_runtime.text.messages import check_messages
 from melt_runtime.text.templates import ChatTemplate
 
@@ -125,13 +134,32 @@ def test_null_within_a_schema_stays():
         {"spaces_between_special_tokens": True, "add_special_tokens": False, "bad_words": [], "echo": None},
         {"cache_prompt": False, "id_slot": -1, "n_predict": -1, "typical_p": 1, "mirostat": 0, "repeat_penalty": 1.0},
         {"samplers": [], "return_tokens": False, "timings_per_token": False, "dry_multiplier": 0.0},
+        # llama.cpp's clients send every setting; those of samplers that are off ask for nothing
+        {"repeat_last_n": 64, "repeat_penalty": 1.0, "presence_penalty": 0, "xtc_threshold": 0.1, "n_keep": 5},
+        {"dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1, "dry_sequence_breakers": ["\n", ":"]},
+        {"dynatemp_exponent": 1.0, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "top_n_sigma": -1, "adaptive_target": -1},
+        {"n_discard": 0, "n_indent": 0, "n_cache_reuse": 0, "t_max_predict_ms": 0, "reasoning_format": "none"},
+        # vLLM, SGLang, Ollama, Open WebUI, text-generation-webui
+        {"include_reasoning": True, "separate_reasoning": True, "stream_reasoning": True, "rid": "a", "keep_alive": -1},
+        {"session_id": "a", "chat_id": "b", "thinking": {"type": "disabled"}, "enable_thinking": False},
+        {"encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "penalty_alpha": 0, "guidance_scale": 1},
+        {"repetition_penalty_range": 1024, "repetition_penalty": 1.0, "smoothing_curve": 1, "num_beams": 1},
+        {"stop": ["", None]},
         {"stream": True, "stream_options": {"include_obfuscation": True, "continuous_usage_stats": False}},
     ],
 )
 @pytest.mark.parametrize(("form", "given"), [(ChatRequest, {"messages": CHAT}), (CompletionRequest, PROMPT)])
 def test_what_asks_for_nothing_passes(form, given, body):
-    asked = form.model_validate({**given, **body}).model_dump(exclude={"stream", "stream_options", "best_of"})
-    assert asked == form.model_validate(given).model_dump(exclude={"stream", "stream_options", "best_of"})
+    off = {"presence_penalty": 0, "repetition_penalty": 1, "stop": []}
+    asked, plain = (form.model_validate({**given, **more}) for more in (body, {}))
+    for name in form.model_fields:
+        if name not in ("stream", "stream_options", "best_of"):
+            value = getattr(asked, name)
+            assert value == getattr(plain, name) or (name in body and value == off[name])
+
+
+def test_a_list_of_stops_loses_what_is_empty():
+    assert ChatRequest.model_validate({"messages": CHAT, "stop": ["", "a", None]}).stop == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +171,8 @@ def test_what_asks_for_nothing_passes(form, given, body):
         (ChatRequest, {"tool_choice": "none", "chat_template_kwargs": {}, "documents": []}),
         (ChatRequest, {"add_generation_prompt": True, "continue_final_message": False}),
         (ChatRequest, {"max_tokens": 5, "max_completion_tokens": 5}),
+        (CompletionRequest, {"top_logprobs": 0, "tool_choice": "none", "response_format": {"type": "text"}}),
+        (CompletionRequest, {"tool_choice": "auto", "tools": [], "parallel_tool_calls": True, "messages": []}),
         (CompletionRequest, {"logprobs": False}),
         (CompletionRequest, {"n": 2, "best_of": 2}),
     ],
@@ -159,6 +189,8 @@ def test_what_asks_for_nothing_of_one_endpoint_passes(form, body):
         *(("ignore_eos", True), ("min_tokens", 1), ("min_tokens", False), ("skip_special_tokens", False)),
         *(("guided_json", {"type": "object"}), ("use_beam_search", True), ("length_penalty", 2), ("mirostat", 2)),
         *(("reasoning_effort", "high"), ("cache_salt", "x"), ("n_predict", 5), ("samplers", ["top_k"])),
+        *(("dry_multiplier", 0.8), ("xtc_probability", 0.5), ("thinking", {"type": "enabled"}), ("n_indent", 4)),
+        *(("reasoning_format", "deepseek"), ("t_max_predict_ms", 500), ("adaptive_target", 0.5)),
         *(("functions", [{"name": "a"}]), ("moderation", {"model": "m"}), ("top_a", 1), ("a b", 1), ("x" * 200, 1)),
     ],
 )
@@ -192,6 +224,9 @@ def test_what_cannot_be_done_is_refused_by_name(form, given, name, value):
         (ChatRequest, {"messages": CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
         (ChatRequest, {"messages": CHAT, "stop": [3]}, "stop[0]"),
         (ChatRequest, {"messages": CHAT, "temperature": "hot"}, "temperature"),
+        (ChatRequest, {"messages": CHAT, "presence_penalty": 1, "repeat_last_n": 64}, "repeat_last_n"),
+        (CompletionRequest, {"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        (CompletionRequest, {"prompt": "a", "tool_choice": "required"}, "tool_choice"),
         (CompletionRequest, {"prompt": [0.5]}, "prompt[0]"),
         (CompletionRequest, {"prompt": "a", "logprobs": True}, "logprobs"),
         (TokenizeRequest, {"text": None, "messages": None}, "text"),
@@ -250,12 +285,30 @@ AS_TEXT = {"name": "boss", "arguments": '{"person": "Zürich"}'}
          {"content": "{}", "tool_calls": [CALLED]}),
         ({"tool_calls": [CALLED]}, {"content": None, "tool_calls": [CALLED]}),
         ({"content": "a", "cache_control": {"type": "ephemeral"}}, {"content": "a"}),
+        # Perplexity, Anthropic, Copilot, clients that keep their own notes
+        ({"content": "a", "citations": ["x"], "metadata": {"x": 1}, "timestamp": 3, "index": 0}, {"content": "a"}),
+        ({"content": "a", "signature": "x", "encrypted_content": "y", "reasoning_opaque": "z", "status": "completed",
+          "finish_reason": "stop", "providerOptions": {"x": {}}}, {"content": "a"}),
+        ({"content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}, "id": "x",
+                       "index": 0, "providerOptions": {"x": {}}, "citations": [{}]}]},
+         {"content": [{"type": "text", "text": "a"}]}),
     ],
 )  # fmt: skip
 def test_every_field_of_an_answer_comes_back(message, expected):
     form = ChatRequest.model_validate({"messages": [*CHAT, {"role": "assistant", **message}, *CHAT]})
     (_, made, _) = messages_of(form.messages)
     assert made == {"role": "assistant", **expected}
+
+
+def test_every_field_of_the_openai_package_is_known():
+    """Of messages and of parts that are text: whatever its types define may come."""
+    types = openai.types.chat
+    for typed in (types.ChatCompletionContentPartTextParam, types.ChatCompletionContentPartRefusalParam):
+        assert {*get_type_hints(typed)} <= {*TextPart.model_fields} | TextPart.changes_nothing
+    roles = ("Assistant", "Developer", "Function", "System", "Tool", "User")
+    messages = [getattr(types, f"ChatCompletion{role}MessageParam") for role in roles]
+    for names in [*map(get_type_hints, messages), types.ChatCompletionMessage.model_fields]:
+        assert {*names} <= {*ChatMessage.model_fields} | ChatMessage.changes_nothing
 
 
 def test_results_of_the_older_form_of_tools_come_back():

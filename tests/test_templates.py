@@ -83,6 +83,17 @@ def test_renderings_are_those_of_transformers(family, tmp_path):
     assert rendered >= 6
 
 
+def test_an_answer_of_which_a_part_is_left_out_is_not_continued():
+    """Also where that part stands elsewhere in the chat."""
+    source = "{% for m in messages %}{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}\n"
+    said = "<think>hm</think>b"
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    with pytest.raises(TokenError, match="cannot be continued: the chat template leaves a part of its text out"):
+        ChatTemplate(source + "{% endfor %}").render(chat, ending="continue")
+    chat[1] = {"role": "assistant", "content": "b "}
+    assert ChatTemplate(source + "{% endfor %}").render(chat, ending="continue") == f"{said}\nb "
+
+
 ENDINGS = {
     "prompt": {"add_generation_prompt": True},
     "none": {},

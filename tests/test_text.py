@@ -191,6 +191,18 @@ def test_a_character_is_shown_with_its_last_byte(name, given, pieces):
         ("byte fallback", ["<s>", "b", "<s>"], ["▁a"], "a", " a"),
         ("byte fallback", ["<s>"], ["▁a"], "a", "a"),  # nothing stands before it
         ("byte fallback", ["<0xE4>", "<0xB8>"], ["<0x96>", "▁a"], "\ufffd a", "世 a"),
+        # Half a character of the prompt that the answer does not complete is the prompt's.
+        ("byte fallback", ["<0xE4>", "<0xB8>"], ["▁a"], "a", " a"),
+        ("byte fallback", ["<0xE4>", "<0xB8>"], [], "", ""),
+        ("byte fallback", ["<0xE4>"], ["<0xB8>", "▁a"], "\ufffd a", "\ufffd a"),
+        ("byte fallback", ["<0xE4>"], ["<0xB8>"], "\ufffd", "\ufffd"),
+        ("byte fallback", ["<0xEF>", "<0xBF>"], ["<0xBD>"], "\ufffd", "\ufffd"),
+        ("bytes", ["ä", "¸"], ["ĸ", "a"], "\ufffda", "世a"),
+        ("bytes", ["ä", "¸"], ["a"], "a", "a"),
+        ("bytes", ["ä", "¸"], ["ä", "¸", "ĸ"], "世", "世"),
+        ("bytes", ["ä", "¸"], [], "", ""),
+        ("bytes", ["ä"], ["¸", "a"], "\ufffda", "\ufffda"),
+        ("bytes", ["ä"], ["¸"], "\ufffd", "\ufffd"),
         ("marked words", ["b"], ["▁a", "b"], "ab", " ab"),
         ("word pieces", ["don"], ["##t", "a"], "##t a", "t a"),
         ("melt-tiny", ["Ġ"], ["ĠAna", "."], "Ana.", " Ana."),

@@ -76,7 +76,7 @@ class Writer:
             if self.is_chat:
                 message, reason = self._message(result)
                 said = {"message": message}
-            logprobs = self._logprobs(index, result.logprobs or (), len(result.text))
+            logprobs = self._logprobs(index, result.logprobs or (), result.text, is_last=True)
             choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head(""), "choices": choices, "usage": usage_of(results, prompts)}
 
@@ -88,12 +88,18 @@ class Writer:
         """What came of a choice; ``loops`` of each new token is ours."""
         text = self._reader(index).push(part.text) if self.with_tools else part.text
         said: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
-        return self._chunk(index, said, logprobs=self._logprobs(index, part.logprobs), loops=list(part.loops))
+        return self._chunk(
+            index, said, logprobs=self._logprobs(index, part.logprobs, part.text), loops=list(part.loops)
+        )
 
     def last(self, index: int, result: GenerationResult) -> list[dict[str, Any]]:
         """The chunks with which a choice ends."""
+        if not self.is_chat:
+            logprobs = self._logprobs(index, (), "", is_last=True)
+            waited = logprobs if logprobs and logprobs["tokens"] else None
+            return [self._chunk(index, {"text": ""}, result.finish_reason, logprobs=waited)]
         if not self.with_tools:
-            return [self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, result.finish_reason)]
+            return [self._chunk(index, {"delta": {}}, result.finish_reason)]
         rest, calls = self._reader(index).finish()
         delta: dict[str, Any] = {"content": rest} if rest else {}
         if calls:
@@ -131,12 +137,14 @@ class Writer:
         choice = {"index": index, "logprobs": None, **said, "finish_reason": finish_reason, **more}
         return {**self._head(".chunk"), "choices": [choice], **({"usage": None} if self.with_usage else {})}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob], length: int | None = None) -> dict[str, Any] | None:
-        """Of the next tokens of a choice, whose whole text has so many characters, where that is known."""
+    def _logprobs(
+        self, index: int, tokens: Sequence[TokenLogprob], text: str, is_last: bool = False
+    ) -> dict[str, Any] | None:
+        """Of the next tokens of a choice, and the text that came with them."""
         if not self.with_logprobs:
             return None
         if index not in self._logprob_writers:
             context = self.contexts[index] if self.contexts else ()
             self._logprob_writers[index] = LogprobWriter(self.codec, context)
         writer = self._logprob_writers[index]
-        return writer.chat(tokens) if self.is_chat else writer.completion(tokens, length)
+        return writer.chat(tokens) if self.is_chat else writer.completion(tokens, text, is_last)

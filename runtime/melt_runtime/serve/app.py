@@ -211,13 +211,14 @@ class _Server:
         entry = {"id": self._options.name, "object": "model", "created": self._created, "owned_by": "melt"}
         return {**entry, "melt": facts}
 
-    def _require_model(self, name: str) -> None:
-        if name != self._options.name:
+    def _require_model(self, name: str | None) -> None:
+        if name is not None and name != self._options.name:
             message = f"model must be {self._options.name!r}, the one that is served, got {name!r}"
             raise FaultError(Fault(404, message, param="model", code="model_not_found"))
 
     def tokenize(self, form: TokenizeRequest) -> dict[str, Any]:
         """``POST /tokenize``."""
+        self._require_model(form.model)
         desk = self.service.desk
         with about(form):
             if form.messages is None:
@@ -229,6 +230,7 @@ class _Server:
 
     def detokenize(self, form: DetokenizeRequest) -> dict[str, Any]:
         """``POST /detokenize``."""
+        self._require_model(form.model)
         most = self._model.manifest.model.vocab_size
         wrong = [token for token in form.tokens if not 0 <= token < most]
         if wrong:
@@ -241,6 +243,7 @@ class _Server:
 
     def save_session(self, form: SessionRequest) -> dict[str, Any]:
         """``POST /v1/sessions``: writes what is cached of a conversation; its size is the same at every depth."""
+        self._require_model(form.model)
         with about(form):
             messages = messages_of(form.messages)
         with self._sessions.one(form.name, exists=False) as path:
@@ -275,8 +278,7 @@ class _Server:
         self._metrics.responses.labels(path, status).inc()
 
     async def _generate(self, form: ChatRequest | CompletionRequest, request: Request, writer: Writer) -> Response:
-        if form.model is not None:
-            self._require_model(form.model)
+        self._require_model(form.model)
         with about(form):
             if needs_grammar(form):  # which takes its time: other requests do not wait for it
                 work = self._compiler.run(lambda: asks_of(form, self.service.desk, self._compiler.compile))

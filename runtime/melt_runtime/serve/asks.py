@@ -9,6 +9,7 @@ from melt_runtime.request.generation_config import CHECKS, GenerationConfig
 from melt_runtime.request.grammar import Grammar, GrammarPart
 from melt_runtime.request.prompts import Desk, EncodedPrompt
 from melt_runtime.serve.errors import FieldError
+from melt_runtime.serve.fields import SCHEMA_FIELD
 from melt_runtime.serve.forms import CalledFunction, ChatMessage, ChatRequest, CompletionRequest, NamedTool
 from melt_runtime.serve.tools import OPEN, call_grammar
 from melt_runtime.text.codec import Message, TextCodec
@@ -157,12 +158,11 @@ def _answer_grammar(form: ChatRequest | CompletionRequest) -> GrammarPart | None
         return None
     if wanted.json_schema is None:
         return GrammarPart("answer", "json_schema", '{"type": "object"}')
-    label = "response_format.json_schema.schema"
     try:
         source = json.dumps(wanted.json_schema.schema_)
     except RecursionError as error:
-        raise ValueError(f"{label} is nested too deeply") from error
-    return GrammarPart("answer", "json_schema", source, bool(wanted.json_schema.strict), label)
+        raise ValueError(f"{SCHEMA_FIELD} is nested too deeply") from error
+    return GrammarPart("answer", "json_schema", source, bool(wanted.json_schema.strict), SCHEMA_FIELD)
 
 
 _SAME = (

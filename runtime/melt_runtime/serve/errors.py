@@ -20,6 +20,7 @@ from melt_runtime.errors import (
     TokenError,
 )
 from melt_runtime.request.grammar import GrammarError
+from melt_runtime.serve.fields import SCHEMA_FIELD
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _param_of(error: Exception, message: str, form: BaseModel) -> str | None:
         return named[0]
     if isinstance(error, GrammarError):
         asks = [name for name in ("grammar", "response_format", "tools") if getattr(form, name, None) is not None]
-        return asks[0] if asks else None
+        schema = getattr(getattr(form, "response_format", None), "json_schema", None)
+        return SCHEMA_FIELD if asks[:1] == ["response_format"] and schema is not None else next(iter(asks), None)
     given = [name for name in ("messages", "prompt", "text", "tokens") if getattr(form, name, None) is not None]
     return given[0] if given and isinstance(error, CapacityError | TokenError) else None
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
+SCHEMA_FIELD = "response_format.json_schema.schema"
 _EMPTY: tuple[object, ...] = ("", [], {})
 _NULL = {"type": "null"}
 _MAX_REFUSED = 8
@@ -85,7 +86,13 @@ CHANGES_NOTHING = frozenset(
         *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity"),  # OpenAI
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
         *("request_id", "priority"),  # vLLM
-        *("cache_prompt", "id_slot", "slot_id"),  # llama.cpp
+        "rid",  # SGLang
+        *("keep_alive", "session_id", "chat_id"),  # Ollama, Open WebUI
+        *("cache_prompt", "id_slot", "slot_id", "n_keep", "n_discard", "n_cache_reuse"),  # llama.cpp
+        # Settings of samplers that are off, or refused where they are on.
+        *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
+        *("dynatemp_exponent", "dynatemp_low", "dynatemp_high", "smoothing_curve", "xtc_threshold", "adaptive_decay"),
+        *("mirostat_tau", "mirostat_eta"),
     }
 )
 """Of a request for an answer."""
@@ -97,16 +104,24 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
+    "thinking": ({"type": "disabled"},),  # Anthropic's, taken by others
     # vLLM and SGLang
     "min_tokens": (0,),
     "length_penalty": (1,),
     "detokenize": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    # llama.cpp: thoughts stay where the model writes them
+    "reasoning_format": ("none", "auto"),
+    "parse_tool_calls": (True,),
+    "n_indent": (0,),
+    "t_max_predict_ms": (0, -1),
     # llama.cpp, KoboldCpp and text-generation-webui: samplers that are off
     "n_predict": (-1,),
     "n_probs": (0,),
-    "n_keep": (0,),
     "min_keep": (0,),
     "typical_p": (1,),
     "typ_p": (1,),
@@ -120,14 +135,25 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "xtc_probability": (0,),
     "dry_multiplier": (0,),
     "smoothing_factor": (0,),
+    "adaptive_target": (-1,),
     "repeat_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "penalty_alpha": (0,),
+    "guidance_scale": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "num_beams": (1,),
+    "min_length": (0,),
 }
 """Of a request for an answer."""
 
 MESSAGE_CHANGES_NOTHING = frozenset(
     {
-        *("id", "annotations", "parsed", "cache_control"),
-        *("reasoning_details", "thinking_blocks", "provider_specific_fields", "extra_content"),
+        *("id", "index", "status", "metadata", "timestamp", "finish_reason"),
+        *("annotations", "citations", "parsed", "cache_control", "prompt_cache_breakpoint"),
+        *("reasoning_details", "reasoning_opaque", "thinking_blocks", "signature", "encrypted_content"),
+        *("provider_specific_fields", "extra_content", "providerOptions"),
     }
 )
-"""Of a message: what servers, the ``openai`` package and LiteLLM put into one beside what a chat template reads."""
+"""Of a message or a part of it: what servers, clients and the ``openai`` package put there beside what is read."""

@@ -27,7 +27,7 @@ Number = float | int
 class TextPart(Form):
     """A part of a message; a ``refusal`` is what another server's model said instead of an answer."""
 
-    changes_nothing = frozenset({"annotations", "cache_control"})
+    changes_nothing = MESSAGE_CHANGES_NOTHING
 
     type: Literal["text", "refusal"]
     text: str | None = None
@@ -201,11 +201,27 @@ def _few_without_nulls(values: Any) -> Any:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _without_empty(values: Any) -> Any:
+    """A list without what asks for nothing; longer ones are refused by their length before each is looked at."""
+    if not isinstance(values, list) or len(values) > _MOST_STOPS:
+        return values
+    return [value for value in values if value not in (None, "")]
+
+
 class GrammarForm(Form):
     """A grammar that the answer follows."""
 
     type: GrammarKind
     value: str
+
+
+_PENALTIES_OFF = {
+    "repetition_penalty": (None, 1),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+}
+_WINDOWS = ("repeat_last_n", "penalty_last_n", "repetition_penalty_range")
+"""How far penalties reach, in llama.cpp and text-generation-webui."""
 
 
 class Generation(Form):
@@ -232,7 +248,11 @@ class Generation(Form):
         Annotated[dict[str, Number], BeforeValidator(_few_without_nulls), Field(max_length=_MAX_BIASES)] | None
     ) = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
+    stop: (
+        str
+        | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True), BeforeValidator(_without_empty)]
+        | None
+    ) = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] | None = None
     grammar: GrammarForm | None = None
     loops: int | Literal["auto"] | None = None
@@ -242,6 +262,14 @@ class Generation(Form):
     max_loops: int | None = None
     decode: Literal["plain", "wave"] | None = None
     lag: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_window(cls, values: Any) -> Any:
+        """Penalties are of the whole answer; how far they reach asks for nothing where there are none."""
+        if not isinstance(values, dict) or any(values.get(name) not in off for name, off in _PENALTIES_OFF.items()):
+            return values
+        return {name: value for name, value in values.items() if name not in _WINDOWS}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -328,7 +356,11 @@ class CompletionRequest(Generation):
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **NEUTRAL,
         "logprobs": (False,),
+        "top_logprobs": (0,),
         "add_generation_prompt": (True,),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True,),
+        "response_format": ({"type": "text"},),
     }
 
     prompt: (
@@ -344,6 +376,7 @@ class CompletionRequest(Generation):
 class SessionRequest(Form):
     """Body of ``POST /v1/sessions``: the name, and the conversation so far, answers included."""
 
+    model: str | None = None
     name: str
     messages: Messages
 
@@ -351,6 +384,7 @@ class SessionRequest(Form):
 class TokenizeRequest(_Ending):
     """Body of ``POST /tokenize``: a text as it is, or a chat by the bundle's template."""
 
+    model: str | None = None
     text: str | None = None
     messages: Messages | None = None
 
@@ -364,4 +398,5 @@ class TokenizeRequest(_Ending):
 class DetokenizeRequest(Form):
     """Body of ``POST /detokenize``."""
 
+    model: str | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -24,7 +24,8 @@ class LogprobWriter:
             context: tokens whose text the answer continues.
         """
         self._codec, self._decoder = codec, codec.stream(context)
-        self._characters = 0
+        self._characters = self._shown = 0  # of the tokens' text, and of the answer's
+        self._waiting: list[tuple[str, float, dict[str, float], int]] = []
 
     def chat(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The object of a chat."""
@@ -36,22 +37,29 @@ class LogprobWriter:
             self._decoder.push(one.token_id)
         return {"content": content, "refusal": None}
 
-    def completion(self, tokens: Sequence[TokenLogprob], length: int | None = None) -> dict[str, Any]:
+    def completion(self, tokens: Sequence[TokenLogprob], text: str, is_last: bool) -> dict[str, Any]:
         """The object of a plain completion.
+
+        A token whose place in the text is not there yet waits: a stop string may end the text before it.
 
         Args:
             tokens: the next ones.
-            length: characters of the whole text, which may end before its last tokens, at a stop string; None: unknown.
+            text: the next of the answer.
+            is_last: whether no more text comes.
         """
-        made: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self._shown += len(text)
         for one in tokens:
             names = {token: name for token, name, _ in self._names(one)}
-            made["tokens"].append(names[one.token_id])
-            made["token_logprobs"].append(one.logprob)
-            made["top_logprobs"].append({names[token]: value for token, value in one.top})
-            offset = self._read(one.token_id)
-            made["text_offset"].append(offset if length is None else min(offset, length))
-        return made
+            top = {names[token]: value for token, value in one.top}
+            self._waiting.append((names[one.token_id], one.logprob, top, self._read(one.token_id)))
+        count = sum(is_last or offset <= self._shown for *_, offset in self._waiting)
+        ready, self._waiting = self._waiting[:count], self._waiting[count:]
+        return {
+            "tokens": [name for name, *_ in ready],
+            "token_logprobs": [logprob for _, logprob, *_ in ready],
+            "top_logprobs": [top for *_, top, _ in ready],
+            "text_offset": [min(offset, self._shown) for *_, offset in ready],
+        }
 
     def _read(self, token: int) -> int:
         """Reads a token, and returns the place in the text of its first character, which may have begun before it."""

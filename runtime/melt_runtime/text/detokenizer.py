@@ -67,8 +67,10 @@ class StreamDecoder:
         shown = (token for token in reversed(context) if token not in specials)
         for token in reversed([*islice(shown, _CONTEXT)]):
             self.push(token)
+        self._begun = self._utf8.getstate()[0]
 
     def _restart(self) -> None:
+        self._begun = b""  # bytes of the context that the answer may complete to a character
         # The text of a token depends on its neighbours: the tokens shown last are decoded again with those held back.
         self._shown: list[int] = []
         self._held: list[int] = []
@@ -128,7 +130,15 @@ class StreamDecoder:
         return bytes.fromhex(match[1]) if match else b""
 
     def _text(self, added: bytes, is_last: bool = False) -> str:
-        return _ESCAPED.sub("\ufffd", self._utf8.decode(added, is_last))
+        is_first = self._begun == self._utf8.getstate()[0]
+        if self._begun and is_first and (added or is_last) and not _continues(self._begun, added[:1]):
+            self._utf8.reset()  # they belong to no character, and are not the answer's
+            self._begun = b""
+        text = self._utf8.decode(added, is_last)
+        if text and self._begun:
+            text = text.removeprefix(self._begun.decode("utf-8", "surrogateescape"))
+            self._begun = b""
+        return _ESCAPED.sub("\ufffd", text)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         with refusing(TokenError, "the tokenizer cannot decode its tokens"):
@@ -151,6 +161,15 @@ def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def _strips_start(form: dict[str, Any]) -> bool:
     return form["type"] == "Strip" and not form["stop"]
+
+
+def _continues(begun: bytes, added: bytes) -> bool:
+    """Whether a byte may follow those of a character that is not whole."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begun + added)
+    except UnicodeDecodeError:
+        return False
+    return bool(added)
 
 
 def _letters() -> dict[str, int]:

@@ -79,7 +79,7 @@ class ChatTemplate:
                 continued and is no assistant's, or the template changes its text.
         """
         if ending == "continue":
-            return _continued(self.render(_with_mark(messages), tools, "none"))
+            return _continued(self.render(_with_mark(messages), tools, "none"), _last_text(messages))
         variables = {
             "messages": messages,
             "add_generation_prompt": ending == "prompt",
@@ -110,11 +110,24 @@ def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [*messages[:-1], {**last, "content": [*content[:-1], part]}]
 
 
-def _continued(rendered: str) -> str:
-    """The text up to the mark; a template that trims its messages has taken the mark's space away."""
+def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    content = messages[-1]["content"]
+    text: str = content if isinstance(content, str) else content[-1]["text"]
+    return text.strip()
+
+
+def _continued(rendered: str, text: str) -> str:
+    """The text up to the mark; a template that trims its messages has taken the mark's space away.
+
+    A template that leaves a part of the text out, as some do with thoughts, would have another text continued.
+    """
     before, mark, after = rendered.rpartition(_MARK.rstrip())
-    if not mark:
-        raise TokenError("the last message cannot be continued: the chat template leaves its text out")
+    if not mark or not before.rstrip().endswith(text):
+        left_out = "a part of its text" if mark else "its text"
+        raise TokenError(
+            f"the last message cannot be continued: the chat template leaves {left_out} out, or changes it; send it "
+            "without what the template leaves out"
+        )
     return before if after.startswith(_MARK[len(mark) :]) else before.rstrip()
 
 
