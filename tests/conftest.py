@@ -38,6 +38,19 @@ ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torc
 HANG = 1200
 """Seconds after which a test gives up on a process that does not end; a busy machine needs far less."""
 
+LONG = (
+    "optimum",
+    "smollm2",
+    "quantized_bundles",
+    "documents",
+    "exit_gate",
+    "training_run",
+    "prompts",
+    "fuzz",
+    "repeat",
+)
+"""Files that take longest: their workers begin with them, so that none is left with one at the end."""
+
 LOOKED_UP: list[str] = []
 """Hosts beyond this machine that this process looked up."""
 
@@ -74,6 +87,11 @@ SMALL = {
     "gate_bias_init": -0.5,
 }
 """A shape in which no two sizes are equal, with a gate that is half open and weights large enough to matter."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(autouse=True)

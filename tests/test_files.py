@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import HANG
+from many_files import make_many
 
 from melt_files import matching, partial_folder, partials, remove_dead, replace_text, require_absent, staged
 
@@ -159,33 +159,10 @@ def test_killed_at_random_moments(tmp_path):
     assert names(tmp_path) == ["last"]
 
 
-def _make_many(parent, number, queue) -> None:
-    try:
-        for turn in range(40):
-            with staged(parent / f"{number}-{turn}") as folder:
-                (folder / "file").write_text("whole")
-            remove_dead(parent)
-            if number == 0:  # the folder itself comes and goes
-                for _ in range(3):
-                    with partial_folder(parent / "inner", "x") as place:
-                        (place / "file").touch()
-                    with suppress(OSError):
-                        (parent / "inner").rmdir()
-            else:
-                replace_text(parent / "inner" / "text", str(number) * 5000)
-                text = (parent / "inner" / "text").read_text()
-                assert len(text) == 5000
-                assert len(set(text)) == 1
-        queue.put("well")
-    except BaseException as error:
-        queue.put(repr(error))
-        raise
-
-
 def test_several_processes_make_and_clean_up_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=_make_many, args=(tmp_path, number, queue)) for number in range(3)]
+    processes = [context.Process(target=make_many, args=(tmp_path, number, queue)) for number in range(3)]
     for process in processes:
         process.start()
     assert [queue.get(timeout=HANG) for _ in processes] == ["well"] * 3

@@ -1,15 +1,13 @@
 """Damaged inputs, some of the many that ``tests/fuzz/run.py`` makes: each is answered or refused, soon."""
 
 import json
-import os
 import random
-import time
 from collections import Counter
 
 import pytest
-from fuzz import bundles, calls, checkpoints
+from fuzz import bundles, calls, checkpoints, odd
 from fuzz.edits import as_text, edit_bytes, edit_json, edit_text
-from fuzz.pool import ANSWERED, FINDING, REFUSED, Case, Outcome, Tell, run_cases
+from fuzz.pool import ANSWERED, FINDING, REFUSED, run_cases
 
 UNWRITABLE = 500_056  # loads through a cache that cannot be written, which costs a warning and no answer
 COUNT, SECONDS = 150, 60.0  # on a machine that does much else; a case takes a tenth of a second
@@ -44,22 +42,8 @@ def test_odd_calls(random_bundle, tmp_path):
     assert {outcome.damage.partition(":")[0] for outcome in outcomes} == set(calls.KINDS)
 
 
-def _make_odd_cases(name: str) -> Case:
-    def case(number: int, tell: Tell) -> Outcome:
-        tell(f"{name} {number}")
-        if number == 1:
-            raise KeyError("raw")
-        if number == 2:
-            os._exit(7)
-        if number == 3:
-            time.sleep(600)
-        return Outcome(REFUSED, "")
-
-    return case
-
-
 def test_a_process_that_dies_or_hangs_is_a_finding_and_not_the_end():
-    outcomes = {outcome.number: outcome for outcome in run_cases(_make_odd_cases, ("damage",), range(6), 2, 5.0)}
+    outcomes = {outcome.number: outcome for outcome in run_cases(odd.make, ("damage",), range(6), 2, 5.0)}
     assert [outcomes[number].kind for number in range(6)] == [REFUSED, FINDING, FINDING, FINDING, REFUSED, REFUSED]
     assert [outcomes[number].damage for number in range(6)] == [f"damage {number}" for number in range(6)]
     assert "KeyError: 'raw'" in outcomes[1].what

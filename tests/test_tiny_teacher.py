@@ -8,6 +8,7 @@ import torch
 from melt_models import load_checkpoint
 from melt_models.tiny import teacher
 from melt_models.tiny.data import ANSWER_TOKENS, IGNORED, Encoder
+from melt_models.tiny.evaluate import exact_match
 from melt_models.tiny.task import KINDS, make_problem
 from melt_models.tiny.tokenizer import build_tokenizer
 from melt_models.training import TrainingError
@@ -63,7 +64,9 @@ def test_every_name_of_the_task_is_one_token_and_any_text_has_tokens(encoder):
     assert encoder.answer_id("Quinn") != encoder.answer_id("57")
 
 
-def test_training_goes_on_after_the_last_finished_stage(tmp_path, capsys):
+def test_training_goes_on_after_the_last_finished_stage(tmp_path, capsys, encoder, monkeypatch):
+    monkeypatch.setattr(teacher, "build_tokenizer", lambda _: encoder.tokenizer)
+    monkeypatch.setattr(teacher, "exact_match", lambda model, encoder, problems: exact_match(model, encoder, 4))
     sizes = {"questions": 2, "kinds": KINDS}
     one, two = (teacher.Stage((1, n), (0, n), (2, 3), 1, teacher.NEVER, 3, recall=2.0 - n, **sizes) for n in (1, 2))
     recipe = teacher.Recipe(batch=2)

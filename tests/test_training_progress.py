@@ -123,7 +123,7 @@ def test_odd_numbers_of_the_evaluation_are_refused(tmp_path, capsys, arguments):
 
 def test_the_evaluation_prints_a_table_for_each_way_to_read_a_prompt(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "THRESHOLDS", (None, 0.9))
-    assert evaluate.main([str(MELT_TINY), "--exit-gate", "--problems", "32"]) == 0
+    assert evaluate.main([str(MELT_TINY), "--exit-gate", "--problems", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("kind of answer: ") for line in lines) == 5
     rows = [line.split(" | ") for line in lines if line.startswith(("| every loop", "| 0.9"))]
