@@ -17,14 +17,8 @@ from melt_runtime.request.result import GenerationResult, Timings
 from melt_runtime.serve.answers import Writer
 from melt_runtime.serve.asks import messages_of
 from melt_runtime.serve.errors import fault_of_form
-from melt_runtime.serve.forms import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    SessionRequest,
-    TextPart,
-    TokenizeRequest,
-)
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, SessionRequest, TokenizeRequest
+from melt_runtime.serve.messages import ChatMessage, TextPart
 from melt_runtime.text.messages import check_messages
 from melt_runtime.text.templates import ChatTemplate
 

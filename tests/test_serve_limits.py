@@ -101,7 +101,7 @@ TEXTS = "/v1/completions"
                 CHATS,
                 {"messages": CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
             ),
-            *(400, "response_format", "invalid_value", "the json_schema cannot be compiled"),
+            *(400, "response_format.json_schema.schema", "invalid_value", "the json_schema cannot be compiled"),
         ),
         (TEXTS, {"prompt": [[5]] * 100, "n": 2}, 400, "n", "invalid_value", "prompts times n must be at most"),
         (

@@ -10,7 +10,8 @@ from melt_runtime.request.grammar import Grammar, GrammarPart
 from melt_runtime.request.prompts import Desk, EncodedPrompt
 from melt_runtime.serve.errors import FieldError
 from melt_runtime.serve.fields import SCHEMA_FIELD
-from melt_runtime.serve.forms import CalledFunction, ChatMessage, ChatRequest, CompletionRequest, NamedTool
+from melt_runtime.serve.forms import ChatRequest, CompletionRequest, NamedTool
+from melt_runtime.serve.messages import CalledFunction, ChatMessage
 from melt_runtime.serve.tools import OPEN, call_grammar
 from melt_runtime.text.codec import Message, TextCodec
 
