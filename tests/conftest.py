@@ -24,7 +24,7 @@ from hypothesis import settings
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from traces import remembered
 
-from melt_export import bundle as bundle_module
+from melt_export import trace as trace_module
 from melt_export.bundle import ExportOptions, export_bundle
 from melt_files import staged
 from melt_models import MeltCausalLM, MeltConfig, load_checkpoint
@@ -157,7 +157,7 @@ def run_folder(factory: pytest.TempPathFactory) -> Path:
 def _graphs_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = run_folder(tmp_path_factory) / "traces"
     folder.mkdir(exist_ok=True)
-    bundle_module.trace_graph = remembered(bundle_module.trace_graph, folder)
+    trace_module._trace = remembered(trace_module._trace, folder)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -2,9 +2,11 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from melt_export.cli import main as export
 from melt_runtime import RunError, read_manifest
 from melt_runtime.bench import measure
 from melt_runtime.bench.measure import BenchOptions, run_bench
@@ -116,7 +118,6 @@ def test_a_shape_is_made_once_by_the_exporter(tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         ([], "name a bundle or a --shape to measure"),
-        (["--shape", "melt-9b"], "--shape melt-9b could not be made"),
         (["BUNDLE", "--loops", "0"], "loops must be numbers of at least 1, got [0]"),
         (["BUNDLE", "--positions", "5000"], "positions must stay below the model's 256, got [5000]"),
         (["BUNDLE", "--positions", "20", "--kv-cache", "int2"], "kv_caches must be of float, int8, int4"),
@@ -128,6 +129,16 @@ def test_bad_options_are_one_error(random_bundle, capfd, tmp_path, options, mess
     assert message in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "--loops", "many"])
+
+
+def test_a_shape_that_cannot_be_made_is_one_error(capfd, tmp_path, monkeypatch):
+    """The exporter in this process, since another one only imports torch again."""
+    monkeypatch.setattr(
+        bench_command.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=export(command[3:]))
+    )
+    assert main(["bench", "--work", str(tmp_path), "--shape", "melt-9b"]) == 1
+    errors = capfd.readouterr().err
+    assert errors.index("melt-1.6b") < errors.index("--shape melt-9b could not be made")
 
 
 def test_shapes_need_the_exporter(monkeypatch, capsys, tmp_path):

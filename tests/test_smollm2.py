@@ -46,15 +46,20 @@ def bundle(checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model(bundle) -> MeltModel:
+    """Loaded once, without the copy for later loads, of which there are none."""
+    return MeltModel.load(bundle, device="cpu", capacity=512, cache=LoadCache(min_bytes=sys.maxsize))
+
+
+@pytest.fixture(scope="session")
 def theirs(checkpoint) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def test_greedy_text_is_that_of_transformers(checkpoint, bundle, theirs):
+def test_greedy_text_is_that_of_transformers(checkpoint, model, theirs):
     """A few prompts and tokens; benchmarks/smollm2.py compares ten of 200. One pass of theirs over prompt and answer
     shows what it would choose at every token: where all are ours, its own greedy answer is ours."""
-    model = load(bundle, 512)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
@@ -67,49 +72,46 @@ def test_greedy_text_is_that_of_transformers(checkpoint, bundle, theirs):
         assert result.text == tokenizer.decode(answer, skip_special_tokens=True)
 
 
-def test_an_answer_ends_where_theirs_does(checkpoint, bundle, theirs):
+def test_an_answer_ends_where_theirs_does(checkpoint, model, theirs):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     chat = [{"role": "user", "content": PROMPTS[0]}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = theirs.generate(**asked, max_new_tokens=60, do_sample=False)[0, asked.input_ids.shape[1] :]
-    result = load(bundle, 256).generate(PROMPTS[0], temperature=0.0, max_new_tokens=60)
+    result = model.generate(PROMPTS[0], temperature=0.0, max_new_tokens=60)
     assert result.finish_reason == "stop"
     assert result.text == tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
 
 
-def test_the_chat_template_renders_as_theirs(checkpoint, bundle):
+def test_the_chat_template_renders_as_theirs(checkpoint, model):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    codec = load(bundle, 64).codec
     turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     for chat in (
         turn[:1],
         [{"role": "system", "content": "Be brief."}, *turn, {"role": "user", "content": "Ünï 日本"}],
     ):
-        assert codec.render(chat) == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert model.codec.render(chat) == tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False
+        )
 
 
-def load(bundle: Path, capacity: int) -> MeltModel:
-    """Without the copy for later loads, of which there are none."""
-    return MeltModel.load(bundle, device="cpu", capacity=capacity, cache=LoadCache(min_bytes=sys.maxsize))
-
-
-def measured_perplexity(folder: Path, kv_cache="float") -> float:
+def measured_perplexity(folder: Path, ids: list[int], kv_cache="float") -> float:
     manifest = read_manifest(folder)
-    ids = load(folder, 64).codec.encode(TEXT)
     probe = Probe((Passage(ids, 1),), "a fixed text")
     return perplexity(trace_bundle(open_runner(folder, manifest, len(ids), kv_cache), probe, 1), probe)
 
 
 @torch.no_grad()
-def test_perplexity_on_a_fixed_text(checkpoint, bundle, theirs, tmp_path):
+def test_perplexity_on_a_fixed_text(checkpoint, bundle, model, theirs, tmp_path):
     """Float32 as theirs; what rounding costs stays within what docs/quantization.md reports."""
-    ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint)(TEXT, add_special_tokens=False).input_ids])
-    exact = math.exp(theirs(ids, labels=ids).loss)
-    assert_close(measured_perplexity(bundle), exact)
-    assert exact < measured_perplexity(bundle, "int8") < LOSSY_PERPLEXITY["int8"] * exact
+    ids = model.codec.encode(TEXT)
+    assert ids == AutoTokenizer.from_pretrained(checkpoint)(TEXT, add_special_tokens=False).input_ids
+    seen = torch.tensor([ids])
+    exact = math.exp(theirs(seen, labels=seen).loss)
+    assert_close(measured_perplexity(bundle, ids), exact)
+    assert exact < measured_perplexity(bundle, ids, "int8") < LOSSY_PERPLEXITY["int8"] * exact
     options = ExportOptions("int4", {"model.embed_tokens": "int8"}, block=32, verified=False)
     export_bundle(checkpoint, tmp_path / "int4", options)
-    assert exact < measured_perplexity(tmp_path / "int4") < LOSSY_PERPLEXITY["int4"] * exact
+    assert exact < measured_perplexity(tmp_path / "int4", ids) < LOSSY_PERPLEXITY["int4"] * exact
 
 
 @pytest.mark.parametrize(

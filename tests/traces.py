@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import marshal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -63,5 +62,13 @@ def _text(value: object) -> str:
         return type(value).__name__
     if isinstance(value, dict):
         return " ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, frozenset):
+        return repr(sorted(map(repr, value)))  # its own order is another in every process
     code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)  # a patched function differs
-    return hashlib.sha256(marshal.dumps(code)).hexdigest() if code else repr(value)
+    return hashlib.sha256(_read(code).encode()).hexdigest() if code else repr(value)
+
+
+def _read(code: types.CodeType) -> str:
+    """What a function does; ``marshal`` would also write which of its constants happen to be shared."""
+    parts = [_read(part) if isinstance(part, types.CodeType) else _text(part) for part in code.co_consts]
+    return " ".join([code.co_code.hex(), repr(code.co_names), *parts])
