@@ -217,9 +217,15 @@ def outlier_checkpoint(folder, rows, reading, factor):
     return folder
 
 
+def measure_little(monkeypatch) -> None:
+    """Exports read a few of melt-tiny's examples, and let it answer none."""
+    monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
+    monkeypatch.setattr("melt_export.probe._EXAMPLES", 8)
+
+
 def test_a_column_that_is_large_in_every_row_costs_nothing(tmp_path, monkeypatch):
     """Half of its range moves to the weights."""
-    monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
+    measure_little(monkeypatch)
     reading = ["mlp.gate_proj", "mlp.up_proj"]
     checkpoint = outlier_checkpoint(tmp_path / "checkpoint", "post_attention_layernorm", reading, 300)
     options = ExportOptions("int8", block=32, quantized_caches=False)
@@ -249,7 +255,7 @@ def test_smoothing_is_undone_by_the_weights():
 
 
 def test_a_copy_that_costs_too_much_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("melt_export.quality.exact_match", lambda *_: {})
+    measure_little(monkeypatch)
     checkpoint, notes = outlier_checkpoint(tmp_path / "checkpoint", "mlp.up_proj", ["mlp.down_proj"], 3000), []
     options = ExportOptions("int8", block=32, quantized_caches=False, report=notes.append)
     manifest = export_bundle(checkpoint, tmp_path / "bundle", options)
