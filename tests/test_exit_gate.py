@@ -278,36 +278,24 @@ def test_the_joint_phase_trains_the_whole_model_and_leaves_no_threshold(recipe, 
     assert (out / plot.PLOT_NAME).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_killed_run_goes_on_to_the_same_gate_bit_for_bit(recipe, student, data, tmp_path, alone):
-    """Alone, and after the phases that train the model, of which the last one trains the gate, too."""
-    if alone:
-        models, moments = {"student": student}, ("step:3", "checkpoint", "step:7", "random:0:9", "model")
-    else:
-        looplm = random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3)
-        models, moments = (
-            {"teacher": save_checkpoint(looplm, tmp_path / "looplm")},
-            ("step:2", "step:7", "step:9", "step:10", "model"),
-        )
-        recipe.write_text(RATES + RECIPE + MODEL_PHASES + JOINT_PHASE)
-    straight = train(
-        read_recipe(recipe), models.get("teacher"), data, tmp_path / "straight", models.get("student"), "cpu"
-    )
-    out = tmp_path / "killed"
-    paths = [part for name, path in models.items() for part in (f"--{name}", str(path))]
+def test_a_killed_run_goes_on_to_the_same_gate_bit_for_bit(recipe, data, tmp_path):
+    """After the phases that train the model, of which the last one trains the gate, too."""
+    looplm = save_checkpoint(random_model(gate_kind="none", num_hidden_layers=1, eos_token_id=3), tmp_path / "looplm")
+    recipe.write_text(RATES + RECIPE + MODEL_PHASES + JOINT_PHASE)
+    straight = train(read_recipe(recipe), looplm, data, tmp_path / "straight", device="cpu")
+    moments = ("step:2", "checkpoint", "step:7", "step:9", "step:10", "random:0:14", "model")
+    run = command(recipe, data, tmp_path / "killed", "--teacher", str(looplm))
     script = [sys.executable, str(Path(__file__).parent / "killed_training.py"), json.dumps(moments)]
-    done = subprocess.run([*script, *command(recipe, data, out, *paths)], capture_output=True, text=True)
+    done = subprocess.run([*script, *run], capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [entry["status"] for entry in found] == [-signal.SIGKILL] * len(moments), done.stderr
-    assert cli.main(command(recipe, data, out, *paths)) == 0
-    expected, resumed = (load_checkpoint(folder).state_dict() for folder in (straight, out / "model"))
+    assert cli.main(run) == 0
+    expected, resumed = (load_checkpoint(folder).state_dict() for folder in (straight, tmp_path / "killed" / "model"))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    start = load_checkpoint(student if alone else models["teacher"]).state_dict()
     gate = "model.early_exit_gate.weight"
-    assert not torch.equal(expected[gate], start[gate])
-    phases = [json.loads(line)["phase"] for line in (out / "log.jsonl").read_text().splitlines()]
-    earlier = [name for name in ("transition", "distillation", "joint") for _ in range(3)]
-    assert phases == ([] if alone else earlier) + ["exit"] * 10
+    assert not torch.equal(expected[gate], load_checkpoint(looplm).state_dict()[gate])
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert phases == [name for name in ("transition", "distillation", "joint") for _ in range(3)] + ["exit"] * 10
 
 
 def test_the_last_phase_leaves_the_model_as_the_others_made_it(recipe, data, tmp_path):
