@@ -125,7 +125,7 @@ def test_answers_are_the_models(port, bundle):
 
 def test_errors_have_openais_form(port):
     for path, body, status, code in (
-        (CHATS, {"messages": [{"role": "user", "content": "x"}], "user": "y"}, 400, "invalid_value"),
+        (CHATS, {"messages": [{"role": "user", "content": "x"}], "unknown": "y"}, 400, "invalid_value"),
         (CHATS, {"messages": [{"role": "user", "content": "x"}], "model": "other"}, 404, "model_not_found"),
         (TEXTS, {"prompt": [5] * 2100}, 400, "context_length_exceeded"),
         (TEXTS, {"prompt": "x" * (5 << 20)}, 413, "body_too_large"),
