@@ -23,6 +23,7 @@ from melt_runtime import (
     QueueError,
     RunError,
     SavedError,
+    StreamError,
     TokenError,
 )
 from melt_runtime.reply import Part, Submission
@@ -401,12 +402,15 @@ def test_tasks_of_an_event_loop(model, alone):
     async def run():
         async with AsyncMeltModel(model) as asynchronous:
             results = await asyncio.gather(*(asynchronous.generate(prompt, SAID) for prompt in PROMPTS))
-            parts = [part async for part in asynchronous.stream(PROMPTS[0], max_new_tokens=8)]
+            whole = asynchronous.stream(PROMPTS[0], max_new_tokens=8)
+            with pytest.raises(StreamError, match="not ended"):
+                _ = whole.result
+            parts = [part async for part in whole]
             stream = asynchronous.stream(PROMPTS[1], LONG)
             await anext(stream)
             await stream.aclose()
             asked = asyncio.create_task(asynchronous.generate(PROMPTS[2], LONG))
-            while asynchronous.load.running < 1:
+            while asynchronous.service.load.running < 1:
                 await asyncio.sleep(0.001)
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -416,15 +420,55 @@ def test_tasks_of_an_event_loop(model, alone):
             early.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await early
-            while asynchronous.load.running or asynchronous.load.waiting:
+            while asynchronous.service.load.running or asynchronous.service.load.waiting:
                 await asyncio.sleep(0.001)
             with pytest.raises(ValueError, match="unknown generation options"):
                 await asynchronous.generate(PROMPTS[0], loopz=3)
-            return results, parts
+            return results, parts, whole.result
 
-    results, parts = asyncio.run(run())
+    results, parts, whole = asyncio.run(run())
     assert [one.token_ids for one in results] == alone
-    assert parts[-1].token_ids == alone[0] == sum((part.token_ids for part in parts[:-1]), ())
+    assert whole.token_ids == alone[0] == sum((part.token_ids for part in parts), ())
+    assert whole.text == "".join(part.text for part in parts)
+    assert {type(part) for part in parts} == {Part}
+
+
+@pytest.mark.parametrize("way", ["goes on", "leaves", "from a thread", "before its first part"])
+def test_a_cancelled_stream_of_an_event_loop_has_what_came_of_it(model, way):
+    async def run():
+        async with AsyncMeltModel(model) as asynchronous:
+            stream, parts = asynchronous.stream(PROMPTS[1], LONG), []
+            if way == "before its first part":
+                stream.cancel()
+            async for part in stream:
+                parts.append(part)
+                await (asyncio.to_thread(stream.cancel) if way == "from a thread" else asyncio.sleep(0))
+                stream.cancel()
+                if way == "leaves":
+                    break
+            await stream.aclose()
+            while asynchronous.service.load.running or asynchronous.service.load.waiting:
+                await asyncio.sleep(0.001)
+            return stream.result, parts
+
+    result, parts = asyncio.run(run())
+    assert result.finish_reason == "cancelled"
+    assert result.text.startswith("".join(part.text for part in parts))
+    assert way == "leaves" or result.token_ids == sum((part.token_ids for part in parts), ())
+    assert (len(result.token_ids) == 0) == (way == "before its first part")
+    assert len(result.token_ids) == len(result.loops_per_token)
+
+
+def test_a_stream_that_nobody_holds_frees_its_slot(model):
+    async def run():
+        async with AsyncMeltModel(model) as asynchronous:
+            async for _ in asynchronous.stream(PROMPTS[1], LONG):
+                break
+            gc.collect()
+            while asynchronous.service.load.running:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(run())
 
 
 def test_the_runtime_is_imported_without_an_event_loop():

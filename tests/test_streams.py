@@ -138,6 +138,84 @@ def test_a_turn_left_after_it_began_stays_with_its_text_so_far(model, end, piece
     assert next_turn(session) == next_turn(fresh)
 
 
+def cancel_and_go_on(stream, piece):
+    stream.cancel()
+    return piece + "".join(stream)
+
+
+def cancel_and_break(stream, piece):
+    with stream:
+        stream.cancel()
+    return piece
+
+
+def cancel_from_a_thread(stream, piece):
+    thread = threading.Thread(target=stream.cancel)
+    thread.start()
+    thread.join()
+    return piece + "".join(stream)
+
+
+def cancel_and_ask(stream, piece):
+    stream.cancel()
+    return piece if stream.result else ""
+
+
+@pytest.mark.parametrize("cancel", [cancel_and_go_on, cancel_and_break, cancel_from_a_thread, cancel_and_ask])
+@pytest.mark.parametrize("settings", [{}, {"decode": "wave", "temperature": 0.0}, {"loops": 1, "logprobs": 1}])
+def test_a_cancelled_stream_has_what_came_of_it(model, cancel, settings):
+    session, left = model.new_session(), model.new_session()
+    for one in (session, left):
+        one.generate("Ana reports to Ben.", max_new_tokens=7, **FREE)
+    settings = {"max_new_tokens": 30, **FREE, **settings, "stop": ("never said",)}
+    stream, other = session.stream(PROMPT, **settings), left.stream(PROMPT, **settings)
+    text = cancel(stream, next(stream))
+    next(other)
+    other.close()
+    result = stream.result
+    assert result.finish_reason == "cancelled"
+    assert len(result.token_ids) == len(result.loops_per_token) < 30
+    assert result.logprobs is None or len(result.logprobs) == len(result.token_ids)
+    assert result.text.startswith(text)
+    assert cancel in (cancel_and_break, cancel_and_ask) or result.text == text
+    assert session.messages[-1] == {"role": "assistant", "content": result.text}
+    assert session.open_stream is None
+    assert look(session) == look(left)
+    assert next_turn(session) == next_turn(left)
+    stream.cancel()
+    assert stream.result is result
+    assert list(stream) == []
+
+
+def test_a_stream_that_is_cancelled_before_its_first_token_leaves_the_conversation(session):
+    before, length = look(session), len(session.token_ids)
+    stream = session.stream(PROMPT, max_new_tokens=5)
+    stream.cancel()
+    assert stream.result.finish_reason == "cancelled"
+    assert (stream.result.token_ids, stream.result.text, stream.result.timings.prefill_tokens) == ((), "", 0)
+    assert look(session) == before
+    noted = []
+
+    def meanwhile(done: int, total: int) -> None:
+        noted.append((done, total))
+        stream.cancel()
+
+    stream = session.stream([7] * 40, max_new_tokens=5, progress=meanwhile, raw=False)
+    assert list(stream) == []
+    result, ((done, total),) = stream.result, noted
+    assert (result.finish_reason, result.token_ids, result.timings.decode_tokens) == ("cancelled", (), 0)
+    assert result.prompt_tokens == length + 40
+    assert result.timings.prefill_tokens == done < total
+    assert look(session) == before
+
+
+def test_an_answer_that_has_ended_is_not_cancelled(session):
+    stream = session.stream(PROMPT, max_new_tokens=3, **FREE)
+    text = "".join(stream)
+    stream.cancel()
+    assert (stream.result.finish_reason, stream.result.text) == ("length", text)
+
+
 def test_a_stream_that_nobody_holds_frees_its_session(session):
     for piece in session.stream(PROMPT, max_new_tokens=20, **FREE):
         assert piece

@@ -114,7 +114,9 @@ class Job:
 
     def result(self, state_bytes: int) -> GenerationResult:
         """The whole answer, with the bytes of the whole state."""
-        return self.request.result(self.cached, state_bytes, self.passes, self.wave.drafts if self.wave else None)
+        prefilled = min(self.slot.length, len(self.request.prompt)) - self.cached
+        drafts = self.wave.drafts if self.wave else None
+        return self.request.result(self.cached, prefilled, state_bytes, self.passes, drafts)
 
     def _next_span(self) -> Span:
         return self.slot.next_span(self.request.settings.depth)

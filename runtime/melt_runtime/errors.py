@@ -8,6 +8,7 @@
     ├── RunError         ONNX Runtime gave up in the middle: a graph that computes something else, or no memory left
     ├── NumericalError   the model computed NaN or infinity
     ├── BusyError        a session, stream or runner that is at work already
+    ├── ClosedError      a model that was closed
     ├── StreamError      a stream that cannot go on, or has no result
     ├── QueueError       a service that takes no more requests now
     ├── CancelledError   a request that was cancelled before its end
@@ -55,6 +56,10 @@ class NumericalError(MeltError):
 
 class BusyError(MeltError):
     """Something serves one call at a time and is at work; nothing was computed or changed by this one."""
+
+
+class ClosedError(MeltError):
+    """A model was closed: it has no session of its own any more, and makes no others."""
 
 
 class StreamError(MeltError, RuntimeError):

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Unpack
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
 
 from melt_runtime.arguments import function_or_none, instance, path_of, whole_number
 from melt_runtime.batch import Batch, BatchAsk, BatchStream
@@ -12,7 +13,7 @@ from melt_runtime.bundle.manifest import Manifest, read_manifest
 from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.device.providers import ProviderChoice, check_threads, choose_provider
 from melt_runtime.engine import Engine
-from melt_runtime.errors import BatchError
+from melt_runtime.errors import BatchError, ClosedError
 from melt_runtime.execute.bindings import Sessions
 from melt_runtime.execute.executor import Executor
 from melt_runtime.loading.load_cache import LoadCache
@@ -37,18 +38,26 @@ from melt_runtime.session import DepthNotice, Session
 from melt_runtime.stream import GenerationStream
 from melt_runtime.text.codec import TextCodec
 
+T = TypeVar("T")
+
+
+def _open(part: T | None) -> T:
+    if part is None:
+        raise ClosedError("this model was closed: load it again")
+    return part
+
 
 class MeltModel:
     """A bundle on a device, with one session of its own; ``new_session`` makes more over the same weights.
 
     A session serves one call at a time and refuses another with ``BusyError``: give each thread one of its own.
+    ``close``, or the end of a ``with`` block, frees what the model holds.
 
     Attributes:
         manifest: what the bundle says of itself.
         provider: where it runs, and why.
         defaults: what the bundle says of generation, where a caller says nothing.
         codec: tokenizer and chat template.
-        session: the one that ``generate`` and ``stream`` use.
     """
 
     def __init__(
@@ -63,11 +72,11 @@ class MeltModel:
         self.manifest = manifest
         self.provider = provider
         self.defaults = defaults
-        self._sessions = sessions
+        self._opened: Sessions | None = sessions
         self.codec = codec
         self._plan = plan
         self._notice = DepthNotice(manifest.model.trained_loops)
-        self.session = self._open_session(plan)
+        self._own: Session | None = self._open_session(plan)
 
     @classmethod
     def load(
@@ -83,7 +92,7 @@ class MeltModel:
         cache: LoadCache | None = None,
         cuda: CudaOptions | None = None,
         progress: Report | None = None,
-    ) -> "MeltModel":
+    ) -> Self:
         """Loads a bundle and allocates its state.
 
         Args:
@@ -129,6 +138,45 @@ class MeltModel:
         defaults = read_defaults(folder, manifest.model, plan.cache_sets if loops is None else None)
         sessions = open_sessions(folder, manifest, provider, threads, kv_cache, cache, progress)
         return cls(manifest, provider, sessions, codec, defaults, plan)
+
+    def close(self) -> None:
+        """Frees the weights and the state of the model's own session, of which an open stream ends where it stands.
+
+        Sessions and runners that it made go on, and hold the weights until they are gone; ``generate`` and all that
+        needs the model itself raise ``ClosedError``. Nothing happens where it is closed.
+
+        Raises:
+            BusyError: its own session is at work: in another thread, or in a service, which is closed before.
+        """
+        if self._own is None:
+            return
+        if (stream := self._own.open_stream) is not None:
+            stream.close()
+        self._own._hold.require_free()
+        self._own = self._opened = None
+
+    def __enter__(self) -> Self:
+        """The model itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    @property
+    def session(self) -> Session:
+        """The one that ``generate`` and ``stream`` use.
+
+        Raises:
+            ClosedError: the model was closed.
+        """
+        return _open(self._own)
+
+    @property
+    def _sessions(self) -> Sessions:
+        return _open(self._opened)
 
     @property
     def state_bytes(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from melt_runtime.arguments import function_or_none, instance, real_number
-from melt_runtime.errors import QueueError, without_frames
+from melt_runtime.errors import CancelledError, QueueError, without_frames
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.request import Request
 from melt_runtime.request.result import GenerationResult
@@ -67,6 +67,11 @@ def require_process(process: int) -> None:
         )
 
 
+def cancelled() -> CancelledError:
+    """What ends a request that was cancelled."""
+    return CancelledError("the request was cancelled before its end")
+
+
 class Reply:
     """An answer in the making.
 
@@ -75,13 +80,15 @@ class Reply:
 
     Attributes:
         result: the whole answer; None before its end, and where it has none.
-        error: why it has none.
+        partial: what came of it until it was cancelled; None where it was not.
+        error: why it has no result.
         queued_at: ``time.monotonic()`` when it was asked for.
         started_at: the same when a slot was free; None before.
     """
 
     def __init__(self, submission: Submission, group: object, wake: Callable[[], None]):
         self.result: GenerationResult | None = None
+        self.partial: GenerationResult | None = None
         self.error: Exception | None = None
         self.queued_at = time.monotonic()
         self.started_at: float | None = None
@@ -133,6 +140,16 @@ class Reply:
         if self._on_part is not None and (text or self._told > first):
             new_ids, loops, logprobs = request.new_ids[first:], request.loops[first:], request.logprobs[first:]
             self._on_part(Part(text, tuple(new_ids), tuple(loops), tuple(logprobs)))
+
+    def _leave(self, result: Callable[[], GenerationResult]) -> Exception:
+        """Keeps what came of it until it was cancelled; the error to end it with."""
+        try:
+            self._request.cancel()
+            self._tell()  # the text that was held back
+            self.partial = result()
+        except Exception as error:  # its caller's own, or a tokenizer's
+            return error
+        return cancelled()
 
     def _end(self, result: GenerationResult | None, error: Exception | None) -> None:
         self.result, self.error = result, None if error is None else without_frames(error)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Self
@@ -20,8 +21,8 @@ from typing import Self
 from melt_runtime.arguments import instance, output_file, path_of, real_number, whole_number
 from melt_runtime.conversations import Conversations
 from melt_runtime.engine import Engine, Job
-from melt_runtime.errors import BusyError, CancelledError, QueueError, RunError
-from melt_runtime.reply import Part, Reply, Submission, require_process
+from melt_runtime.errors import BusyError, QueueError, RunError
+from melt_runtime.reply import Part, Reply, Submission, cancelled, require_process
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.prompts import Desk, EncodedPrompt, Prompt, as_chat
 from melt_runtime.request.request import Request
@@ -312,7 +313,7 @@ class Service:
                     return
             self._do_work()
             if self._is_closing and time.monotonic() >= self._deadline:
-                self._end_all(_cancelled())
+                self._end_all(cancelled())
                 continue
             self._drop_cancelled()
             self._admit()
@@ -361,11 +362,12 @@ class Service:
     def _drop_cancelled(self) -> None:
         with self._changed:
             gone = self._waiting.take_cancelled()
-            jobs = [job for job, reply in self._running.items() if reply._is_cancelled]
+            jobs = [(job, reply) for job, reply in self._running.items() if reply._is_cancelled]
+        state_bytes = self._engine.state_bytes
         for reply in gone:
-            reply._end(None, _cancelled())
-        for job in jobs:
-            self._leave(job, None, _cancelled())
+            reply._end(None, reply._leave(partial(reply._request.result, 0, 0, state_bytes, passes=0)))
+        for job, reply in jobs:
+            self._leave(job, None, reply._leave(partial(job.result, state_bytes)))
 
     def _end_all(self, error: Exception) -> None:
         """Takes no more requests, and ends those that it has."""
@@ -393,7 +395,3 @@ class Service:
 def _as_exception(error: BaseException) -> Exception:
     """What a request is told of an error that is not one of Python's ordinary ones."""
     return error if isinstance(error, Exception) else RunError(f"{type(error).__name__}: {error}")
-
-
-def _cancelled() -> CancelledError:
-    return CancelledError("the request was cancelled before its end")

@@ -56,18 +56,24 @@ class Turn:
         self._engine, self._slot, self._hold, self._ask = engine, slot, hold, ask
         self.result: GenerationResult | None = None
         self.loops = 0
+        self.is_cancelled = False
 
     def run(self, owner: Ticket) -> Generator[str, None, None]:
         """Pieces of text, while ``owner`` holds the session.
 
-        Left early, before the first token there is no turn and the conversation is what it was; after it the turn
-        stays, with the text so far.
+        Left early, or cancelled, before the first token there is no turn and the conversation is what it was; after it
+        the turn stays, with the text so far.
 
         Raises:
             BusyError: the session is at work.
             StreamError: the conversation is no longer the one that the prompt was made from.
         """
         slot, ask = self._slot, self._ask
+        if self.is_cancelled:  # before it took anything
+            request = ask.request()
+            request.cancel()
+            self.result = request.result(0, 0, self._engine.state_bytes, passes=0)
+            return
         try:
             self._hold.take(owner)
             if ask.turn is not None and ask.turn != slot.turn:
@@ -78,9 +84,9 @@ class Turn:
             try:
                 slot.begin(request.prompt, kept, request.settings.loops)
                 yield from self._answer(request)
-            except BaseException:
-                self._leave(request, before, len(before.depths) if kept is None else kept)
-                raise
+            finally:
+                if self.result is None or self.result.finish_reason == "cancelled":
+                    self._leave(request, before, len(before.depths) if kept is None else kept)
         finally:
             self._hold.free(owner)
 
@@ -98,16 +104,25 @@ class Turn:
         job = engine.start(request, self._slot, self._ask.progress)
         try:
             while not job.is_done:
-                engine.run_pass()
+                if self.is_cancelled:
+                    request.cancel()
+                else:
+                    engine.run_pass()
                 if job.error is not None:
                     raise job.error
                 if piece := request.take_piece():
                     self.loops = request.loops[-1]
                     yield piece
+        except GeneratorExit:
+            if self.is_cancelled:
+                request.cancel()
+                self.result = job.result(engine.state_bytes)
+            raise
         finally:
             engine.drop(job)
         self.result = job.result(engine.state_bytes)
-        self._ask.on_end(request.text)
+        if self.result.finish_reason != "cancelled":
+            self._ask.on_end(request.text)
 
     def _leave(self, request: Request, before: Snapshot, kept: int) -> None:
         """Ends the turn where it stands."""
@@ -186,13 +201,25 @@ class GenerationStream(Held[str]):
         """After how many loops the token was chosen that completed the last piece; 0 before the first."""
         return self._turn.loops
 
+    def cancel(self) -> None:
+        """Ends the answer before the next pass, from any thread; nothing happens where it has ended.
+
+        The stream then gives what text it held back and ends, without an error; ``result`` has what came until then,
+        with the finish reason ``cancelled``.
+        """
+        self._turn.is_cancelled = True
+
     @property
     def result(self) -> GenerationResult:
-        """The whole answer.
+        """The whole answer, or what came of it until it was cancelled.
 
         Raises:
             StreamError: the stream has not ended yet, or was left before its end.
+            BusyError: it was cancelled, and another thread is at its last piece.
         """
+        if self._turn.result is None and self._turn.is_cancelled:
+            for _ in self:  # runs no pass
+                pass
         if self._turn.result is None:
             raise StreamError("the stream has not ended: iterate it to the end before asking for its result")
         return self._turn.result

@@ -6,7 +6,7 @@ from melt_runtime.memory.plan import Array
 from melt_runtime.request.answer import AnswerText
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.request.prompts import EncodedPrompt
-from melt_runtime.request.result import GenerationResult, Timings
+from melt_runtime.request.result import FinishReason, GenerationResult, Timings
 from melt_runtime.request.sampler import Sampler
 from melt_runtime.request.settings import GenerationSettings
 from melt_runtime.schedule.wave import Drafts
@@ -31,7 +31,7 @@ class Request:
         self.new_ids: list[int] = []
         self.loops: list[int] = []
         self.text = ""
-        self.is_finished = False
+        self.is_finished = self._is_cancelled = False
         self._codec = codec
         self._sampler = Sampler(settings, len(prompt.ids))
         self._seen: dict[int, TokenLogprob] = {}  # by place, of the last choice there
@@ -72,10 +72,24 @@ class Request:
         self.text += piece
         self._piece += piece
 
+    def cancel(self) -> None:
+        """Ends it with the text so far, what was held back included; nothing where it has ended."""
+        if not self.is_finished:
+            self.is_finished = self._is_cancelled = True
+            piece = self._answer.finish()
+            self.text += piece
+            self._piece += piece
+
     def take_piece(self) -> str:
         """The text that came since this was last asked for."""
         piece, self._piece = self._piece, ""
         return piece
+
+    @property
+    def _finish_reason(self) -> FinishReason:
+        if self._is_cancelled:
+            return "cancelled"
+        return "stop" if self._answer.stopped else "length"
 
     def text_so_far(self) -> str:
         """The text of the tokens so far, what was held back included, wherever the answer was left."""
@@ -94,12 +108,13 @@ class Request:
             self._decodes = bool(self.new_ids)
 
     def result(
-        self, cached_tokens: int, state_bytes: int, passes: int, drafts: Drafts | None = None
+        self, cached_tokens: int, prefilled: int, state_bytes: int, passes: int, drafts: Drafts | None = None
     ) -> GenerationResult:
         """The whole answer.
 
         Args:
             cached_tokens: of the prompt, those that were in the cache already.
+            prefilled: of the prompt, those that were computed.
             state_bytes: bytes of the whole state.
             passes: that were run with tokens of the answer.
             drafts: of a wave, what became of them.
@@ -107,16 +122,16 @@ class Request:
         return GenerationResult(
             text=self.text,
             token_ids=tuple(self.new_ids),
-            finish_reason="stop" if self._answer.stopped else "length",
+            finish_reason=self._finish_reason,
             loops=self.settings.loops,
             loops_per_token=tuple(self.loops),
             prompt_tokens=len(self.prompt),
             cached_tokens=cached_tokens,
             timings=Timings(
                 prefill_seconds=self._prefill_seconds,
-                prefill_tokens=len(self.prompt) - cached_tokens,
+                prefill_tokens=prefilled,
                 decode_seconds=self._decode_seconds,
-                decode_tokens=len(self.new_ids) - 1,
+                decode_tokens=max(len(self.new_ids) - 1, 0),
             ),
             state_bytes=state_bytes,
             passes=passes,

@@ -7,8 +7,9 @@ from typing import Literal
 from melt_runtime.request.logprobs import TokenLogprob
 from melt_runtime.schedule.wave import Drafts
 
-FinishReason = Literal["stop", "length"]
-"""``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated, or the state is full."""
+FinishReason = Literal["stop", "length", "cancelled"]
+"""``stop``: a stop token or stop string; ``length``: ``max_new_tokens`` were generated, or the state is full;
+``cancelled``: it was cancelled before its end."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GenerationResult:
     Attributes:
         text: without stop string and special tokens.
         token_ids: every token generated, the stop token included.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: ``stop``, ``length`` or ``cancelled``.
         loops: depth T it was made with, the most where a rule decided.
         loops_per_token: after how many loops each new token was chosen; the first by the prompt's last chunk.
         prompt_tokens: tokens of the prompt, of which ``cached_tokens`` were in the cache already.
