@@ -307,7 +307,7 @@ def test_a_text_is_refused_by_its_length_before_it_is_tokenized(drops, monkeypat
     if drops:
         tokenizer.normalizer = normalizers.Replace(" ", "")
     codec, most = TextCodec(tokenizer, "{{ messages[0].content }}"), 64 * 50 + 65536 if drops else 2 * 50
-    desk = Desk(codec, GenerationConfig(), SimpleNamespace(capacity=50), "", None)
+    desk = Desk(codec, GenerationConfig(), SimpleNamespace(capacity=50), "", None, None)
     codec.require_length("ab" * (most // 2), 50)
     monkeypatch.setattr("melt_runtime.text.codec._encode", None)
     text = "a" * (most + 1)

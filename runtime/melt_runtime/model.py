@@ -30,6 +30,7 @@ from melt_runtime.memory.plan import MAX_BATCH, StatePlan, plan_state
 from melt_runtime.progress import Progress, Report
 from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
 from melt_runtime.request.generation_files import read_defaults
+from melt_runtime.request.grammar_compiler import GrammarCompiler
 from melt_runtime.request.prompts import Desk, Prompt
 from melt_runtime.request.result import GenerationResult
 from melt_runtime.runner import LoopRunner
@@ -58,6 +59,7 @@ class MeltModel:
         provider: where it runs, and why.
         defaults: what the bundle says of generation, where a caller says nothing.
         codec: tokenizer and chat template.
+        grammars: compiles what answers shall follow; ``generate`` and all others take a grammar by itself.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MeltModel:
         self.codec = codec
         self._plan = plan
         self._notice = DepthNotice(manifest.model.trained_loops)
+        self.grammars = GrammarCompiler(codec, manifest.model.vocab_size, tuple(defaults.stop_ids or ()))
         self._own: Session | None = self._open_session(plan)
 
     @classmethod
@@ -194,7 +197,8 @@ class MeltModel:
     def _open_session(self, plan: StatePlan) -> Session:
         engine = Engine(Executor(self._sessions, self._new_state(plan.batch)))
         slot = engine.executor.slots.acquire()
-        desk = Desk(self.codec, self.defaults, plan, self.manifest.identity, engine.executor.wave_obstacle)
+        obstacle = engine.executor.wave_obstacle
+        desk = Desk(self.codec, self.defaults, plan, self.manifest.identity, obstacle, self.grammars)
         return Session(engine, slot, desk, self._notice)
 
     def new_runner(self, batch: int = 1) -> LoopRunner:

@@ -13,7 +13,7 @@ from melt_runtime.device.cuda import CudaOptions
 from melt_runtime.memory.estimate import format_bytes, plan_memory
 from melt_runtime.model import MeltModel
 from melt_runtime.progress import Line
-from melt_runtime.request.generation_config import DECODINGS, GENERAL_DEFAULTS, GenerationConfig
+from melt_runtime.request.generation_config import DECODINGS, GENERAL_DEFAULTS, OF_GRAMMAR, GenerationConfig
 from melt_runtime.request.settings import SETTLED_THRESHOLD
 from melt_runtime.schedule.depth import EXIT_RULES
 
@@ -35,6 +35,16 @@ def loops_option(value: str) -> int | str:
         return value if value == "auto" else int(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {value!r}") from None
+
+
+def text_option(value: str) -> str:
+    """The type of an option that is a text, or ``@FILE``."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{value[1:]} cannot be read as text: {error}") from None
 
 
 def names_option(value: str) -> tuple[str, ...]:
@@ -132,6 +142,17 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"above 1: tokens that stand in the context become less likely (default: {defaults.repetition_penalty:g})",
     )
+    grammar = answer.add_mutually_exclusive_group()
+    grammar.add_argument(
+        "--json-schema",
+        type=text_option,
+        metavar="SCHEMA",
+        help="the answer is JSON of this schema: its text, or @FILE (grammars need the extra serve)",
+    )
+    grammar.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
+    grammar.add_argument(
+        "--lark", type=text_option, metavar="GRAMMAR", help="the answer follows this grammar in Lark's form, or @FILE"
+    )
     answer.add_argument("--seed", type=int, metavar="N", help="of what is drawn, to draw it again (default: a new one)")
     depth = parser.add_argument_group("the depth", "When a token leaves with --loops auto; several tokens in a pass.")
     depth.add_argument(
@@ -175,7 +196,7 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: lists every value outside its rule.
     """
-    names = ("loops", "max_new_tokens", *_SAMPLING, *_DEPTH)
+    names = ("loops", "max_new_tokens", *_SAMPLING, *_DEPTH, *OF_GRAMMAR)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stop:
         given["stop"] = tuple(require_utf8(text, "--stop") for text in args.stop)

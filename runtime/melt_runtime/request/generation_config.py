@@ -1,5 +1,6 @@
 """What may be said of an answer. What holds in the end, ``request/settings.py`` decides."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -20,6 +21,9 @@ _MOST_STOP = 1024
 MOST_LOGPROBS = 64
 """Likeliest tokens that may be asked for at each place."""
 OF_AUTO = ("exit_rule", "exit_threshold", "min_loops", "max_loops")
+GrammarKind = Literal["json_schema", "regex", "lark"]
+OF_GRAMMAR: tuple[GrammarKind, ...] = get_args(GrammarKind)
+"""Fields of which one may say a grammar; a bundle says none."""
 
 LogitsProcessor = Callable[[Sequence[int], Array], Array]
 """Given the answer's token ids so far and a copy of the logits [V] float32, it gives the logits to choose from, [V]; a
@@ -53,6 +57,9 @@ class GenerationChanges(TypedDict, total=False):
     seed: int | None
     stop: Iterable[str] | None
     stop_ids: Iterable[int] | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    lark: str | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,10 @@ class GenerationConfig:
             name of a special token, though none is part of the text. Kept as a tuple. Not said: none.
         stop_ids: tokens that end generation, kept as a tuple; a bundle says its model's, which hold unless others are
             said here. ``()``: none.
+        json_schema: that the answer follows, a mapping or JSON's text, kept as text; what of it cannot be enforced is
+            refused. Not said: none. Like the next two it needs the extra ``serve``; one of the three may be said.
+        regex: regular expression that the whole answer matches. Not said: none.
+        lark: grammar in Lark's form, from ``start``, that the answer follows. Not said: none.
     """
 
     max_new_tokens: int | None = None
@@ -117,6 +128,9 @@ class GenerationConfig:
     seed: int | None = None
     stop: Iterable[str] | None = None
     stop_ids: Iterable[int] | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    lark: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every field that was said.
@@ -133,13 +147,16 @@ class GenerationConfig:
                 object.__setattr__(self, name, check(name, value))
             except ValueError as error:
                 faults.append(str(error))
+        if len(said := [name for name in OF_GRAMMAR if getattr(self, name) is not None]) > 1:
+            faults.append(f"one of {', '.join(OF_GRAMMAR)} may be said, got {' and '.join(said)}")
         if faults:
             raise ValueError("; ".join(faults))
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
         """What is said here, and where nothing is, what ``other`` says.
 
-        A number of loops said here ends what ``other`` says of ``auto``, and plain decoding what it says of a wave.
+        A number of loops said here ends what ``other`` says of ``auto``, plain decoding what it says of a wave, and a
+        grammar its grammar.
 
         Raises:
             ValueError: ``other`` is no ``GenerationConfig``.
@@ -148,6 +165,7 @@ class GenerationConfig:
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         idle: tuple[str, ...] = OF_AUTO if is_whole(self.loops) else ()
         idle += ("lag",) if self.decode == "plain" else ()
+        idle += OF_GRAMMAR if any(said[name] is not None for name in OF_GRAMMAR) else ()
         # A threshold is its rule's.
         idle += ("exit_threshold",) if self.exit_rule and other.exit_rule not in (None, self.exit_rule) else ()
         other = replace(other, **dict.fromkeys(idle))
@@ -223,6 +241,23 @@ def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:
     return elements
 
 
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a non-empty string, got {shown(value)}")
+    return value
+
+
+def _json_object(name: str, value: object) -> str:
+    rule = "a JSON schema: an object, or its text"
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+        if isinstance(json.loads(text), dict):
+            return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}: {error}") from error
+    raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+
+
 def _real(rule: str, holds: Callable[[float], bool]) -> Callable[[str, object], float]:
     return partial(real_number, rule=rule, holds=holds)
 
@@ -261,6 +296,9 @@ CHECKS: dict[str, Callable[[str, object], object]] = {
     "seed": _whole(0, _MOST_SEED),
     "stop": _strings,
     "stop_ids": _token_ids,
+    "json_schema": _json_object,
+    "regex": _text,
+    "lark": _text,
 }
 """How each field is checked and made of its own type, in the order of ``GenerationConfig``."""
 

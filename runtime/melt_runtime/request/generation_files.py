@@ -9,10 +9,10 @@ from melt_runtime.arguments import shown
 from melt_runtime.bundle.contract import ModelShape
 from melt_runtime.bundle.manifest import GENERATION_CONFIG_NAME
 from melt_runtime.errors import BundleError
-from melt_runtime.request.generation_config import MAX_TOKENS, GenerationConfig
+from melt_runtime.request.generation_config import MAX_TOKENS, OF_GRAMMAR, GenerationConfig
 from melt_runtime.request.settings import settle
 
-_NAMES = {field.name: None for field in fields(GenerationConfig)}.keys()
+_NAMES = {field.name: None for field in fields(GenerationConfig) if field.name not in OF_GRAMMAR}.keys()
 """In their order."""
 
 

@@ -10,13 +10,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from melt_runtime.arguments import one_of
 from melt_runtime.errors import QueueError
 from melt_runtime.memory.plan import Array
+from melt_runtime.request.generation_config import OF_GRAMMAR, GrammarKind
 from melt_runtime.request.grammar_host import (
     BUSY,
     FAILED,
@@ -33,8 +34,6 @@ from melt_runtime.request.grammar_tokens import token_bytes
 from melt_runtime.request.json_schema import JSON_OPTIONS, UNSUPPORTED, prepare_schema
 from melt_runtime.text.codec import TextCodec
 
-GrammarKind = Literal["json_schema", "regex", "lark"]
-GRAMMARS = get_args(GrammarKind)
 MAX_BYTES = 1 << 16
 """Maximum size of a grammar's source."""
 _MAX_SHOWN = 300
@@ -57,7 +56,6 @@ _MAX_FAILURES = 256
 """Grammars whose errors are kept."""
 
 __all__ = [
-    "GRAMMARS",
     "MAX_BYTES",
     "JSON_OPTIONS",
     "Grammar",
@@ -161,7 +159,7 @@ class Grammars:
 
     def _prepared(self, part: GrammarPart, is_coarse: bool = False) -> GrammarPart:
         """A part as it is compiled."""
-        one_of("grammar", part.kind, GRAMMARS)
+        one_of("grammar", part.kind, OF_GRAMMAR)
         source = part.source
         try:
             if part.kind == "json_schema":

@@ -1,7 +1,7 @@
 """What a caller gives to be answered, to token ids and settings: checked as a whole before anything moves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from melt_runtime.arguments import instance, shown
 from melt_runtime.errors import TokenError
 from melt_runtime.memory.plan import StatePlan
-from melt_runtime.request.generation_config import GenerationChanges, GenerationConfig
+from melt_runtime.request.generation_config import OF_GRAMMAR, GenerationChanges, GenerationConfig
+from melt_runtime.request.grammar_compiler import GrammarCompiler
 from melt_runtime.request.ids import check_ids
 from melt_runtime.request.settings import GenerationSettings, settle
 from melt_runtime.text.codec import Message, TextCodec
@@ -43,6 +44,7 @@ class Desk:
         plan: sizes of the state that shall answer.
         identity: tells the model from every other.
         wave_obstacle: why it cannot decode in waves; None where it can.
+        grammars: compiles those that answers shall follow.
     """
 
     codec: TextCodec
@@ -50,6 +52,7 @@ class Desk:
     plan: StatePlan
     identity: str
     wave_obstacle: str | None
+    grammars: GrammarCompiler
 
     def encode(self, prompt: Prompt | list[Message], is_chat: bool) -> list[int]:
         """Token ids of a whole chat, of text as it is, or of ids.
@@ -93,7 +96,9 @@ class Desk:
 
         Raises:
             CapacityError: prompt and ``max_new_tokens`` do not fit.
-            ValueError: a depth that the state cannot run, or stop tokens outside the vocabulary.
+            QueueError: too many grammars are in use, or take long to compile.
+            ValueError: a depth that the state cannot run, stop tokens outside the vocabulary, or a grammar that cannot
+                be compiled.
         """
         shape, plan = self.plan.shape, self.plan
         room = plan.capacity - prompt_tokens + 1
@@ -108,6 +113,20 @@ class Desk:
             unknown = [token for token in tokens or () if token >= shape.vocab_size]
             if unknown:
                 raise ValueError(f"{name} must be below the vocabulary's {shape.vocab_size}, got {unknown[:8]}")
+        return self._with_grammar(settings, said)
+
+    def _with_grammar(self, settings: GenerationSettings, said: GenerationConfig) -> GenerationSettings:
+        """The settings with what keeps the answer to its grammar, after all other processors."""
+        for kind in OF_GRAMMAR:
+            if (source := getattr(said, kind)) is None:
+                continue
+            if missing := {*(self.defaults.stop_ids or ())} - {*settings.stop_ids}:
+                raise ValueError(
+                    f"stop_ids must have the bundle's with {kind}, since one of them ends the answer; missing: "
+                    f"{sorted(missing)}"
+                )
+            processor = self.grammars.processor(kind, source)
+            return replace(settings, logits_processors=(*settings.logits_processors, processor))
         return settings
 
 

@@ -8,6 +8,7 @@ from melt_runtime.arguments import shown
 from melt_runtime.request.generation_config import (
     GENERAL_DEFAULTS,
     OF_AUTO,
+    OF_GRAMMAR,
     Decoding,
     GenerationConfig,
     LogitsProcessor,
@@ -82,6 +83,8 @@ def settle(
     values = {field.name: getattr(merged, field.name) for field in fields(merged)}
     depth = {name: values.pop(name) for name in ("loops", *OF_AUTO)}
     decode, lag = values.pop("decode"), values["lag"]
+    for name in OF_GRAMMAR:  # the desk compiles it
+        values.pop(name)
     values["depth"] = settled = _settle_depth(said, bundle, depth, trained_loops, has_exit_gate)
     values["lag"] = _settle_lag(said, decode, lag, settled)
     if said.max_new_tokens is None:
@@ -143,7 +146,7 @@ def describe_defaults(bundle: GenerationConfig, trained_loops: int) -> dict[str,
         "seed": "a new one each time",
     }
     described = {}
-    for name in (field.name for field in fields(merged) if field.name != "logits_processors"):
+    for name in (field.name for field in fields(merged) if field.name not in ("logits_processors", *OF_GRAMMAR)):
         value = getattr(merged, name)
         text = unsaid[name] if value is None else shown(value)
         described[name] = text if getattr(bundle, name) is None else f"{text} (the bundle's)"

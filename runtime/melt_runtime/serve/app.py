@@ -161,7 +161,7 @@ class _Server:
     def __init__(self, model: MeltModel, options: ServeOptions):
         self._model, self._options, self._codec = model, options, model.codec
         self._created = int(time.time())
-        self._compiler = Compiler(model)
+        self._compiler = Compiler(model.grammars)
         trained = model.session.plan.capacity * model.manifest.model.trained_loops
         self._limits = RequestLimits(options.answer_seconds, max(MAX_TOKEN_LOOPS, trained), options.max_loops)
         self._sessions = SessionFiles(options.sessions)

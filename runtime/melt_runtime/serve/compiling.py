@@ -1,27 +1,24 @@
 """Compiles the grammars of requests on threads of their own, so that requests without a grammar never wait for one."""
 
 import asyncio
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from melt_runtime.errors import QueueError
-from melt_runtime.model import MeltModel
-from melt_runtime.request.grammar import Grammar, GrammarPart, Grammars
+from melt_runtime.request.grammar_compiler import GrammarCompiler
 
 _T = TypeVar("_T")
 _THREADS, _MAX_WAITING = 16, 128
 
 
 class Compiler:
-    """The grammars of one server; llguidance is started for the first one."""
+    """Compiles the grammars of one server."""
 
-    def __init__(self, model: MeltModel):
-        """Takes the model whose tokens the grammars allow."""
-        self._model = model
-        self._grammars: Grammars | None = None
-        self._lock = threading.Lock()
+    def __init__(self, grammars: GrammarCompiler):
+        """Takes those of its model."""
+        self.compile = grammars.compile
+        self._grammars = grammars
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="melt-grammar")
         self._waiting = 0
 
@@ -39,21 +36,7 @@ class Compiler:
         finally:
             self._waiting -= 1
 
-    def compile(self, parts: Sequence[GrammarPart]) -> Grammar:
-        """As ``Grammars.compile_parts``; from any thread.
-
-        Raises:
-            GrammarError, QueueError: as there, and where this bundle cannot have grammars.
-        """
-        with self._lock:
-            if self._grammars is None:
-                stop_ids = tuple(self._model.defaults.stop_ids or ())
-                self._grammars = Grammars(self._model.codec, self._model.manifest.model.vocab_size, stop_ids)
-        return self._grammars.compile_parts(parts)
-
     def close(self) -> None:
         """Ends the processes of grammars."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            if self._grammars is not None:
-                self._grammars.close()
+        self._grammars.close()
