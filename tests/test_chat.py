@@ -254,20 +254,31 @@ def test_help_names_every_command(chat, capsys):
         assert name in out
 
 
-def test_lines_of_a_pipe_are_messages(tiny_bundle, tiny, capsys, monkeypatch):
-    turns = f"{QUESTION}\n\n{MORE}\n/clear\n{QUESTION}\n/quit\nnever read\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+def test_lines_of_a_pipe_are_messages(tiny_bundle, tiny, tmp_path, capsys, monkeypatch):
+    """Whatever they begin with: none is a command, and none writes a file."""
+    lines = [QUESTION, MORE, "/etc/hosts", "/save stolen.json", "/quit"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(lines) + "\n"))
     assert main(["chat", str(tiny_bundle), "--max-new-tokens", "8", "--threads", "1", "--device", "cpu"]) == 0
-    answers = capsys.readouterr().out.splitlines()
-    assert len(answers) == 4
-    assert answers[0] == answers[3] == tiny.generate(QUESTION, max_new_tokens=8).text
-    assert answers[2] == "forgotten"
+    session = tiny.new_session()
+    expected = [session.generate(line, max_new_tokens=8).text for line in lines]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_whose_messages_were_not_all_answered_ends_with_an_error(tiny_bundle, tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Ana. ' * 200}\n{QUESTION}\n"))
+    assert main(["chat", str(tiny_bundle), "--max-new-tokens", "8", "--capacity", "128", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == tiny.generate(QUESTION, max_new_tokens=8).text + "\n"
+    assert "error: 1 of 2 messages were not answered: see above" in captured.err
+    assert "/clear" not in captured.err
 
 
 def test_a_pipe_may_hold_what_is_no_text_and_end_without_a_reader(tiny_bundle):
     command = [sys.executable, "-m", "melt_runtime", "chat", str(tiny_bundle), "--device", "cpu"]
     done = subprocess.run(command, input=b"\xff\n" + QUESTION.encode() + b"\n", capture_output=True)
-    assert done.returncode == 0
+    assert done.returncode == 1
     assert b"error: a message must be UTF-8 text, got the byte 0xff after 0 bytes" in done.stderr
     assert done.stdout.decode().strip()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from melt_runtime import MeltModel, __version__
 from melt_runtime.bundle.manifest import read_manifest
+from melt_runtime.cli import depth
 from melt_runtime.cli.main import main
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.memory.estimate import plan_memory
@@ -415,3 +418,65 @@ def test_nothing_of_it_reaches_a_pipe(random_bundle):
         "warning:",
         "prompt",
     ]
+
+
+def luminance(colour: int) -> float:
+    """Relative luminance (WCAG 2.2) of one of the 256 colours of terminals."""
+    steps = (0, 95, 135, 175, 215, 255)
+    cube = colour - 16
+    rgb = (8 + 10 * (colour - 232),) * 3 if colour >= 232 else tuple(steps[cube // size % 6] for size in (36, 6, 1))
+    red, green, blue = (
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in (one / 255 for one in rgb)
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("colour", depth.COLOURS)
+def test_colours_can_be_read_on_black_and_on_white(colour):
+    assert 1.05 / (luminance(colour) + 0.05) >= 3
+    assert (luminance(colour) + 0.05) / 0.05 >= 3
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variable", "has_colours"),
+    [(True, None, True), (True, "", True), (True, "1", False), (False, None, False)],
+)
+def test_colours_are_for_terminals_without_no_color(is_terminal, variable, has_colours, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NO_COLOR", variable)
+    painted = depth.colours(SimpleNamespace(isatty=lambda: is_terminal))("Ben", 2)
+    assert painted == ("\x1b[38;5;33mBen\x1b[0m" if has_colours else "Ben")
+
+
+def test_a_pipe_gets_no_escapes(random_bundle):
+    done = melt("generate", random_bundle(), "Ana", "--show-depth", "--max-new-tokens", 3)
+    assert done.returncode == 0
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert b"depth: " in done.stderr
+
+
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert main(["serve", "no-such-bundle", "--port", port]) == 1
+    assert f"error: cannot listen on 127.0.0.1, port {port}: " in capsys.readouterr().err
+
+
+def test_a_model_of_one_loop_runs_no_more(random_bundle, capsys):
+    bundle = random_bundle(gate_kind="none", total_ut_steps=1)
+    message = "loops must be 1, got 4: this model has one loop"
+    for command in (["generate", str(bundle), "Ana", "--loops", "4"], ["plan", str(bundle), "--loops", "4"]):
+        assert main(command) == 1
+        assert f"error: {message}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        MeltModel.load(bundle, device="cpu", capacity=64, loops=4)
+    model = MeltModel.load(bundle, device="cpu", capacity=64)
+    for options in ({"loops": 4}, {"loops": "auto", "exit_rule": "settled", "max_loops": 4}):
+        with pytest.raises(ValueError, match=message):
+            model.generate([5, 6], **options)
+    with pytest.raises(ValueError, match=message):
+        model.new_runner().decode([5], 4)
+    assert len(model.generate([5, 6], max_new_tokens=2, stop_ids=()).token_ids) == 2

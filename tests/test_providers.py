@@ -85,6 +85,22 @@ def test_cuda_says_what_it_lacks_and_auto_says_why_it_took_the_cpu(monkeypatch, 
     assert re.search(f"CUDA cannot run here: .*{reason}", choice.reason)
 
 
+@pytest.mark.parametrize("platform", ["linux", "win32", "darwin"])
+def test_nothing_is_said_of_cuda_where_there_never_was_any(monkeypatch, platform):
+    """Of what a build lacks for CUDA as little as of a driver."""
+
+    def load(name):
+        raise OSError(name)
+
+    pretend(monkeypatch, built=False)
+    monkeypatch.setattr(cuda.sys, "platform", platform)
+    monkeypatch.setattr(cuda, "_load", load)
+    choice = choose_provider("auto", "float32")
+    assert (choice.device, choice.reason) == ("cpu", "there is no other device")
+    with pytest.raises(ProviderError, match="device='cuda' cannot run here: .*built without CUDA"):
+        choose_provider("cuda", "float32")
+
+
 def test_a_device_that_does_not_exist_is_refused(monkeypatch):
     pretend(monkeypatch, devices=2)
     with pytest.raises(ProviderError, match=r"device='cuda:2' .*device 2 does not exist: there are devices 0 to 1"):

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from melt_runtime.cli.chat import Chat, describe_costs, terminal_lines
-from melt_runtime.cli.depth import coloured, describe_depth
+from melt_runtime.cli.chat import Chat, describe_costs, open_lines
+from melt_runtime.cli.depth import colours, describe_depth
 from melt_runtime.cli.options import add_answer_options, add_bundle, answer_settings, load_model, most_loops
 from melt_runtime.cli.streams import read_input, require_utf8
 from melt_runtime.memory.estimate import format_bytes
@@ -25,7 +25,8 @@ examples:
   melt chat build/melt-tiny --max-new-tokens 16 < questions.txt
 
 On a terminal lines can be edited, and arrow keys bring back what was typed; Ctrl-C stops an answer, twice it leaves;
-/help lists the commands. Elsewhere every line of standard input is a message.
+/help lists the commands. Elsewhere every line of standard input is a message, also one that begins with /; where
+messages were not answered, the run fails at its end.
 """
 
 
@@ -40,7 +41,8 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show-depth",
         action="store_true",
-        help="colour each piece of the answer by the loops that it took, and say how often each depth was enough",
+        help="on a terminal colour each piece of the answer by the loops that it took (NO_COLOR: no colours), and say "
+        "how often each depth was enough",
     )
     add_answer_options(parser)
 
@@ -58,15 +60,16 @@ def generate(args: argparse.Namespace) -> None:
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
     model = load_model(args, args.quiet, most_loops(settings))
+    paint = colours(sys.stdout)
     with (
         Line("token", PROMPT_DELAY) as line,
         model.stream(prompt, raw=args.raw, progress=line.prompt, **settings) as stream,
     ):
         for piece in stream:
-            print(coloured(piece, stream.loops) if args.show_depth else piece, end="", flush=True)
+            print(paint(piece, stream.loops) if args.show_depth else piece, end="", flush=True)
     print(flush=True)
     if args.show_depth:
-        print(describe_depth(stream.result), file=sys.stderr)
+        print(describe_depth(stream.result, colours(sys.stderr)), file=sys.stderr)
     if not args.quiet:
         result = stream.result
         print(
@@ -89,10 +92,12 @@ def chat(args: argparse.Namespace) -> None:
     """Answers until there are no more messages.
 
     Raises:
-        MeltError, ValueError, OSError: before the first of them.
+        MeltError, ValueError, OSError: before the first of them; where nobody types them also at their end, if
+            messages were not answered.
     """
     settings = answer_settings(args)
     system = require_utf8(args.system, "--system")
-    read_line = terminal_lines()
+    read_line, is_typed = open_lines()
     model = load_model(args, False, most_loops(settings))
-    Chat(model.session, settings, system).run(read_line)
+    talk = Chat(model.session, settings, system)
+    (talk.run if is_typed else talk.answer_all)(read_line)

@@ -8,13 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from melt_files import replace_text
 from melt_runtime.arguments import path_of, shown, shown_name
 from melt_runtime.bundle.contract import MAX_LOOPS
 from melt_runtime.cli.streams import require_utf8
-from melt_runtime.errors import CapacityError, MeltError
+from melt_runtime.errors import CapacityError, MeltError, RunError
 from melt_runtime.progress import PROMPT_DELAY, Line
 from melt_runtime.request.generation_config import GenerationConfig
 from melt_runtime.request.result import GenerationResult
@@ -40,8 +41,11 @@ ReadLine = Callable[[], str]
 """Gives the next line, without its end; ``EOFError`` at the end, ``KeyboardInterrupt`` for Ctrl-C."""
 
 
-def terminal_lines() -> ReadLine:
+def open_lines() -> tuple[ReadLine, bool]:
     """Lines of a person at a terminal: arrow keys, history, Ctrl-R. Elsewhere lines of standard input as they are.
+
+    Returns:
+        What gives them, and whether a person types them.
 
     Raises:
         OSError: standard input is closed.
@@ -49,11 +53,11 @@ def terminal_lines() -> ReadLine:
     if sys.stdin is None:
         raise OSError("standard input is closed")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return input
+        return input, False
     from prompt_toolkit import PromptSession
 
     lines: PromptSession[str] = PromptSession("> ")
-    return lines.prompt
+    return lines.prompt, True
 
 
 def describe_costs(result: GenerationResult) -> str:
@@ -104,6 +108,25 @@ class Chat:
             "/help": lambda _: print(HELP, end=""),
         }
 
+    def answer_all(self, read_line: ReadLine) -> None:
+        """Answers every line until their end: each is a message, with whatever it begins.
+
+        Raises:
+            RunError: at the end, where messages were not answered; the others were.
+            KeyboardInterrupt: at once.
+        """
+        asked = failed = 0
+        while True:
+            try:
+                line = read_line()
+            except EOFError:
+                break
+            if line.strip():
+                asked += 1
+                failed += not self._try(partial(self._ask, line))
+        if failed:
+            raise RunError(f"{failed} of {asked} messages were not answered: see above")
+
     def run(self, read_line: ReadLine) -> None:
         """Reads and answers until the end of the lines, ``/quit``, or Ctrl-C twice."""
         interrupted = False
@@ -128,22 +151,28 @@ class Chat:
         Returns:
             False where Ctrl-C stopped the answer.
         """
-        if not line.strip():
-            return True
         try:
-            line = require_utf8(line, "a message")
             if line.startswith("/"):
-                self._command(*line.split(maxsplit=1))
-            else:
-                self._answer([*self._spoken(), {"role": "user", "content": line.strip()}])
+                self._try(lambda: self._command(*require_utf8(line, "a command").split(maxsplit=1)))
+            elif line.strip():
+                self._try(partial(self._ask, line), " (/clear forgets the conversation)")
         except KeyboardInterrupt:
             print("\nstopped; the conversation goes on", file=sys.stderr)
             return False
-        except CapacityError as error:
-            print(f"error: {error} (/clear forgets the conversation)", file=sys.stderr)
-        except (MeltError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
         return True
+
+    def _try(self, work: Callable[[], None], when_full: str = "") -> bool:
+        """Whether the work went well; else its error is printed, with what helps where the context is full."""
+        try:
+            work()
+        except (MeltError, ValueError) as error:
+            print(f"error: {error}{when_full if isinstance(error, CapacityError) else ''}", file=sys.stderr)
+            return False
+        return True
+
+    def _ask(self, line: str) -> None:
+        message = require_utf8(line, "a message").strip()
+        self._answer([*self._spoken(), {"role": "user", "content": message}])
 
     def _command(self, name: str, text: str = "") -> None:
         """Does what a command says; ``/quit`` alone is where the lines are read."""

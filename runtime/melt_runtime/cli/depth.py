@@ -1,21 +1,29 @@
 """How deep an answer went, for people: colours by loops, and counts."""
 
+import os
+from collections.abc import Callable
+from typing import TextIO
+
 from melt_runtime.request.result import GenerationResult
 
-# From pale to strong, of the 256 colours that terminals have: one loop, two, and so on; the last for all beyond.
-_COLOURS = (250, 117, 78, 220, 208, 203, 199)
+COLOURS = (244, 33, 29, 136, 166, 160, 163)
+"""By loops, of the 256 colours that terminals have: one loop, two, and so on; the last for all beyond. Each can be read
+on black and on white."""
 _RESET = "\x1b[0m"
 
-
-def coloured(piece: str, loops: int) -> str:
-    """A piece of text in the colour of its depth."""
-    return f"{_start(loops)}{piece}{_RESET}"
+Paint = Callable[[str, int], str]
+"""Gives a text its colour by loops, or leaves it as it is."""
 
 
-def describe_depth(result: GenerationResult) -> str:
+def colours(stream: TextIO) -> Paint:
+    """Colours for a terminal; none for pipes and files, and where ``NO_COLOR`` (no-color.org) is set."""
+    return _coloured if stream.isatty() and not os.environ.get("NO_COLOR") else _plain
+
+
+def describe_depth(result: GenerationResult, paint: Paint) -> str:
     """How many tokens took how many loops, each in its colour, and the passes that they took together."""
     shares = ", ".join(
-        f"{_start(loops)}{count} token{'s' * (count > 1)} after {loops} loop{'s' * (loops > 1)}{_RESET}"
+        paint(f"{count} token{'s' * (count > 1)} after {loops} loop{'s' * (loops > 1)}", loops)
         for loops, count in result.depth_histogram.items()
     )
     return f"depth: {shares}; {result.passes} passes after the prompt{_describe_drafts(result)}"
@@ -29,5 +37,9 @@ def _describe_drafts(result: GenerationResult) -> str:
     return f"; {drafts.kept} of {drafts.made} drafts kept" + (f", corrected {corrected}" if corrected else "")
 
 
-def _start(loops: int) -> str:
-    return f"\x1b[38;5;{_COLOURS[min(loops, len(_COLOURS)) - 1]}m"
+def _coloured(text: str, loops: int) -> str:
+    return f"\x1b[38;5;{COLOURS[min(loops, len(COLOURS)) - 1]}m{text}{_RESET}"
+
+
+def _plain(text: str, loops: int) -> str:
+    return text

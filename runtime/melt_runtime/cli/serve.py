@@ -127,24 +127,25 @@ def run(args: argparse.Namespace) -> None:
     hosts = _names(args.host, args.allow_host) if key is None else None
     from melt_runtime.serve.app import ServeOptions, make_app  # here: other commands do without the framework
     from melt_runtime.serve.connections import ConnectionLimits
-    from melt_runtime.serve.listening import listen
+    from melt_runtime.serve.listening import bound, listen
 
-    model = load_model(args, quiet=False, loops=args.most_loops, slots=args.slots)
-    model.codec.parse_special = args.parse_special
-    options = ServeOptions(
-        name=args.name or args.bundle.resolve().name,
-        key=key,
-        origins=tuple(args.cors_origin),
-        queue=args.queue,
-        sessions=args.sessions,
-        answer_seconds=args.timeout,
-        max_loops=args.most_loops,
-        hosts=hosts,
-    )
-    who = "requests with the key" if key else "everybody who can reach it"
-    print(f"slots: {args.slots}, then {args.queue} may wait; for {who}", file=sys.stderr)
-    limits = ConnectionLimits.for_process(args.slots + args.queue, args.timeout)
-    listen(make_app(model, options), args.host, args.port, args.drain, limits)
+    with bound(args.host, args.port) as listener:  # before the model is loaded, which takes long
+        model = load_model(args, quiet=False, loops=args.most_loops, slots=args.slots)
+        model.codec.parse_special = args.parse_special
+        options = ServeOptions(
+            name=args.name or args.bundle.resolve().name,
+            key=key,
+            origins=tuple(args.cors_origin),
+            queue=args.queue,
+            sessions=args.sessions,
+            answer_seconds=args.timeout,
+            max_loops=args.most_loops,
+            hosts=hosts,
+        )
+        who = "requests with the key" if key else "everybody who can reach it"
+        print(f"slots: {args.slots}, then {args.queue} may wait; for {who}", file=sys.stderr)
+        limits = ConnectionLimits.for_process(args.slots + args.queue, args.timeout)
+        listen(make_app(model, options), listener, args.host, args.drain, limits)
 
 
 def read_key(file: Path | None, variable: str | None) -> bytes | None:

@@ -71,6 +71,15 @@ def cuda_obstacle(device_id: int = 0) -> str | None:
     return driver_obstacle(device_id)
 
 
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver; without one nobody expects CUDA of it."""
+    name = {"linux": _DRIVER, "win32": "nvcuda.dll"}.get(sys.platform)
+    try:
+        return name is not None and bool(_load(name))
+    except OSError:
+        return False
+
+
 def missing_libraries() -> dict[str, str]:
     """Shared libraries that the CUDA provider needs and the loader cannot find, with where each comes from.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from melt_runtime.arguments import instance, shown, whole_number
 from melt_runtime.bundle.contract import PROVIDERS
-from melt_runtime.device.cuda import PROVIDER, CudaOptions, cuda_obstacle
+from melt_runtime.device.cuda import PROVIDER, CudaOptions, cuda_obstacle, has_driver
 from melt_runtime.device.integers import EXACT_PRODUCTS, overflows
 from melt_runtime.device.ort import ort
 from melt_runtime.errors import BundleError, ProviderError
@@ -90,6 +90,8 @@ def choose_provider(device: str, activations: str, cuda: CudaOptions | None = No
         raise ProviderError(f"device={device!r} cannot run here: {obstacle}; use device='cpu', or see: melt doctor")
     if "cpu" not in made_for:
         raise ProviderError(f"{_mismatch('cpu', activations)}; and CUDA cannot run here: {obstacle}")
+    if not has_driver():
+        return ProviderChoice("cpu", "there is no other device")
     return ProviderChoice("cpu", f"CUDA cannot run here: {obstacle}")
 
 

@@ -57,6 +57,18 @@ class RowCounts:
         return floats * itemsize + 8 * math.prod(self.ids) + 4 * (self.sequences + 1)
 
 
+def checked_loops(shape: ModelShape, loops: int) -> int:
+    """A depth that the model has.
+
+    Raises:
+        ValueError: no whole number from 1 to ``MAX_LOOPS``, or more than one of a model of one loop: its layers do not
+            read what they wrote.
+    """
+    if shape.trained_loops == 1 and whole_number("loops", loops, 1, MAX_LOOPS) > 1:
+        raise ValueError(f"loops must be 1, got {loops}: this model has one loop")
+    return whole_number("loops", loops, 1, MAX_LOOPS)
+
+
 @dataclass(frozen=True)
 class StatePlan:
     """Sizes of a state, known before it is allocated.
@@ -93,7 +105,7 @@ class StatePlan:
             "capacity": capacity,
             "batch": whole_number("batch", self.batch, 1, MAX_BATCH),
             "chunk": whole_number("chunk", self.chunk, 1, capacity, " (the capacity)"),
-            "loops": whole_number("loops", self.loops, 1, MAX_LOOPS),
+            "loops": checked_loops(self.shape, self.loops),
         }
         for name, size in sizes.items():
             object.__setattr__(self, name, size)
@@ -117,9 +129,10 @@ class StatePlan:
         """Refuses a depth that this state has no caches for. MELT's one cache serves every depth.
 
         Raises:
-            ValueError: no whole number from 1 to ``MAX_LOOPS``, or for a LoopLM more than it has caches.
+            ValueError: no whole number from 1 to ``MAX_LOOPS``, more than one of a model of one loop, or for a LoopLM
+                more than it has caches.
         """
-        whole_number("loops", loops, 1, MAX_LOOPS)
+        checked_loops(self.shape, loops)
         if self.shape.cache_kind == "per_loop" and loops > self.cache_sets:
             raise ValueError(
                 f"loops must be at most {self.cache_sets}, got {loops}: a LoopLM has one KV cache per loop; "

@@ -4,6 +4,8 @@ import asyncio
 import errno
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -61,8 +63,9 @@ class Server(uvicorn.Server):
             loop.default_exception_handler(context)
 
 
-def listen(app: Application, host: str, port: int, drain_seconds: float, limits: ConnectionLimits) -> None:
-    """Serves until SIGTERM or SIGINT: then no new request is accepted, and answers under way get their time.
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has the address; clients are refused until something listens on it.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -70,11 +73,37 @@ def listen(app: Application, host: str, port: int, drain_seconds: float, limits:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _named(host, port):
             listener.bind((host, port))
-            listener.listen(_BACKLOG)  # whoever reads the line below may connect
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
-        name = f"[{host}]" if family == socket.AF_INET6 else host
-        print(f"listening on http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-        Server(app, limits, drain_seconds).run(sockets=[listener])
+        yield listener
+
+
+def listen(
+    app: Application, listener: socket.socket, host: str, drain_seconds: float, limits: ConnectionLimits
+) -> None:
+    """Serves until SIGTERM or SIGINT: then no new request is accepted, and answers under way get their time.
+
+    Args:
+        app: what is served.
+        listener: from ``bound``.
+        host: as it was asked for.
+        drain_seconds: for answers under way at the end.
+        limits: on connections.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    port = listener.getsockname()[1]
+    with _named(host, port):
+        listener.listen(_BACKLOG)  # whoever reads the line below may connect
+    name = f"[{host}]" if listener.family == socket.AF_INET6 else host
+    print(f"listening on http://{name}:{port}", file=sys.stderr, flush=True)
+    Server(app, limits, drain_seconds).run(sockets=[listener])
+
+
+@contextmanager
+def _named(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
