@@ -13,6 +13,7 @@ from melt_runtime.cli import batch_answers, json_lines
 from melt_runtime.cli.batch_answers import Answers
 from melt_runtime.cli.batch_prompts import read_prompts
 from melt_runtime.cli.main import main
+from melt_runtime.text.messages import check_messages
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
 FIELDS = ["id", "text", "finish_reason", "loops", "prompt_tokens", "new_tokens", "seconds"]
@@ -87,8 +88,33 @@ FAULTS = [
     ({"id": 1, "prompt": "a", "loops": "4"}, "loops must be a whole number, got '4'"),
     ({"id": 1, "prompt": "a", "loops": 0, "top_p": 1.4}, "loops must be at least 1, got 0; top_p must be in (0, 1]"),
     ({"id": 1, "prompt": "a", "stop": "x"}, "stop must be a sequence of non-empty strings, got 'x'"),
-    ({"id": True, "x": 1, "seed": -1}, "unknown fields ['x']: see melt batch --help; id must be"),
+    ({"id": True, "x": 1, "seed": -2}, "unknown fields ['x']: see melt batch --help; id must be"),
+    ({"id": 1, "prompt": "a", "max_tokens": 3}, "max_tokens is called max_new_tokens here"),
+    (
+        {
+            "id": 1,
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]},
+            ],
+        },
+        "messages[1].tool_calls[0].function.arguments must be a JSON object, or its text, got",
+    ),
 ]
+
+
+def test_values_that_ask_for_nothing_and_histories_as_openai_writes_them():
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "refusal": "no", "tool_calls": None},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "never"}]},
+        {"role": "assistant", "content": None},
+    ]
+    line = {"id": 1, "messages": history, "seed": -1, "top_k": -1, "stop": "", "temperature": None}
+    (prompt,) = read_prompts(io.BytesIO(json.dumps(line).encode()), "prompts", GenerationConfig(top_p=0.5))
+    assert prompt.config == GenerationConfig(top_p=0.5)
+    contents = [message["content"] for message in check_messages(prompt.prompt, takes_parts=False)]
+    assert contents == ["a", "no", "never", ""]
 
 
 @pytest.mark.parametrize(("line", "fault"), FAULTS, ids=[fault[:40] for _, fault in FAULTS])

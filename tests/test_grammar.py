@@ -1,5 +1,6 @@
 """L0: grammars over tokenizers of every family, what schemas mean, and processes that end alone."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from tokenizers_of_kinds import KINDS
 
 from melt_runtime.errors import QueueError
 from melt_runtime.request import grammar as module
+from melt_runtime.request import json_schema
 from melt_runtime.request.grammar import GrammarError, GrammarPart, Grammars
 from melt_runtime.request.grammar_host import GrammarHost
 from melt_runtime.request.grammar_lark import prepare_lark
@@ -389,6 +391,36 @@ def test_patterns_that_overlap_are_left_out_where_not_strict(plain):
 def test_what_is_no_schema_says_why(source, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare_schema(source)
+
+
+ODD = (None, True, 0, -1, 1.5, 1e400, "", "x", [], ["x"], [[]], [None], {}, {"x": []}, {"type": 3}, [{}], [{"enum": 1}])
+
+
+@pytest.mark.parametrize("more", [{}, {"nullable": True}, {"type": "object", "properties": {"a": {}}}], ids=str)
+@pytest.mark.parametrize(
+    "keyword",
+    sorted({*json_schema._CONSTRAINTS, "$ref", "nullable", "uniqueItems", "propertyNames", "not", "dependencies"}),
+)
+def test_a_keyword_of_another_type_is_a_fault_of_the_schema(keyword, more):
+    for odd in ODD:
+        for schema in ({**more, keyword: odd}, {"properties": {"a": {**more, keyword: odd}}}):
+            for strict in (True, False):
+                with contextlib.suppress(ValueError):  # any other error is ours
+                    json.loads(prepare_schema(json.dumps(schema), strict))
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({"type": "object", "required": None, "properties": None}, {"type": "object"}),
+        ({"minimum": None, "format": [], "$ref": None, "items": None}, {}),
+        ({"const": None, "default": None, "enum": [None]}, {"const": None, "default": None, "enum": [None]}),
+        ({"properties": {"a": {"type": None}}}, {"properties": {"a": {}}}),
+        ({"type": True, "nullable": True}, {"type": True}),
+    ],
+)
+def test_keywords_that_are_null_are_absent(given, made):
+    assert json.loads(prepare_schema(json.dumps(given), strict=True)) == made
 
 
 def test_hostile_schemas_cost_time_in_proportion_to_their_size():

@@ -626,10 +626,19 @@ ONE, TWO = '{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {
     ("text", "said", "calls"),
     [
         ("No call.", "No call.", []),
-        (f"Well. <tool_call>\n{ONE}\n</tool_call>", "Well. ", [("a", '{"x": 1}')]),
+        (f"Well. <tool_call>\n{ONE}\n</tool_call>", "Well.", [("a", '{"x": 1}')]),
+        (f" \n <tool_call>\n{ONE}\n</tool_call>\n ", "", [("a", '{"x": 1}')]),
+        (
+            f"\n Well.  \n\n<tool_call>{ONE}</tool_call> \n <tool_call>{TWO}",
+            "\n Well.",
+            [("a", '{"x": 1}'), ("b", "{}")],
+        ),
+        *((f"<tool_call>{ONE}\n{'</tool_call>'[:end]}", "", [("a", '{"x": 1}')]) for end in range(12)),
+        ("No call. \n", "No call. \n", []),
+        (f"<tool_call>{ONE}</tool> ", "</tool>", [("a", '{"x": 1}')]),
         (f"<tool_call>{ONE}</tool_call>\n<tool_call>{TWO}</tool_call>", "", [("a", '{"x": 1}'), ("b", "{}")]),
         (f"<tool_call>{ONE}", "", [("a", '{"x": 1}')]),
-        (f"A <tool_call>{ONE}</tool_call> and more", "A  and more", [("a", '{"x": 1}')]),
+        (f"A <tool_call>{ONE}</tool_call> and more", "A and more", [("a", '{"x": 1}')]),
         (
             '<tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}</tool_call>',
             "",

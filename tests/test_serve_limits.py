@@ -101,7 +101,12 @@ TEXTS = "/v1/completions"
                 CHATS,
                 {"messages": CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
             ),
-            *(400, "response_format.json_schema.schema", "invalid_value", "the json_schema cannot be compiled"),
+            *(
+                400,
+                "response_format.json_schema.schema",
+                "invalid_value",
+                "json_schema.schema cannot be compiled: type",
+            ),
         ),
         (TEXTS, {"prompt": [[5]] * 100, "n": 2}, 400, "n", "invalid_value", "prompts times n must be at most"),
         (
@@ -274,7 +279,7 @@ def test_what_stands_in_texts_is_no_part_of_a_body(text):
 
 def test_arguments_of_many_values_are_not_read(monkeypatch):
     """Together, as they are read together; in an argument that is a text they count little."""
-    monkeypatch.setattr("melt_runtime.serve.calls._DECODER", None)
+    monkeypatch.setattr("melt_runtime.text.call_arguments.DECODER", None)
     arguments = json.dumps({"a": [1] * 30_000})
     for message in (
         {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},

@@ -353,8 +353,6 @@ _CYCLE.append(_CYCLE)
         ({"content": "x"}, r"\[1\].role must be text such as 'user', got none"),
         ({"role": 5, "content": "x"}, r"\[1\].role must be text such as 'user', got int"),
         ({"role": "user"}, r"\[1\].content must be text, got none"),
-        ({"role": "assistant", "content": None}, r"\[1\].content must be text, got none"),
-        ({"role": "assistant", "content": None, "tool_calls": []}, r"\[1\].content must be text, got none"),
         ({"role": "user", "content": 5}, r"\[1\].content must be text, got int"),
         ({"role": "user", "content": b"x"}, r"\[1\].content must be a plain value as JSON has them, got bytes"),
         ({"role": "user", "content": ["x"]}, r"\[1\].content\[0\] must be {'type': 'text', 'text': ...}, got str"),
@@ -396,3 +394,20 @@ def test_messages_are_copied_as_plain_values():
     assert made == [{"role": "user", "content": "x", "extra": [1, 2.5, True, None]}]
     assert type(made[0]["role"]) is str
     assert given[0]["name"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [('{"a": "Zürich"}', {"a": "Zürich"}), ("", {}), (None, {}), ({"a": 1.5}, {"a": 1.5}), ("{}", {})],
+)
+def test_arguments_of_calls_reach_a_template_as_objects(arguments, read):
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (made,) = check_messages([message], takes_parts=False)
+    assert made["tool_calls"] == [{**call, "function": {"name": "f", "arguments": read}}]
+    assert check_messages([made], takes_parts=False) == [made]
+    del call["function"]["arguments"]
+    (made,) = check_messages([message], takes_parts=False)
+    assert made["tool_calls"][0]["function"]["arguments"] == {}
+    flat = {**message, "tool_calls": [{"name": "f", "arguments": "x"}]}  # of a template's own form
+    assert check_messages([flat], takes_parts=False)[0]["tool_calls"] == flat["tool_calls"]

@@ -15,6 +15,10 @@ SETTINGS = tuple(field.name for field in fields(GenerationConfig) if field.name 
 """Fields of a line that say how its prompt is to be continued."""
 
 _FIELDS = ("id", "prompt", "messages", *SETTINGS)
+_UNSET: dict[str, tuple[object, ...]] = {"seed": (-1,), "top_k": (-1,), "stop": ("",)}
+"""Values that ask for nothing, as elsewhere."""
+_OTHERS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "stop_token_ids": "stop_ids"}
+"""Names of OpenAI and vLLM."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,12 @@ def _as_prompt(number: int, values: dict[str, Any], settings: GenerationConfig, 
     Raises:
         ValueError: lists what is wrong with it.
     """
-    said = {name: value for name, value in values.items() if value is not None}
+    said = {name: value for name, value in values.items() if value is not None and value not in _UNSET.get(name, ())}
     faults = []
     unknown = [name for name in said if name not in _FIELDS]
+    for name in [name for name in unknown if name in _OTHERS]:
+        unknown.remove(name)
+        faults.append(f"{name} is called {_OTHERS[name]} here")
     if "raw" in unknown:
         unknown.remove("raw")
         faults.append("raw is for the whole file: give --raw")

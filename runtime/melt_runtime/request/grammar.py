@@ -167,8 +167,8 @@ class Grammars:
             elif part.kind == "lark":
                 source = prepare_lark(source, self._markers)
         except ValueError as error:
-            raise GrammarError(f"{part.label or f'the {part.kind}'} cannot be compiled: {error}") from error
-        return GrammarPart(part.name, part.kind, source)
+            raise GrammarError(f"{_called([part])} cannot be compiled: {error}") from error
+        return GrammarPart(part.name, part.kind, source, label=part.label)
 
     def _get(self, parts: tuple[GrammarPart, ...]) -> "Grammar":
         """A grammar that was compiled before, or is now: requests with the same one wait for one compilation."""
@@ -225,7 +225,7 @@ class Grammars:
                 return self._compile_within(parts, _COMPILE_SECONDS)
         except ProcessEndedError:
             raise GrammarError(
-                f"the {parts[0].kind} cannot be compiled within {_COMPILE_SECONDS:g} s and "
+                f"{_called(parts)} cannot be compiled within {_COMPILE_SECONDS:g} s and "
                 f"{_MAX_MEMORY_BYTES >> 20} MB, or crashes the compiler: make it smaller, or less nested"
             ) from None
         finally:
@@ -239,7 +239,7 @@ class Grammars:
         if reply == BUSY:
             raise QueueError("no process is left for another grammar; retry later")
         if reply == FAILED:
-            raise GrammarError(f"the {parts[0].kind} cannot be compiled: {_short(content)}")
+            raise GrammarError(f"{_called(parts)} cannot be compiled: {_short(content)}")
         return channel
 
 
@@ -348,6 +348,11 @@ class GrammarProcessor:
         self._followed = []
         self._answer = self._grammar.new_answer()
         weakref.finalize(self, self._grammar.end_answer, self._answer)
+
+
+def _called(parts: Sequence[GrammarPart]) -> str:
+    """What errors call a grammar."""
+    return parts[0].label or f"the {parts[0].kind}"
 
 
 def _short(error: bytes) -> str:

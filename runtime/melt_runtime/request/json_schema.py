@@ -35,6 +35,7 @@ _ASK_NOTHING: dict[str, tuple[Any, ...]] = {
     "dependentRequired": ({},),
     "dependentSchemas": ({},),
 }
+_MAY_BE_NULL = ("const", "default", "example")
 _SCHEMAS = ("additionalProperties", "additionalItems", "items")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -65,7 +66,8 @@ class _Rounded(float):
 def prepare_schema(source: str, strict: bool = False, is_coarse: bool = False) -> str:
     """JSON of a schema that llguidance enforces as far as it can.
 
-    ``format`` is an annotation unless it is one of ``FORMATS``; ``nullable`` (OpenAPI 3.0) allows null.
+    ``format`` is an annotation unless it is one of ``FORMATS``; ``nullable`` (OpenAPI 3.0) allows null; keywords that
+    are null are left out.
 
     Args:
         source: JSON of the schema.
@@ -118,6 +120,8 @@ class _Walk:
             if depth > _MAX_DEPTH:
                 raise ValueError(f"it must be nested at most {_MAX_DEPTH} deep")
             self._seen.add(id(node))
+            for key in [key for key, value in node.items() if value is None and key not in _MAY_BE_NULL]:
+                del node[key]  # as fields of requests, a keyword that is null is absent
             inner = [(schema, place, depth + 1) for place, schema in self._inner(node, path)]
             if isinstance(node.get("$ref"), str):
                 inner.append((self._target(node["$ref"]), node["$ref"], 0))
@@ -150,7 +154,7 @@ class _Walk:
         if self._is_coarse and key in _COARSE:
             if node.pop(key) and key == "patternProperties":
                 node["additionalProperties"] = True
-        elif key == "format" and value not in FORMATS:
+        elif key == "format" and not (isinstance(value, str) and value in FORMATS):
             del node[key]
         elif key == "not" and value in (True, {}):
             node |= _NEVER
@@ -272,7 +276,7 @@ def _allow_null(node: dict[str, Any]) -> None:
         node |= kept | {"anyOf": [inner, {"type": "null"}]}
         return
     named = node.get("type")
-    if named is not None:
+    if isinstance(named, str | list):
         types = [named] if isinstance(named, str) else [*named]
         node["type"] = types if "null" in types else [*types, "null"]
     if "const" in node:

@@ -122,7 +122,7 @@ class Writer:
             text += rest
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": text.strip() or None, "tool_calls": [call.form for call in calls[: self.max_calls]]}
+            message |= {"content": text or None, "tool_calls": [call.form for call in calls[: self.max_calls]]}
         return message, "tool_calls" if calls else result.finish_reason
 
     def usage(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from melt_runtime.serve.calls import parse_arguments
 from melt_runtime.serve.counting import MAX_VALUES, count_values
 from melt_runtime.serve.fields import MESSAGE_CHANGES_NOTHING, Form
+from melt_runtime.text.call_arguments import parse_arguments
 
 MOST_MESSAGES = 10_000
 

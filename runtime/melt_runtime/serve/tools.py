@@ -23,26 +23,30 @@ class CallReader:
     def __init__(self) -> None:
         self._matcher = StopMatcher((OPEN,))
         self._text, self._said = "", 0  # all of it, and how much of that was said
+        self._spaces = ""  # held back, since those before a call are not said
 
     def push(self, piece: str) -> str:
         """Text that is said, and safe to show."""
         self._text += piece
-        said = "" if self._matcher.found is not None else self._matcher.push(piece)
+        found = "" if self._matcher.found is not None else self._matcher.push(piece)
+        text = self._spaces + found
+        said = text.rstrip()
+        self._spaces = text[len(said) :]
         self._said += len(said)
         return said
 
     def finish(self) -> tuple[str, list[Call]]:
-        """What was held back, and the calls; text that is no call after all is said."""
+        """What was held back, and the calls; text that is no call after all is said, spaces around calls are not."""
         rest, said, calls = self._text[self._said :], "", list[Call]()
         while OPEN in rest:
             before, _, after = rest.partition(OPEN)
             read = _read_call(after)
             if read is None:
-                return said + rest, calls
+                break
             call, rest = read
             calls.append(call)
-            said += before if before.strip() else ""
-        return said + (rest if rest.strip() or not calls else ""), calls
+            said += before.rstrip()
+        return (said + rest).rstrip() if calls else said + rest, calls
 
 
 def call_grammar(
@@ -70,7 +74,7 @@ def call_grammar(
         before = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
         rules.append(f'call{place}: {before} @arguments{place} "}}"')
         parts.append(_arguments(f"arguments{place}", function))
-    return [GrammarPart("main", "lark", "\n".join(rules)), *parts]
+    return [GrammarPart("main", "lark", "\n".join(rules), label="tools"), *parts]
 
 
 def _arguments(name: str, function: Function) -> GrammarPart:
@@ -97,4 +101,6 @@ def _read_call(text: str) -> tuple[Call, str] | None:
         return None
     call, end = read
     rest = text[end:].lstrip()
+    if CLOSE.startswith(rest):  # an answer may be cut within the marker
+        return call, ""
     return call, rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else text[end:]

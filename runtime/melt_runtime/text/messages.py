@@ -6,6 +6,7 @@ from typing import Any
 
 from melt_runtime.arguments import shown, shown_name
 from melt_runtime.errors import TokenError
+from melt_runtime.text.call_arguments import parse_arguments
 
 _MAX_DEPTH = 50
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -16,11 +17,13 @@ def check_messages(messages: Sequence[Any], takes_parts: bool) -> list[dict[str,
     """A copy of plain values, in the form in which transformers gives messages to a template.
 
     Keys whose value is None are left out; keys beyond ``role`` and ``content`` pass as they are. Where the template
-    reads no lists of parts, the parts of a content are joined by line breaks, as vLLM and llama.cpp do.
+    reads no lists of parts, the parts of a content are joined by line breaks, as vLLM and llama.cpp do. Arguments of
+    calls that are text, as in OpenAI's answers, are read (``parse_arguments``). An assistant's message without a
+    content has that of its ``refusal``, or none.
 
     Args:
         messages: at least one; each with a role, and a content that is text, a list of text parts
-            (``{"type": "text", "text": ...}``), or absent where ``tool_calls`` stand instead.
+            (``{"type": "text", "text": ...}``, or ``refusal``), or absent where ``tool_calls`` stand instead.
         takes_parts: whether the template reads lists of parts.
 
     Raises:
@@ -70,11 +73,17 @@ def _check(message: Any, place: str, takes_parts: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TokenError(f"{place} must be a message with role and content, got {type(message).__name__}")
     made: dict[str, Any] = _plain({key: value for key, value in message.items() if value is not None}, place)
-    role, content = made.get("role"), made.get("content")
+    role = made.get("role")
     if not isinstance(role, str):
         raise TokenError(f"{place}.role must be text such as 'user', got {_got(role)}")
+    calls = made.get("tool_calls")
+    if isinstance(calls, list) and calls:
+        made["tool_calls"] = [_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    elif role == "assistant" and "content" not in made:
+        made["content"] = made.get("refusal", "")
+    content = made.get("content")
     if isinstance(content, list):
-        _check_parts(content, place)
+        content = made["content"] = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
         if not takes_parts:
             made["content"] = "\n".join(part["text"] for part in content)
     elif not (isinstance(content, str) or (content is None and made.get("tool_calls"))):
@@ -83,14 +92,29 @@ def _check(message: Any, place: str, takes_parts: bool) -> dict[str, Any]:
     return made if thought is None else {"thinking": thought, **made, "reasoning_content": thought}
 
 
-def _check_parts(parts: list[Any], place: str) -> None:
-    for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise TokenError(
-                f"{place}.content[{number}] must be {{'type': 'text', 'text': ...}}, got "
-                f"{_got(part) if kind is None else f'type {shown(kind)}'}: the model reads text only"
-            )
+def _call(call: Any, place: str) -> Any:
+    """A call whose arguments are an object; calls of another form are the template's to read."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    try:
+        arguments = parse_arguments(call["function"].get("arguments"))
+    except ValueError as error:
+        raise TokenError(f"{place}.function.arguments {error}") from error
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def _part(part: Any, place: str) -> dict[str, Any]:
+    """A part of a content that is text; a ``refusal`` is the text that a model said instead of an answer."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise TokenError(
+            f"{place} must be {{'type': 'text', 'text': ...}}, got "
+            f"{_got(part) if kind is None else f'type {shown(kind)}'}: the model reads text only"
+        )
+    kept: dict[str, Any] = part
+    return kept
 
 
 def _got(value: Any) -> str:
