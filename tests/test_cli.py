@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which status."""
 
+import argparse
 import errno
 import io
 import json
@@ -9,16 +10,19 @@ import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
 
-from melt_runtime import MeltModel, __version__
+from melt_runtime import GenerationConfig, MeltModel, __version__
 from melt_runtime.bundle.manifest import read_manifest
 from melt_runtime.cli import depth
+from melt_runtime.cli.answer import add_generate_options
 from melt_runtime.cli.main import main
 from melt_runtime.loading.load_cache import LoadCache
 from melt_runtime.memory.estimate import plan_memory
+from melt_runtime.serve.forms import CompletionRequest
 
 QUESTION = "Ana reports to Ben. Ben reports to Cleo. Cleo reports to Dan. Who is two levels above Ana?"
 
@@ -480,3 +484,75 @@ def test_a_model_of_one_loop_runs_no_more(random_bundle, capsys):
     with pytest.raises(ValueError, match=message):
         model.new_runner().decode([5], 4)
     assert len(model.generate([5, 6], max_new_tokens=2, stop_ids=()).token_ids) == 2
+
+
+def test_the_sampler_has_the_same_options_everywhere():
+    """In Python, over HTTP and on the command line; names of HTTP are OpenAI's."""
+    of_python = {field.name for field in fields(GenerationConfig)} - {"logits_processors"}
+    of_http = {"max_tokens": "max_new_tokens", "stop_token_ids": "stop_ids"}
+    http = {of_http.get(name, name) for name in CompletionRequest.model_fields} & of_python
+    assert of_python - http == {"json_schema", "regex", "lark"}  # there one field, grammar
+    parser = argparse.ArgumentParser()
+    add_generate_options(parser)
+    assert of_python - {action.dest for action in parser._actions} == {"stop_ids"}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        (
+            ["--presence-penalty", "1.5", "--frequency-penalty", "-1"],
+            {"presence_penalty": 1.5, "frequency_penalty": -1.0},
+        ),
+        (["--logit-bias", "7=-100", "--logit-bias", "9=2.5"], {"logit_bias": {7: -100.0, 9: 2.5}}),
+        (["--logprobs", "2"], {"logprobs": 2}),
+    ],
+)
+def test_an_answer_is_printed_for_programs(options, changes, tiny_bundle, capsys):
+    command = ["generate", str(tiny_bundle), QUESTION, "--json", "--quiet", "--device", "cpu", "--max-new-tokens", "12"]
+    assert main([*command, *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = MeltModel.load(tiny_bundle, device="cpu").generate(QUESTION, max_new_tokens=12, **changes)
+    assert said.keys() == asdict(expected).keys()
+    for name in ("text", "token_ids", "finish_reason", "loops_per_token", "logprobs", "prompt_tokens"):
+        assert said[name] == json.loads(json.dumps(asdict(expected)[name])), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logprobs", "2"], "--logprobs must go with --json"),
+        (["--json", "--show-depth"], "--show-depth must be left out with --json"),
+        (["--presence-penalty", "3"], r"presence_penalty must be in [-2, 2], got 3.0"),
+        (["--logit-bias", "x=1"], "logit_bias's token id must be a whole number, got 'x'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options, message, capsys):
+    assert main(["generate", "no-bundle", QUESTION, *options]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["7", "7=x", "=", ""])
+def test_a_bias_is_a_token_id_and_a_number(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "no-bundle", QUESTION, "--logit-bias", value])
+    assert "must be a token id, = and a number, as in 7=-100" in capsys.readouterr().err
+
+
+def test_what_commands_find_is_printed_for_programs(tiny_bundle, capsys):
+    assert main(["plan", str(tiny_bundle), "--capacity", "100", "--json"]) == 0
+    plan, told = plan_memory(read_manifest(tiny_bundle), 100), json.loads(capsys.readouterr().out)
+    assert (told["state_bytes"], told["total_bytes"]) == (plan.state.total_bytes, plan.total_bytes)
+    assert (told["capacity"], told["kv_cache"]) == (100, "float32")
+    assert main(["info", str(tiny_bundle), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["manifest"] == json.loads(json.dumps(asdict(read_manifest(tiny_bundle))))
+    assert told["defaults"]["stop_ids"]
+    assert main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["telemetry"] == "off"
+    assert told["packages"]["melt-onnx"] == __version__
+    assert "CPUExecutionProvider" in told["providers"]
+    assert main(["info", str(tiny_bundle / "nowhere"), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.partition(" ")[0]) == ("", "error:")

@@ -157,7 +157,7 @@ def test_doctor_lists_what_is_missing(monkeypatch):
     missing = {"libcudart.so.13": "pip install 'melt-onnx[cuda-libraries]'"}
     pretend(monkeypatch, missing=missing)
     monkeypatch.setattr(doctor, "missing_libraries", lambda: missing)
-    report = doctor.diagnose()
+    report = str(doctor.diagnose())
     assert "device='cuda'     cannot run" in report
     assert "missing libcudart.so.13: pip install 'melt-onnx[cuda-libraries]'" in report
 
@@ -165,4 +165,4 @@ def test_doctor_lists_what_is_missing(monkeypatch):
 def test_doctor_says_what_keeps_cuda_from_running(monkeypatch):
     pretend(monkeypatch, devices=0)
     monkeypatch.setattr(doctor, "missing_libraries", dict)
-    assert "  the NVIDIA driver finds no device" in doctor.diagnose()
+    assert "  the NVIDIA driver finds no device" in str(doctor.diagnose())

@@ -2,10 +2,19 @@
 
 import argparse
 import sys
+from dataclasses import asdict
 
 from melt_runtime.cli.chat import Chat, describe_costs, open_lines
 from melt_runtime.cli.depth import colours, describe_depth
-from melt_runtime.cli.options import add_answer_options, add_bundle, answer_settings, load_model, most_loops
+from melt_runtime.cli.options import (
+    add_answer_options,
+    add_bundle,
+    add_json,
+    answer_settings,
+    load_model,
+    most_loops,
+    print_json,
+)
 from melt_runtime.cli.streams import read_input, require_utf8
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.memory.process import resident_bytes
@@ -17,6 +26,7 @@ examples:
   melt generate build/melt-tiny "Ana reports to Ben. Ben reports to Cleo. Who is two levels above Ana?" --loops 1
   melt generate build/melt-tiny "Ana reports to Ben. Who is one level above Ana?" --loops auto --show-depth
   melt generate build/melt-tiny - --quiet < question.txt
+  melt generate build/melt-tiny "Ana reports to Ben. Who is one level above Ana?" --json --quiet --logprobs 3
 """
 _CHAT = """\
 examples:
@@ -44,6 +54,13 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         help="on a terminal colour each piece of the answer by the loops that it took (NO_COLOR: no colours), and say "
         "how often each depth was enough",
     )
+    add_json(parser, "the answer with its tokens, depths and costs, once it is whole,")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: logarithms of the model's own probabilities, of each token and of the N likeliest",
+    )
     add_answer_options(parser)
 
 
@@ -54,12 +71,20 @@ def generate(args: argparse.Namespace) -> None:
         MeltError, ValueError, OSError: before anything is computed, but for numbers that a damaged model gives.
     """
     settings = answer_settings(args)  # refuses bad values before the model is loaded
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs must go with --json, which shows them")
+    if args.json and args.show_depth:
+        raise ValueError("--show-depth must be left out with --json, which has loops_per_token")
     prompt = read_input() if args.prompt == "-" else require_utf8(args.prompt, "the prompt")
     if not args.raw:
         prompt = prompt.rstrip("\r\n")  # the end of a line is how a shell ends its text, and no part of a message
     if not prompt.strip():
         raise ValueError("the prompt is empty: give at least one character")
     model = load_model(args, args.quiet, most_loops(settings))
+    if args.json:
+        with Line("token", PROMPT_DELAY) as line:
+            print_json(asdict(model.generate(prompt, raw=args.raw, progress=line.prompt, **settings)))
+        return
     paint = colours(sys.stdout)
     with (
         Line("token", PROMPT_DELAY) as line,

@@ -3,12 +3,13 @@
 import argparse
 import shutil
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 from melt_runtime.bundle.contract import KVCacheKind, ModelShape
 from melt_runtime.bundle.manifest import Manifest, check_files, read_manifest
 from melt_runtime.bundle.measured import Parity, Quality
-from melt_runtime.cli.options import add_bundle
+from melt_runtime.cli.options import add_bundle, add_json, print_json
 from melt_runtime.memory.estimate import format_bytes
 from melt_runtime.progress import Line
 from melt_runtime.request.generation_files import read_defaults
@@ -18,6 +19,7 @@ _EPILOG = """\
 examples:
   melt info build/melt-tiny
   melt info build/melt-tiny --graphs
+  melt info build/melt-tiny --json
 """
 _INDENT = 12
 _NARROWEST, _WIDEST = 60, 120
@@ -31,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EPILOG
     add_bundle(parser)
+    add_json(parser, "the manifest and the defaults of generation")
     parser.add_argument("--graphs", action="store_true", help="list every input and output of the graphs too")
 
 
@@ -43,6 +46,10 @@ def run(args: argparse.Namespace) -> None:
     manifest = read_manifest(args.bundle)
     with Line("B") as line:
         check_files(args.bundle, manifest, progress=line)
+    if args.json:
+        defaults = asdict(read_defaults(args.bundle, manifest.model))
+        print_json({"manifest": asdict(manifest), "defaults": {k: v for k, v in defaults.items() if v is not None}})
+        return
     width = min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)
     print(describe_bundle(args.bundle, manifest, args.graphs, width))
 

@@ -4,9 +4,11 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from melt_runtime.cli import answer, batch, bench, cache, demo, info, plan, serve
+from melt_runtime.cli.options import add_json, print_json
 from melt_runtime.cli.streams import drop_output, prepare_streams
 from melt_runtime.device.doctor import diagnose
 from melt_runtime.errors import MeltError
@@ -28,8 +30,9 @@ examples:
 melt COMMAND --help explains the rest.
 """
 _DOCTOR = """\
-example:
+examples:
   melt doctor
+  melt doctor --json
 """
 
 BROKEN_PIPE = 141
@@ -121,10 +124,15 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _DOCTOR
+    add_json(parser, "what was found")
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    print(diagnose())
+    found = diagnose()
+    if args.json:
+        print_json(asdict(found))
+    else:
+        print(found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What several commands share: types of options, a bundle's sizes and device, the wait until it is loaded."""
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,10 @@ from melt_runtime.request.settings import SETTLED_THRESHOLD
 from melt_runtime.schedule.depth import EXIT_RULES
 
 _DEPTH = ("exit_rule", "exit_threshold", "min_loops", "max_loops", "decode", "lag")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "logprobs", "seed"),
+)
 
 
 def numbers_option(value: str) -> tuple[int, ...]:
@@ -47,6 +51,15 @@ def text_option(value: str) -> str:
         raise argparse.ArgumentTypeError(f"{value[1:]} cannot be read as text: {error}") from None
 
 
+def bias_option(value: str) -> tuple[str, float]:
+    """The type of ``--logit-bias``: ``ID=X``."""
+    token, equals, bias = value.partition("=")
+    try:
+        return token if equals else "", float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a token id, = and a number, as in 7=-100, got {value!r}") from None
+
+
 def names_option(value: str) -> tuple[str, ...]:
     """The type of an option that takes several names: ``float,int8``."""
     return tuple(value.split(","))
@@ -67,6 +80,16 @@ def require_writable(path: Path | None) -> None:
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     """Adds the bundle that a command reads."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by melt-export")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--json``; ``what`` says what is printed then."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as a JSON object, for programs")
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Prints an object on one line; what JSON does not have is an error of ours."""
+    print(json.dumps(values, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def add_sizes(parser: argparse.ArgumentParser | argparse._ArgumentGroup, tokens: str) -> None:
@@ -142,6 +165,25 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"above 1: tokens that stand in the context become less likely (default: {defaults.repetition_penalty:g})",
     )
+    answer.add_argument(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help=f"taken off every token that stands in the answer (default: {defaults.presence_penalty:g})",
+    )
+    answer.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help=f"taken off once for each time that it stands there (default: {defaults.frequency_penalty:g})",
+    )
+    answer.add_argument(
+        "--logit-bias",
+        type=bias_option,
+        action="append",
+        metavar="ID=X",
+        help="added to a token's logit, -100 to 100; may be given again",
+    )
     grammar = answer.add_mutually_exclusive_group()
     grammar.add_argument(
         "--json-schema",
@@ -197,7 +239,9 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: lists every value outside its rule.
     """
     names = ("loops", "max_new_tokens", *_SAMPLING, *_DEPTH, *OF_GRAMMAR)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
     if args.stop:
         given["stop"] = tuple(require_utf8(text, "--stop") for text in args.stop)
     GenerationConfig(**given)

@@ -48,6 +48,23 @@ class MemoryPlan:
         """How keys and values are stored, for people: ``int4``, though its bytes are those of uint8."""
         return self.state.dtype if self.state.kv_cache == "float" else self.state.kv_cache
 
+    def as_json(self) -> dict[str, int | str]:
+        """Sizes and bytes, for programs; those of ``program``, ``activations`` and ``process`` are estimates."""
+        state = self.state
+        return {
+            **{name: getattr(state, name) for name in ("capacity", "batch", "chunk", "loops")},
+            "kv_cache": self.kv_cache_name,
+            "weight_bytes": self.weight_bytes,
+            "prompt_weight_bytes": self.prompt_bytes,
+            "kv_cache_bytes": state.cache_bytes,
+            "state_bytes": state.total_bytes,
+            "state_bytes_per_loop_caches": self.per_loop.total_bytes,
+            "total_bytes": self.total_bytes,
+            "program_bytes": self.program_bytes,
+            "activation_bytes": state.activation_bytes,
+            "process_bytes": self.process_bytes,
+        }
+
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values that one more token of capacity costs."""
