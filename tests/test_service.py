@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from conftest import HANG
 
 from melt_runtime import (
     AsyncMeltModel,
@@ -435,15 +436,23 @@ def test_tasks_of_an_event_loop(model, alone):
 
 @pytest.mark.parametrize("way", ["goes on", "leaves", "from a thread", "before its first part"])
 def test_a_cancelled_stream_of_an_event_loop_has_what_came_of_it(model, way):
+    """Its fourth token waits until the stream was cancelled, however late the event loop gets its turn."""
+    is_cancelled = threading.Event()
+
+    def wait(ids, logits):
+        assert len(ids) < 3 or is_cancelled.wait(HANG)
+        return logits
+
     async def run():
         async with AsyncMeltModel(model) as asynchronous:
-            stream, parts = asynchronous.stream(PROMPTS[1], LONG), []
+            stream, parts = asynchronous.stream(PROMPTS[1], LONG, logits_processors=[wait]), []
             if way == "before its first part":
                 stream.cancel()
             async for part in stream:
                 parts.append(part)
                 await (asyncio.to_thread(stream.cancel) if way == "from a thread" else asyncio.sleep(0))
                 stream.cancel()
+                is_cancelled.set()
                 if way == "leaves":
                     break
             await stream.aclose()

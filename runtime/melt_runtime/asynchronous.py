@@ -169,6 +169,11 @@ class AsyncMeltModel:
     async def _parts(
         self, prompt: Prompt, said: GenerationConfig, raw: bool, outcome: _Outcome
     ) -> AsyncGenerator[Part, None]:
+        if outcome.is_cancelled:  # before it was asked for
+            request = await asyncio.to_thread(lambda: self.service.prepare(self.service.encode(prompt, raw), said))
+            request.cancel()
+            outcome.result = request.result(0, 0, self.model.state_bytes, passes=0)
+            return
         loop = asyncio.get_running_loop()
         parts: asyncio.Queue[Part | None] = asyncio.Queue()
 
